@@ -1,0 +1,153 @@
+"""What stepmask knows about diffusers: where a pipeline keeps its denoiser, and which modules of it are blocks.
+
+The only file that knows diffusers' class names. It imports none of them: a class is known by its name.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import nn
+
+from stepmask.errors import NoSuchBlock, TraceError
+from stepmask.schedule.fingerprint import DenoiserFingerprint
+from stepmask.schedule.graph import Reuse
+
+Granularity = Literal["block", "sublayer"]
+Patterns = Mapping[str, Reuse | None]
+"""Name pattern to the way its blocks are reused; `None` lets the trace decide by the shapes it sees."""
+
+_TRANSFORMER: dict[Granularity, Patterns] = {
+    "block": {"transformer_blocks.*": "delta"},
+    "sublayer": {
+        "transformer_blocks.*.attn1": "output",
+        "transformer_blocks.*.attn2": "output",
+        "transformer_blocks.*.ff": "output",
+    },
+}
+_UNET_PLACES = ("down_blocks.*", "mid_block", "up_blocks.*")
+_UNET: dict[Granularity, Patterns] = {
+    "block": {
+        f"{place}.{part}.*": "output"
+        for place in _UNET_PLACES
+        for part in ("resnets", "attentions", "downsamplers", "upsamplers")
+    },
+    "sublayer": {
+        **{
+            f"{place}.{part}.*": "output"
+            for place in _UNET_PLACES
+            for part in ("resnets", "downsamplers", "upsamplers")
+        },
+        **{
+            f"{place}.attentions.*.transformer_blocks.*.{part}": "output"
+            for place in _UNET_PLACES
+            for part in ("attn1", "attn2", "ff")
+        },
+    },
+}
+_UNET_PIXEL: dict[Granularity, Patterns] = {"block": _UNET["block"], "sublayer": _UNET["block"]}
+
+FAMILIES: dict[str, dict[Granularity, Patterns]] = {
+    "DiTTransformer2DModel": _TRANSFORMER,
+    "PixArtTransformer2DModel": _TRANSFORMER,
+    "UNet2DConditionModel": _UNET,
+    "UNet2DModel": _UNET_PIXEL,
+}
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """The network that a pipeline's sampler calls; a plain module is its own denoiser.
+
+    Raises:
+        TraceError: The object holds neither a transformer nor a U-Net.
+    """
+    if isinstance(pipe, nn.Module):
+        return pipe
+    for name in ("transformer", "unet"):
+        if isinstance(found := getattr(pipe, name, None), nn.Module):
+            return found
+    raise TraceError(
+        given=f"a {type(pipe).__name__} without a transformer or a U-Net",
+        expected="a diffusers pipeline or an nn.Module",
+        advice="Pass the denoiser itself",
+    )
+
+
+def scheduler_of(pipe: Any) -> Any | None:
+    """A pipeline's scheduler; `None` for a plain module."""
+    return None if isinstance(pipe, nn.Module) else getattr(pipe, "scheduler", None)
+
+
+def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:
+    """A denoiser's class and public configuration; a plain module is known by its number of parameters."""
+    class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not hasattr(cls, "_seam_depth"))
+    config = getattr(denoiser, "config", None)
+    if not isinstance(config, Mapping):
+        return DenoiserFingerprint(class_name, {"parameters": sum(p.numel() for p in denoiser.parameters())})
+    return DenoiserFingerprint(class_name, {k: _plain(v) for k, v in config.items() if not k.startswith("_")})
+
+
+def _plain(value: Any) -> Any:
+    """A configuration value as JSON would give it back."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def find_blocks(
+    denoiser: nn.Module, granularity: Granularity, blocks: str | Patterns | None
+) -> dict[str, tuple[nn.Module, Reuse | None]]:
+    """The modules to mask by name, each with the way it is reused.
+
+    Raises:
+        NoSuchBlock: A pattern matches no module.
+        TraceError: The class is unknown and no pattern was given, or one block contains another.
+    """
+    found: dict[str, tuple[nn.Module, Reuse | None]] = {}
+    for pattern, reuse in _patterns(denoiser, granularity, blocks).items():
+        names = [name for name, _ in denoiser.named_modules() if _matches(name, pattern)]
+        if not names and blocks is not None:
+            raise _no_match(denoiser, pattern)
+        found.update((name, (denoiser.get_submodule(name), reuse)) for name in names)
+    for name in found:
+        if outer := next((other for other in found if name.startswith(f"{other}.")), None):
+            raise TraceError(
+                given=f"block {outer!r}, which contains block {name!r}",
+                expected="blocks that do not contain each other",
+                advice="Mask either the one or the other",
+            )
+    return found
+
+
+def _patterns(denoiser: nn.Module, granularity: Granularity, blocks: str | Patterns | None) -> Patterns:
+    if isinstance(blocks, str):
+        return {blocks: None}
+    if blocks is not None:
+        return blocks
+    class_name = fingerprint_of(denoiser).class_name
+    if class_name in FAMILIES:
+        return FAMILIES[class_name][granularity]
+    lists = [name for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList)]
+    raise TraceError(
+        given=f"a {class_name}, whose blocks stepmask does not know",
+        expected=f"one of {', '.join(FAMILIES)}, or a pattern",
+        advice=f"Name its blocks, for example blocks={f'{lists[0]}.*' if lists else 'layers.*'!r}",
+    )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a module's name fits a pattern; a star stands for anything within one component."""
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(fnmatchcase(*pair) for pair in zip(parts, wanted, strict=True))
+
+
+def _no_match(denoiser: nn.Module, pattern: str) -> NoSuchBlock:
+    names = [name for name, _ in denoiser.named_modules() if name]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return NoSuchBlock(
+        given=f"pattern {pattern!r}, which matches no module of {type(denoiser).__name__}",
+        expected=f"a pattern over {shown}",
+        advice="A star stands for one component of the name: 'layers.*' or 'layers.*.attn'",
+    )

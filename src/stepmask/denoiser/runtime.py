@@ -1,0 +1,267 @@
+"""`apply`: run a denoiser under a schedule. Holds the clock, the store, and the check that the plan was followed."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
+from stepmask.denoiser.sampler import describe, watched
+from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.values import each, forecast, size, stream
+from stepmask.errors import AlreadyApplied, RunError, RunNotStarted, ScheduleMismatch
+from stepmask.schedule.graph import Block
+from stepmask.schedule.rectify import Cell, lower
+from stepmask.schedule.schedule import MaskSchedule
+
+
+def apply(pipe: Any, schedule: MaskSchedule) -> "Masked":
+    """Put a schedule on a pipeline, or on a plain denoiser.
+
+        with stepmask.apply(pipe, schedule):
+            image = pipe(class_labels=[207], num_inference_steps=20).images[0]
+
+        masked = stepmask.apply(pipe, schedule)    # or keep the handle
+        masked.remove()
+
+    A run starts when the pipeline sets its scheduler's timesteps; on a plain denoiser it starts here, and anew with
+    `masked.restart()`. Weights, names and classes of the denoiser stay as they are; `remove` takes everything back.
+
+    Args:
+        pipe: A diffusers pipeline, or a plain denoiser.
+        schedule: Made for this denoiser and sampler. It is rectified first, which changes no sample.
+
+    Raises:
+        ScheduleMismatch: The schedule is for another denoiser, or names blocks that are not there.
+        AlreadyApplied: The denoiser is masked, or cached by diffusers, already.
+    """
+    return Masked(pipe, schedule)
+
+
+class Masked:
+    """A denoiser under a schedule: the handle that `apply` returns, and a context manager that removes itself.
+
+    Leaving the context without an exception raises `RunError` if the last run ended early.
+    """
+
+    def __init__(self, pipe: Any, schedule: MaskSchedule) -> None:
+        denoiser, self.scheduler = denoiser_of(pipe), scheduler_of(pipe)
+        _refuse_if_taken(denoiser)
+        schedule.denoiser.check(fingerprint_of(denoiser))
+        self.pipe, self.schedule, self.plan = pipe, schedule, lower(schedule)
+        self.clock = _Clock(self)
+        self.seats = [_Seat(self.clock, column, block) for column, block in enumerate(schedule.graph.blocks)]
+        self._stack = ExitStack()
+        if self.scheduler is not None:
+            self._stack.enter_context(watched(self.scheduler, "set_timesteps", lambda _: self._start()))
+        modules = _modules(denoiser, schedule)
+        self._stack.enter_context(attached(dict(zip(modules, self.seats[:-1], strict=True))))
+        self._stack.enter_context(attached({denoiser: _Evaluation(self)}))
+        if self.scheduler is None:
+            self.restart()
+
+    def _start(self) -> None:
+        self.clock.stop()
+        self.schedule.sampler.check(describe(self.scheduler, self.schedule.sampler.branches))
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new run at step 0 with an empty store. A pipeline's scheduler does this by itself."""
+        self.clock.start()
+
+    def remove(self) -> None:
+        """Take the schedule off and free the store. Doing it twice is fine."""
+        self._stack.close()
+        self.clock.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        ended_early = self.clock.running and self.clock.evaluation > 0
+        evaluations = self.clock.evaluation
+        self.remove()
+        if ended_early and error is None:
+            raise RunError(
+                given=f"a run that ended after {evaluations} evaluations",
+                expected=f"{self.clock.evaluations}, as many as the schedule has",
+                advice="Use a schedule learned for this number of steps (img2img: for this strength)",
+            )
+
+    @property
+    def store_bytes(self) -> int:
+        """What the store holds now."""
+        return sum(size(value) for seat in self.seats for held in seat.stored for value in held)
+
+    @property
+    def peak_store_bytes(self) -> int:
+        """The most that the store has held since this schedule was applied, all branches together."""
+        return self.clock.peak_bytes
+
+    @property
+    def computed_macs(self) -> int:
+        """MACs of the blocks that were really run since this schedule was applied, at the traced shape."""
+        return sum(seat.computed * seat.block.macs for seat in self.seats)
+
+
+def _refuse_if_taken(denoiser: nn.Module) -> None:
+    by_us = any(hasattr(type(module), "_seam_depth") for name, module in denoiser.named_modules() if name)
+    if by_us or getattr(denoiser, "is_cache_enabled", False):
+        raise AlreadyApplied(
+            given=f"a {type(denoiser).__name__} that is {'masked' if by_us else 'cached by diffusers'} already",
+            expected="a denoiser that nothing else skips",
+            advice="Call .remove() on the first schedule" if by_us else "Call denoiser.disable_cache() first",
+        )
+
+
+def _modules(denoiser: nn.Module, schedule: MaskSchedule) -> list[nn.Module]:
+    modules = dict(denoiser.named_modules())
+    names = schedule.graph.names[:-1]
+    if missing := [name for name in names if name not in modules]:
+        raise ScheduleMismatch(
+            given=f"a {type(denoiser).__name__} without block {missing[0]!r}",
+            expected=f"the {len(names)} blocks of the schedule",
+            advice="Apply the schedule to the denoiser it was made for, or learn a new one",
+        )
+    return [modules[name] for name in names]
+
+
+class _Clock:
+    """Which evaluation a run is at, and the row that it follows."""
+
+    def __init__(self, masked: Masked) -> None:
+        self.masked = masked
+        self.branches = masked.schedule.sampler.branches
+        self.evaluations = masked.schedule.steps * self.branches
+        self.running = False
+        self.evaluation = self.branch = 0
+        self.answered = 0  # blocks that have answered in this evaluation
+        self.held_bytes = self.peak_bytes = 0
+        self.row: tuple[Cell, ...] = ()
+
+    def start(self) -> None:
+        self.stop()
+        self.running, self.evaluation = True, 0
+
+    def stop(self) -> None:
+        self.running, self.held_bytes = False, 0
+        for seat in self.masked.seats:
+            seat.clear(self.branches)
+
+    def begin(self) -> None:
+        """Turn to the row of the next evaluation."""
+        if not self.running or self.masked.scheduler is not scheduler_of(self.masked.pipe):
+            raise RunNotStarted(
+                given="an evaluation of the masked denoiser outside a run",
+                expected=f"a run of {self.evaluations} evaluations that starts with the scheduler's set_timesteps, "
+                "or with masked.restart()",
+                advice="Call restart() before each run of a plain denoiser; apply the schedule again after you "
+                "replace the scheduler",
+            )
+        step, self.branch = divmod(self.evaluation, self.branches)
+        self.row, self.answered = self.masked.plan.cells[step], 0
+
+    def end(self, *, forward_ran: bool) -> None:
+        """Check that every block has answered, and go on to the next evaluation."""
+        if forward_ran and self.answered != len(self.row) - 1:
+            raise RunError(
+                given=f"{self.answered} blocks called at step {self.evaluation // self.branches}",
+                expected=f"{len(self.row) - 1} blocks, each once, as the plan has it",
+                advice="The denoiser takes another path than when it was traced: trace and learn with these inputs",
+            )
+        self.evaluation += 1
+        self.running = self.evaluation < self.evaluations
+
+    def hold(self, change: int) -> None:
+        """Count what enters and leaves the store."""
+        self.held_bytes += change
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+
+class _Seat(Behaviour):
+    """Stands in front of one block: computes, answers from the store, or answers with what nobody reads."""
+
+    def __init__(self, clock: _Clock, column: int, block: Block) -> None:
+        self.clock, self.column, self.block = clock, column, block
+        self.computed = 0
+        self.stored: list[list[Any]] = [[]]  # by branch, newest first
+        self.like: Any = None  # an expanded zero of the output's shape
+
+    def clear(self, branches: int) -> None:
+        self.stored, self.like = [[] for _ in range(branches)], None
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cell = self.clock.row[self.column]
+        self.clock.answered += 1
+        if cell.action == "compute":
+            output = call(*args, **kwargs)
+            self.keep(cell, output, args, kwargs)
+            return output
+        if cell.action == "dead":
+            self.free(cell.keeps)
+            return self.like
+        return self.reuse(cell, args, kwargs)
+
+    def keep(self, cell: Cell, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Store what was computed, if a later step reads it."""
+        self.computed += 1
+        if self.like is None:
+            self.like = each(_placeholder, output)
+        self.free(max(cell.keeps - 1, 0))
+        if not cell.keeps:
+            return
+        value = output - stream(args, kwargs) if self.block.reuse == "delta" else output
+        self.stored[self.clock.branch].insert(0, value)
+        self.clock.hold(size(value))
+
+    def reuse(self, cell: Cell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer from the store; what is read for the last time leaves it."""
+        answer = forecast(cell.weights, self.stored[self.clock.branch])
+        self.free(cell.keeps)
+        return stream(args, kwargs) + answer if self.block.reuse == "delta" else answer
+
+    def free(self, keeps: int) -> None:
+        """Let go of all but the newest `keeps` values."""
+        held = self.stored[self.clock.branch]
+        while len(held) > keeps:
+            self.clock.hold(-size(held.pop()))
+
+
+class _Evaluation(Behaviour):
+    """Stands in front of the denoiser: turns the clock, and answers the whole step from the store where told to."""
+
+    def __init__(self, masked: Masked) -> None:
+        self.masked = masked
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        clock, seat = self.masked.clock, self.masked.seats[-1]
+        clock.begin()
+        cell = clock.row[-1]
+        needed = any(other.action == "compute" for other in clock.row)
+        try:
+            output = call(*args, **kwargs) if needed else None
+            if cell.action == "compute":
+                seat.keep(cell, output, args, kwargs)
+            else:
+                self.free_dead(clock, needed)
+                output = seat.reuse(cell, args, kwargs)
+            clock.end(forward_ran=needed)
+        except BaseException:
+            clock.stop()
+            raise
+        return output
+
+    def free_dead(self, clock: _Clock, forward_ran: bool) -> None:
+        """Blocks that were not called let go of their values here."""
+        if not forward_ran:
+            for seat, cell in zip(self.masked.seats[:-1], clock.row, strict=False):
+                seat.free(cell.keeps)
+
+
+def _placeholder(tensor: Tensor) -> Tensor:
+    """A zero of the tensor's shape that takes no memory."""
+    return tensor.new_zeros(()).expand(tensor.shape)

@@ -1,0 +1,185 @@
+"""`trace`: one evaluation on fake tensors tells a denoiser's blocks, their order, who reads whom, and what they cost."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks
+from stepmask.denoiser.seam import attached
+from stepmask.denoiser.trajectory import Call, Trajectory
+from stepmask.denoiser.values import size, stream, tensors
+from stepmask.errors import TraceError
+from stepmask.schedule.graph import DENOISER, Block, BlockGraph, Reuse
+
+
+def trace(
+    pipe: Any,
+    example: Trajectory | Call | tuple[Any, ...] | Mapping[str, Any],
+    *,
+    granularity: Granularity = "sublayer",
+    blocks: str | Patterns | None = None,
+) -> BlockGraph:
+    """Find a denoiser's blocks and how they hang together, without computing anything.
+
+        graph = stepmask.trace(pipe, trajectory)
+        graph = stepmask.trace(network, (x, t), blocks="layers.*")
+
+    Args:
+        pipe: A pipeline, or the denoiser itself.
+        example: What the denoiser is called with: a trajectory (its first call), positional or keyword arguments.
+        granularity: "sublayer" masks attention and feed-forward modules, "block" whole transformer blocks; of a
+            U-Net, "block" masks whole attentions where "sublayer" masks what is inside them. For known families.
+        blocks: A name pattern, or patterns with the way of reuse, for any other module. `None` = the family's own.
+
+    Returns:
+        The graph, the denoiser itself as its last block. MACs are half of `torch.utils.flop_counter`'s FLOPs, with
+        attention's two matrix products and both halves of a guided batch; element-wise work is not counted.
+
+    Raises:
+        NoSuchBlock: A pattern matches no module.
+        TraceError: A block is not called, called twice, without tensors, or changed in place by the code after it.
+    """
+    denoiser = denoiser_of(pipe)
+    found = find_blocks(denoiser, granularity, blocks)
+    call = _first_call(example)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = _Recorder(found)
+    seats = {module: _Seat(recorder, name) for name, (module, _) in found.items()}
+    with ExitStack() as stack:
+        for context in (torch.no_grad(), attached({**seats}), fake, sdpa_kernel(SDPBackend.MATH)):
+            stack.enter_context(context)
+        args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, (call.args, call.kwargs))
+        stack.enter_context(recorder.flops)
+        stack.enter_context(_Flow(recorder))
+        output = denoiser(*args, **kwargs)
+    return recorder.graph(output)
+
+
+def _first_call(example: Trajectory | Call | tuple[Any, ...] | Mapping[str, Any]) -> Call:
+    if isinstance(example, Trajectory):
+        return example.calls[0]
+    if isinstance(example, Call):
+        return example
+    if isinstance(example, Mapping):
+        return Call((), dict(example))
+    return Call(tuple(example), {})
+
+
+class _Recorder:
+    """What the evaluation has shown so far."""
+
+    def __init__(self, found: dict[str, tuple[nn.Module, Reuse | None]]) -> None:
+        self.found = found
+        self.blocks: dict[str, Block] = {}
+        self.inside: str | None = None
+        self.flops = FlopCounterMode(display=False)
+        self.sources: dict[int, frozenset[str]] = {}  # id of a tensor -> the blocks it was made from
+        self.storages: dict[int, str] = {}  # storage of a block's output -> the block
+        self.alive: list[Tensor] = []  # keeps ids from being used again; fake tensors hold no memory
+
+    def macs(self) -> int:
+        return self.flops.get_total_flops() // 2
+
+    def read(self, value: Any) -> tuple[str, ...]:
+        sources = {name for tensor in tensors(value) for name in self.sources.get(id(tensor), ())}
+        return tuple(name for name in self.blocks if name in sources)
+
+    def tag(self, tensor: Tensor, sources: frozenset[str]) -> None:
+        self.alive.append(tensor)
+        self.sources[id(tensor)] = sources
+
+    def add(self, name: str, reads: tuple[str, ...], macs: int, output: Any, reuse: Reuse) -> None:
+        self.blocks[name] = Block(name, reads, reuse, macs, size(output))
+        for tensor in tensors(output):
+            self.tag(tensor, frozenset({name}))
+            self.storages[tensor.untyped_storage()._cdata] = name
+
+    def graph(self, output: Any) -> BlockGraph:
+        if missing := [name for name in self.found if name not in self.blocks]:
+            raise TraceError(
+                given=f"block {missing[0]!r}, which this evaluation did not call",
+                expected="every block called once per evaluation",
+                advice="Leave it out of the pattern, or trace with inputs that use it",
+            )
+        glue = self.macs() - sum(block.macs for block in self.blocks.values())
+        self.blocks[DENOISER] = Block(DENOISER, self.read(output), "output", glue, size(output))
+        return BlockGraph(tuple(self.blocks.values()))
+
+
+class _Seat:
+    """Stands in front of one block and writes down its call."""
+
+    def __init__(self, recorder: _Recorder, name: str) -> None:
+        self.recorder, self.name = recorder, name
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        recorder = self.recorder
+        if self.name in recorder.blocks:
+            raise TraceError(
+                given=f"block {self.name!r}, which is called twice in one evaluation",
+                expected="every block called once per evaluation",
+                advice="Mask the module that calls it instead",
+            )
+        reads, before = recorder.read((args, kwargs)), recorder.macs()
+        recorder.inside = self.name
+        output = call(*args, **kwargs)
+        recorder.inside = None
+        if not any(True for _ in tensors(output)):
+            raise TraceError(
+                given=f"block {self.name!r}, which returns no tensor",
+                expected="a tensor, or tensors in a tuple or output class",
+                advice="Mask another module",
+            )
+        reuse = self._reuse(output, args, kwargs)
+        recorder.add(self.name, reads, recorder.macs() - before, output, reuse)
+        return output
+
+    def _reuse(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reuse:
+        asked = self.recorder.found[self.name][1]
+        fits = isinstance(output, Tensor) and output.shape == stream(args, kwargs).shape
+        if asked == "delta" and not fits:
+            raise TraceError(
+                given=f"block {self.name!r}, whose output has not the shape of its input",
+                expected="one tensor in, one tensor of the same shape out, for reuse by delta",
+                advice="Reuse it by its output",
+            )
+        return asked or ("delta" if fits else "output")
+
+
+class _Flow(TorchDispatchMode):
+    """Carries along, from operation to operation, which blocks a tensor was made from."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if self.recorder.inside is None:
+            self._check_in_place(func, args)
+            sources = frozenset(self.recorder.read((args, kwargs)))
+            for tensor in tensors(output):
+                self.recorder.tag(tensor, sources | self.recorder.sources.get(id(tensor), frozenset()))
+        return output
+
+    def _check_in_place(self, func: Any, args: tuple[Any, ...]) -> None:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if not written or not isinstance(value, Tensor):
+                continue
+            if name := self.recorder.storages.get(value.untyped_storage()._cdata):
+                raise TraceError(
+                    given=f"block {name!r}, whose output the denoiser changes in place ({func})",
+                    expected="outputs that stay as they are, for they may be stored",
+                    advice="Mask the module around it instead",
+                )

@@ -1,0 +1,71 @@
+"""What a block says: a tensor, or tensors in a tuple or an output class; stored, mixed and forecast as one value."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from stepmask.errors import TraceError
+
+
+def each(function: Callable[..., Tensor], value: Any, *others: Any) -> Any:
+    """The value made of `function(tensor, *other tensors)` for each tensor in it; other leaves stay as they are."""
+    if isinstance(value, Tensor):
+        return function(value, *others)
+    return pytree.tree_map(lambda leaf, *more: function(leaf, *more) if isinstance(leaf, Tensor) else leaf,
+                           value, *others)  # fmt: skip
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value."""
+    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def size(value: Any) -> int:
+    """Bytes of a value."""
+    return sum(tensor.nbytes for tensor in tensors(value))
+
+
+def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual stream among a block's arguments: `hidden_states`, else the first tensor.
+
+    Raises:
+        TraceError: No argument is a tensor.
+    """
+    named = kwargs.get("hidden_states")
+    for candidate in (*args[:1], named, *args, *kwargs.values()):
+        if isinstance(candidate, Tensor):
+            return candidate
+    raise TraceError(
+        given="a block called without a tensor",
+        expected="a residual stream as its first argument, for reuse by delta",
+        advice="Reuse this block by its output",
+    )
+
+
+def forecast(weights: Sequence[float], stored: Sequence[Any]) -> Any:
+    """Σ_i weights[i] · stored[i], newest first.
+
+    Plain reuse hands the stored value out as it is; a first-order forecast is one fused operation, a second-order
+    one is two.
+    """
+    if len(weights) == 1 and weights[0] == 1:
+        return stored[0]
+    return each(lambda *values: _mix(weights, values), *stored[: len(weights)])
+
+
+def _mix(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    total = sum(weights)
+    if len(weights) == 1:
+        return values[0] * weights[0]
+    if abs(total - 1) < 1e-9 and len(weights) == 2:
+        return torch.lerp(values[0], values[1], weights[1])
+    older = weights[1] + sum(weights[2:])
+    if abs(total - 1) < 1e-9 and abs(older) > 1e-9:
+        return torch.lerp(values[0], torch.lerp(values[1], values[2], weights[2] / older), older)
+    mixed = values[0] * weights[0]
+    for weight, value in zip(weights[1:], values[1:], strict=False):
+        mixed = torch.add(mixed, value, alpha=weight)
+    return mixed

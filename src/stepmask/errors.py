@@ -1,0 +1,92 @@
+"""The tree of exceptions. Every message says what was given, what was expected, and what to do.
+
+* StepmaskError
+    x InvalidBudget           a budget outside (0, 1], or one that cannot be reached
+    x InvalidSchedule         a table that contradicts itself or its graph
+        + InvalidScheduleFile a file that is not a schedule, or only half of one
+        + ReuseBeforeCompute  a cell that reads values which were never computed
+    x ScheduleMismatch        a schedule for another denoiser, sampler, step count or block list
+    x TraceError              a denoiser whose blocks cannot be masked as asked
+        + NoSuchBlock         a pattern or a name that matches no block
+    x RunError                a sampling run that does not follow its plan
+        + AlreadyApplied      a denoiser that is masked (or cached by something else) already
+        + RunNotStarted       an evaluation outside a run
+    x LearningError           a learning run that cannot go on
+    x UnwritablePath          a file or folder that cannot be written
+    x PipelineNotFound        a name that leads to no pipeline
+    x MissingExtra            an optional dependency that is not installed
+"""
+
+from typing import Any
+
+
+class StepmaskError(Exception):
+    """Root of everything that stepmask raises on purpose."""
+
+    def __init__(self, *, given: str, expected: str, advice: str) -> None:
+        super().__init__(f"{given}. Expected: {expected}. {advice}.")
+        self.parts = {"given": given, "expected": expected, "advice": advice}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.parts)
+
+
+def _rebuild(kind: type[StepmaskError], parts: dict[str, str]) -> StepmaskError:
+    """Unpickle: an error made with keywords only crosses process borders like any other."""
+    return kind(**parts)
+
+
+class InvalidBudget(StepmaskError, ValueError):
+    """A budget outside (0, 1], or one that no valid schedule reaches."""
+
+
+class InvalidSchedule(StepmaskError, ValueError):
+    """A table that contradicts itself or its graph."""
+
+
+class InvalidScheduleFile(InvalidSchedule):
+    """A file that is not a schedule, or only half of one."""
+
+
+class ReuseBeforeCompute(InvalidSchedule):
+    """A reused cell that reads more stored values than were computed before it."""
+
+
+class ScheduleMismatch(StepmaskError, ValueError):
+    """A schedule learned for another denoiser, sampler, step count or block list."""
+
+
+class TraceError(StepmaskError, ValueError):
+    """A denoiser whose blocks cannot be masked as asked."""
+
+
+class NoSuchBlock(TraceError):
+    """A pattern or a name that matches no block."""
+
+
+class RunError(StepmaskError, RuntimeError):
+    """A sampling run that does not follow its plan."""
+
+
+class AlreadyApplied(RunError):
+    """A denoiser that is masked, or cached by something else, already."""
+
+
+class RunNotStarted(RunError):
+    """An evaluation of a masked denoiser outside a run."""
+
+
+class LearningError(StepmaskError, RuntimeError):
+    """A learning run that cannot go on."""
+
+
+class UnwritablePath(StepmaskError, OSError):
+    """A file or folder that cannot be written."""
+
+
+class PipelineNotFound(StepmaskError, ValueError):
+    """A name that leads to no pipeline."""
+
+
+class MissingExtra(StepmaskError, ImportError):
+    """An optional dependency that is not installed."""

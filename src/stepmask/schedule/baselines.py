@@ -1,0 +1,93 @@
+"""Rival schedules as data in the same table: what every learned table must beat at equal MACs."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from stepmask.errors import InvalidBudget, InvalidSchedule
+from stepmask.schedule.budget import Budget
+from stepmask.schedule.schedule import WINDOW, MaskSchedule
+
+
+def fixed_interval(reference: MaskSchedule, budget: float | Budget, *, order: int = 0) -> MaskSchedule:
+    """All blocks computed at evenly spaced steps and forecast by Taylor's formula in between.
+
+    Order 0 is plain reuse (FORA, arXiv 2407.01425), order 1 and 2 are TaylorSeer (arXiv 2503.06923). The denoiser's
+    own glue (embeddings, final layer) is computed at every step and comes on top of the budget.
+
+    Args:
+        reference: Any table of the denoiser and sampler; only its fingerprints are used.
+        budget: Share of the steps that are computed, rounded down.
+        order: Of the forecast, 0 to 2.
+
+    Raises:
+        InvalidBudget: Not even one computed step fits.
+        InvalidSchedule: The order is not 0, 1 or 2.
+    """
+    return _spread(reference, Budget.of(budget), order, skip_denoiser=False)
+
+
+def whole_step(reference: MaskSchedule, budget: float | Budget, *, order: int = 0) -> MaskSchedule:
+    """The denoiser evaluated at evenly spaced steps, its own output forecast in between.
+
+    Args and errors as in `fixed_interval`.
+    """
+    return _spread(reference, Budget.of(budget), order, skip_denoiser=True)
+
+
+def taylor_weights(step: int, computed: list[int], order: int) -> tuple[float, float, float]:
+    """Weights of the last computed values in Taylor's forecast from backward differences (arXiv 2503.06923, eq. 3).
+
+    F(k) ≈ F + a·F′ + a²/2·F″ with a the age, F′ = (F − F₁)/g₁ and F″ = (F′ − F′₁)/g₁, g the gaps between computed
+    steps. The order is lower while fewer values are there.
+
+    Args:
+        step: The step that is forecast.
+        computed: Steps computed before it, ascending; at least one.
+        order: 0 to 2.
+    """
+    order = min(order, len(computed) - 1)
+    age = step - computed[-1]
+    gaps = [late - early for early, late in zip(computed[:-1], computed[1:], strict=True)]
+    slope = age / gaps[-1] if order >= 1 else 0.0
+    bend = age**2 / (2 * gaps[-1]) if order >= 2 else 0.0
+    near = bend / gaps[-1] if order >= 2 else 0.0
+    far = bend / gaps[-2] if order >= 2 else 0.0
+    return (1 + slope + near, 0.0 - slope - near - far, far)
+
+
+def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoiser: bool) -> MaskSchedule:
+    if order not in range(WINDOW):
+        raise InvalidSchedule(
+            given=f"order {order}", expected="0 (reuse), 1 or 2", advice="Choose one of these Taylor orders"
+        )
+    count = math.floor(budget.macs * reference.steps + 1e-9)
+    kind = "whole-step" if skip_denoiser else "fixed-interval"
+    if count < 1:
+        raise InvalidBudget(
+            given=f"budget {budget.macs:g} for a {kind} table over {reference.steps} steps",
+            expected=f"at least {1 / reference.steps:g}, the share of one computed step",
+            advice="Spend more, or sample with more steps",
+        )
+    rows, weights = _table(reference, _even_steps(reference.steps, count), order, skip_denoiser)
+    return reference.with_rows(rows, weights, table=f"{kind}, {'reuse' if order == 0 else f'Taylor {order}'}")
+
+
+def _even_steps(steps: int, count: int) -> list[int]:
+    """`count` steps spread evenly over `steps`, beginning with step 0."""
+    return [index * steps // count for index in range(count)]
+
+
+def _table(
+    reference: MaskSchedule, computed: list[int], order: int, skip_denoiser: bool
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    rows = np.zeros(reference.rows.shape, dtype=bool)
+    rows[computed] = True
+    if not skip_denoiser:
+        rows[:, -1] = True
+    weights = np.zeros(reference.forecasts.shape)
+    for step in range(reference.steps):
+        before = [earlier for earlier in computed if earlier < step] or [0]
+        weights[step] = taylor_weights(step, before, order)
+    return rows, weights

@@ -1,0 +1,110 @@
+"""`Block` and `BlockGraph`: which blocks a denoiser has, in which order, who reads whom, and what each costs."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from stepmask.errors import InvalidSchedule, NoSuchBlock
+
+Reuse = Literal["output", "delta"]
+"""How a reused block answers: with its stored output, or with its input plus its stored (output − input)."""
+
+DENOISER = ""
+"""The denoiser's own fully qualified name. It is the last block of its own graph: to reuse it skips the whole step."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A unit of masking: one module, named as in `named_modules()`.
+
+    Args:
+        name: Fully qualified module name; "" is the denoiser itself.
+        reads: Names of the blocks whose outputs reach this block's inputs without passing another block.
+        reuse: How it answers when it is not computed.
+        macs: Multiply-accumulates per evaluation at the traced shape, blocks inside it not counted.
+        bytes: Size of one stored value at the traced shape.
+    """
+
+    name: str
+    reads: tuple[str, ...] = ()
+    reuse: Reuse = "output"
+    macs: int = 0
+    bytes: int = 0
+
+    @property
+    def label(self) -> str:
+        """The name as people read it."""
+        return self.name or "(denoiser)"
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """The blocks of a denoiser in call order; the last is the denoiser itself, whose reads are what its output needs.
+
+    Raises:
+        InvalidSchedule: Two blocks share a name, a block reads one that is not called before it, or the denoiser
+            is not the last block.
+    """
+
+    blocks: tuple[Block, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for block in self.blocks:
+            if block.name in seen or not seen.issuperset(block.reads) or block.reuse not in get_args(Reuse):
+                raise _inconsistent(f"block {block.label!r} with reads {block.reads} and reuse {block.reuse!r}")
+            seen.add(block.name)
+        if not self.blocks or self.blocks[-1].name != DENOISER:
+            raise _inconsistent("a graph whose last block is not the denoiser")
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Fully qualified names, in call order."""
+        return tuple(block.name for block in self.blocks)
+
+    @cached_property
+    def macs(self) -> npt.NDArray[np.int64]:
+        """MACs per block, shape (blocks,); their sum is one evaluation of the denoiser."""
+        return np.array([block.macs for block in self.blocks], dtype=np.int64)
+
+    @cached_property
+    def costs(self) -> npt.NDArray[np.float64]:
+        """Share of the denoiser's MACs per block, shape (blocks,); sums to 1."""
+        return self.macs / max(int(self.macs.sum()), 1)
+
+    @cached_property
+    def reads(self) -> npt.NDArray[np.bool_]:
+        """Shape (blocks, blocks); `reads[b, a]` says that block b reads block a."""
+        column = {name: index for index, name in enumerate(self.names)}
+        matrix = np.zeros((len(self), len(self)), dtype=bool)
+        for index, block in enumerate(self.blocks):
+            matrix[index, [column[name] for name in block.reads]] = True
+        return matrix
+
+    def column(self, name: str) -> int:
+        """Index of a block by its name.
+
+        Raises:
+            NoSuchBlock: No block is called that.
+        """
+        if name not in self.names:
+            raise NoSuchBlock(
+                given=f"block {name!r}",
+                expected=f"one of {', '.join(block.label for block in self.blocks)}",
+                advice="Take a name from graph.names",
+            )
+        return self.names.index(name)
+
+
+def _inconsistent(what: str) -> InvalidSchedule:
+    return InvalidSchedule(
+        given=what,
+        expected="unique names, reads of earlier blocks only, reuse 'output' or 'delta', and the denoiser last",
+        advice="Use stepmask.trace to build a graph from a denoiser",
+    )

@@ -1,0 +1,188 @@
+"""`MaskSchedule`: the table of what is computed and what is reused at every step, and its explicit changes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepmask.errors import InvalidSchedule, ReuseBeforeCompute, ScheduleMismatch
+from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
+from stepmask.schedule.graph import BlockGraph
+
+WINDOW = 3
+"""A reused cell reads at most this many stored values."""
+
+PLAIN = (1.0, 0.0, 0.0)
+"""Weights of plain reuse: the newest stored value as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class MaskSchedule:
+    """One row per step, one column per block; a set bit computes the block, a cleared one answers from the store.
+
+    A reused cell answers Σ_i weights[i] · (i-th newest computed value): (1) is plain reuse, (1+κ, −κ) a first-order
+    forecast. The weights of a computed cell mean nothing and are kept at plain reuse.
+
+    Args:
+        graph: The blocks.
+        rows: (steps, blocks), true = compute.
+        denoiser: The denoiser it is for.
+        sampler: The sampler it is for.
+        weights: (steps, blocks, 3); `None` = plain reuse everywhere.
+        provenance: Where it comes from: plain JSON values, not interpreted.
+
+    Raises:
+        InvalidSchedule: Shapes disagree with the graph or the sampler, or weights are not finite or all zero.
+        ReuseBeforeCompute: A cell reads more values than were computed before it.
+    """
+
+    graph: BlockGraph
+    rows: npt.NDArray[np.bool_]
+    denoiser: DenoiserFingerprint
+    sampler: SamplerFingerprint
+    weights: npt.NDArray[np.float64] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = np.array(self.rows, dtype=bool)
+        if rows.shape != (self.sampler.steps, len(self.graph)):
+            raise _wrong_shape("rows", rows.shape, (self.sampler.steps, len(self.graph)))
+        weights = np.tile(PLAIN, (*rows.shape, 1)) if self.weights is None else np.array(self.weights, dtype=float)
+        if weights.shape != (*rows.shape, WINDOW):
+            raise _wrong_shape("weights", weights.shape, (*rows.shape, WINDOW))
+        weights[rows] = PLAIN
+        for name, array in (("rows", rows), ("weights", weights)):
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+        self._check_weights()
+        self._check_reads()
+
+    def _check_weights(self) -> None:
+        bad = ~np.isfinite(self.forecasts).all(axis=2) | (self.windows == 0) & ~self.rows
+        for step, column in np.argwhere(bad)[:1]:
+            raise InvalidSchedule(
+                given=f"weights {self.forecasts[step, column].tolist()} at step {step}, "
+                f"{self.graph.blocks[column].label!r}",
+                expected="finite weights, at least one of them not zero",
+                advice="Use (1, 0, 0) for plain reuse",
+            )
+
+    def _check_reads(self) -> None:
+        computed_before = np.cumsum(self.rows, axis=0) - self.rows
+        for step, column in np.argwhere(~self.rows & (self.windows > computed_before))[:1]:
+            raise ReuseBeforeCompute(
+                given=f"{self.graph.blocks[column].label!r} reads {self.windows[step, column]} stored values at step "
+                f"{step}, when {computed_before[step, column]} have been computed",
+                expected="every block computed at step 0, and at least as many computations as values read",
+                advice="Set more bits before that step, or use fewer weights",
+            )
+
+    @property
+    def forecasts(self) -> npt.NDArray[np.float64]:
+        """Weights of the stored values, shape (steps, blocks, 3)."""
+        assert self.weights is not None  # set in __post_init__
+        return self.weights
+
+    @cached_property
+    def windows(self) -> npt.NDArray[np.int64]:
+        """How many stored values each reused cell reads, shape (steps, blocks); 0 where a cell is computed."""
+        used = self.forecasts != 0
+        reads: npt.NDArray[np.int64] = np.where(used.any(axis=2), WINDOW - np.argmax(used[..., ::-1], axis=2), 0)
+        return np.where(self.rows, 0, reads)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return self.sampler.steps
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MaskSchedule):
+            return NotImplemented
+        return (
+            (self.graph, self.denoiser, self.sampler) == (other.graph, other.denoiser, other.sampler)
+            and np.array_equal(self.rows, other.rows)
+            and np.array_equal(self.forecasts, other.forecasts)
+            and dict(self.provenance) == dict(other.provenance)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # compares by content, so it is no dictionary key
+
+    def __repr__(self) -> str:
+        reused = f"{(~self.rows).mean():.0%} of cells reused"
+        return f"MaskSchedule({self.steps} steps × {len(self.graph)} blocks of {self.denoiser.class_name}, {reused})"
+
+    @classmethod
+    def all_compute(
+        cls, graph: BlockGraph, denoiser: DenoiserFingerprint, sampler: SamplerFingerprint
+    ) -> "MaskSchedule":
+        """The table that computes everything: the reference, as data."""
+        rows = np.ones((sampler.steps, len(graph)), dtype=bool)
+        return cls(graph, rows, denoiser, sampler, provenance={"table": "all-compute"})
+
+    def with_rows(
+        self,
+        rows: npt.NDArray[np.bool_],
+        weights: npt.NDArray[np.float64] | None = None,
+        **provenance: Any,
+    ) -> "MaskSchedule":
+        """The same denoiser and sampler under another table; `provenance` replaces the old one."""
+        return replace(self, rows=rows, weights=weights, provenance=provenance)
+
+    def resample(self, sampler: SamplerFingerprint) -> "MaskSchedule":
+        """This table for another sequence of steps, matched along log-SNR.
+
+        Each new step takes the row of the old step whose log-SNR is nearest; the first row is computed. A forecast
+        keeps its relative length: κ is scaled by the ratio of (age / gap), new over old. The result is a guess:
+        measure it before you trust it.
+
+        Raises:
+            ScheduleMismatch: One of the two samplers does not tell its log-SNR.
+        """
+        from stepmask.schedule.resample import resample_rows  # here, because it needs this class's constants
+
+        if not self.sampler.log_snr or not sampler.log_snr:
+            raise ScheduleMismatch(
+                given="a sampler without log-SNR",
+                expected="log-SNR per step on both sides",
+                advice="Learn a schedule for this sampler instead of resampling one",
+            )
+        rows, weights = resample_rows(self, np.array(sampler.log_snr))
+        source = {"resampled_from": {"class": self.sampler.class_name, "steps": self.steps}}
+        return replace(
+            self, rows=rows, weights=weights, sampler=sampler, provenance={**self.provenance, **source}
+        )
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `folder/stepmask.json` and return its path.
+
+        Raises:
+            UnwritablePath: The folder cannot be written.
+        """
+        from stepmask.schedule.file import save
+
+        return save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> "MaskSchedule":
+        """Read a schedule from a folder, a file, or a repository on the Hugging Face hub.
+
+        Raises:
+            InvalidScheduleFile: The file is missing, truncated or not a schedule.
+        """
+        from stepmask.schedule.file import load
+
+        return load(source, revision=revision, token=token)
+
+
+def _wrong_shape(what: str, given: tuple[int, ...], expected: tuple[int, ...]) -> InvalidSchedule:
+    return InvalidSchedule(
+        given=f"{what} of shape {given}",
+        expected=f"shape {expected}: steps of the sampler × blocks of the graph",
+        advice="Build tables with MaskSchedule.all_compute(...).with_rows(...)",
+    )
