@@ -107,7 +107,7 @@ def find_blocks(
     """
     found: dict[str, tuple[nn.Module, Reuse | None]] = {}
     for pattern, reuse in _patterns(denoiser, granularity, blocks).items():
-        names = [name for name, _ in denoiser.named_modules() if _matches(name, pattern)]
+        names = [name for name, _ in denoiser.named_modules() if name and _matches(name, pattern)]
         if not names and blocks is not None:
             raise _no_match(denoiser, pattern)
         found.update((name, (denoiser.get_submodule(name), reuse)) for name in names)

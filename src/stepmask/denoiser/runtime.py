@@ -55,7 +55,7 @@ class Masked:
         self.seats = [_Seat(self.clock, column, block) for column, block in enumerate(schedule.graph.blocks)]
         self._stack = ExitStack()
         if self.scheduler is not None:
-            self._stack.enter_context(watched(self.scheduler, "set_timesteps", lambda _: self._start()))
+            self._stack.enter_context(watched(self.scheduler, "set_timesteps", lambda *_, **__: self._start()))
         modules = _modules(denoiser, schedule)
         self._stack.enter_context(attached(dict(zip(modules, self.seats[:-1], strict=True))))
         self._stack.enter_context(attached({denoiser: _Evaluation(self)}))

@@ -18,14 +18,14 @@ from stepmask.schedule.fingerprint import SamplerFingerprint
 
 
 @contextmanager
-def watched(scheduler: Any, method: str, after: Callable[[Any], None]) -> Iterator[None]:
-    """Call `after(result)` whenever `scheduler.method` has been called, for as long as the context lasts."""
+def watched(scheduler: Any, method: str, after: Callable[..., None]) -> Iterator[None]:
+    """Call `after(result, *args, **kwargs)` after every `scheduler.method(*args, **kwargs)` while the context lasts."""
     original, own = getattr(scheduler, method), vars(scheduler).get(method)
 
     @wraps(original)
     def watch(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        after(result)
+        after(result, *args, **kwargs)
         return result
 
     setattr(scheduler, method, watch)

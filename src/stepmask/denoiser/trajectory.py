@@ -33,10 +33,12 @@ class Sampled:
     Args:
         latent: The sampler's last latent; the sample itself in pixel space.
         output: What the pipeline returned.
+        handed: What the scheduler was handed at each step: the denoiser's outputs after guidance. Empty without one.
     """
 
     latent: Tensor
     output: Any
+    handed: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,13 @@ class Sampling:
                 advice="Pass run=function for a plain module, and seed= instead of a generator for a pipeline",
             )
         latents: list[Tensor] = []
-        with watched(scheduler_of(self.pipe), "step", lambda result: latents.append(result[0])):
+        handed: list[Tensor] = []
+
+        def keep(result: Any, model_output: Tensor, *_: Any, **__: Any) -> None:
+            latents[:] = [result[0].detach()]
+            handed.append(model_output.detach().clone())
+
+        with watched(scheduler_of(self.pipe), "step", keep):
             output = self.pipe(**self.call, **self._generator())
         if not latents:
             raise RunError(
@@ -83,7 +91,7 @@ class Sampling:
                 expected="at least one sampling step",
                 advice="Ask for more steps",
             )
-        return Sampled(latents[-1].detach(), output)
+        return Sampled(latents[0], output, tuple(handed))
 
     def _generator(self) -> dict[str, Any]:
         if "generator" not in inspect.signature(self.pipe.__call__).parameters:
@@ -146,7 +154,7 @@ def record_sampling(sampling: Sampling) -> Trajectory:
     scheduler = scheduler_of(sampling.pipe)
     with ExitStack() as stack:
         if scheduler is not None and sampling.run is None:
-            stack.enter_context(watched(scheduler, "set_timesteps", lambda _: sequence.append(describe(scheduler))))
+            stack.enter_context(watched(scheduler, "set_timesteps", lambda *_, **__: sequence.append(describe(scheduler))))
         stack.enter_context(attached({sampling.denoiser: listener}))
         sampled = sampling()
     if not all(torch.isfinite(tensor).all() for tensor in tensors(sampled.latent)):

@@ -1,0 +1,104 @@
+"""The workbench of one row: every block under observation, its stored value beside it, its answer a blend of both."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.trajectory import Call
+from stepmask.denoiser.values import each, stream
+from stepmask.learning.objective import relative_error
+from stepmask.schedule.graph import Block, BlockGraph
+
+
+class Bench:
+    """A denoiser with a seat in front of every block, for one branch of one row.
+
+    Args:
+        denoiser: The frozen network; its weights and flags are left alone.
+        graph: The blocks; the last, the denoiser itself, is always computed.
+    """
+
+    def __init__(self, denoiser: nn.Module, graph: BlockGraph) -> None:
+        self.denoiser = denoiser
+        self.seats = [_Seat(block) for block in graph.blocks[:-1]]
+
+    @contextmanager
+    def attached(self) -> Iterator["Bench"]:
+        """The seats in place for as long as the context lasts."""
+        with ExitStack() as stack:
+            modules = [self.denoiser.get_submodule(seat.block.name) for seat in self.seats]
+            stack.enter_context(attached(dict(zip(modules, self.seats, strict=True))))
+            yield self
+
+    @torch.no_grad()
+    def follow(self, call: Call, row: npt.NDArray[np.bool_]) -> None:
+        """Evaluate one step under a row; the seats' stores are what they are after it."""
+        for seat, computes in zip(self.seats, row[:-1], strict=True):
+            seat.mode = _compute if computes else _reuse
+        self.denoiser(*call.args, **call.kwargs)
+
+    @torch.no_grad()
+    def observe(self, call: Call) -> Any:
+        """Evaluate one step in full, keep every block's value as the target, and return the denoiser's output."""
+        for seat in self.seats:
+            seat.mode = _observe
+        return self.denoiser(*call.args, **call.kwargs)
+
+    def blend(self, call: Call, scores: Tensor) -> tuple[Any, list[Tensor]]:
+        """Evaluate one step with scores, shape (blocks − 1,): the output, and each block's relative error."""
+        for seat, score in zip(self.seats, scores, strict=True):
+            seat.mode, seat.score = _blend, score
+        output = self.denoiser(*call.args, **call.kwargs)
+        return output, [seat.error for seat in self.seats]
+
+
+class _Seat(Behaviour):
+    """In front of one block: what it stored, what it should say, and how much of it is computed."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.mode: Callable[..., Any] = _compute
+        self.stored: Any = None
+        self.target: Any = None
+        self.score = self.error = torch.zeros(())
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.mode(self, call, args, kwargs)
+
+    def value(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the store holds of an output."""
+        return output - stream(args, kwargs) if self.block.reuse == "delta" else output
+
+    def answer(self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output that a stored value stands for."""
+        return stream(args, kwargs) + value if self.block.reuse == "delta" else value
+
+
+def _compute(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    output = call(*args, **kwargs)
+    seat.stored = seat.value(output, args, kwargs)
+    return output
+
+
+def _reuse(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return seat.answer(seat.stored, args, kwargs)
+
+
+def _observe(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    seat.target = call(*args, **kwargs)
+    return seat.target
+
+
+def _blend(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """s · F(h) + (1 − s) · C (design of Learning-to-Cache, arXiv 2406.01733, eq. 8), in terms of stored values."""
+    fresh = seat.value(call(*args, **kwargs), args, kwargs)
+    mixed = each(lambda old, new: torch.lerp(old, new, seat.score.to(new.dtype)), seat.stored, fresh)
+    output = seat.answer(mixed, args, kwargs)
+    seat.error = relative_error(output, seat.target)
+    return output

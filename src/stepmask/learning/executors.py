@@ -1,0 +1,61 @@
+"""Where independent jobs run, and how a killed run goes on where it stopped."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+from tqdm import tqdm
+
+from stepmask.files import write_whole
+from stepmask.learning.step import StepJob, learn_step
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Executor(Protocol):
+    """Maps a pure function over independent jobs."""
+
+    def map(self, function: Callable[[Job], Result], jobs: Sequence[Job], *, title: str) -> Iterator[Result]:
+        """Results in the order of the jobs, each as soon as it and those before it are done."""
+
+
+@dataclass(frozen=True)
+class LocalExecutor:
+    """This process, one job after the other; torch uses all cores for each."""
+
+    def map(self, function: Callable[[Job], Result], jobs: Sequence[Job], *, title: str) -> Iterator[Result]:
+        """Results in order, with a progress bar on a terminal."""
+        return map(function, tqdm(jobs, title, disable=None))
+
+
+def learn_rows(
+    jobs: Sequence[StepJob], denoiser: nn.Module, executor: Executor, folder: Path | None
+) -> npt.NDArray[np.float64]:
+    """Scores of all rows, shape (jobs, blocks); with a folder, rows that are there already are not learned again.
+
+    Each row is a small JSON file, named by the content of its job and written whole when the job is done.
+    """
+    rows = {job.digest(): _read(folder, job) for job in jobs} if folder else {}
+    missing = [job for job in jobs if not folder or rows[job.digest()] is None]
+    learned = executor.map(lambda job: learn_step(job, denoiser), missing, title="learning rows")
+    done: dict[int, npt.NDArray[np.float64]] = {}
+    for job, scores in zip(missing, learned, strict=True):
+        done[job.step] = scores
+        if folder:
+            write_whole(_path(folder, job), json.dumps({"step": job.step, "scores": scores.tolist()}))
+    return np.stack([done[job.step] if job.step in done else np.array(rows[job.digest()]) for job in jobs])
+
+
+def _path(folder: Path, job: StepJob) -> Path:
+    return folder / f"row-{job.step:03d}-{job.digest()}.json"
+
+
+def _read(folder: Path, job: StepJob) -> list[float] | None:
+    path = _path(folder, job)
+    return json.loads(path.read_text())["scores"] if path.exists() else None

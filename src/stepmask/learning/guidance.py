@@ -1,0 +1,55 @@
+"""Guidance, as the sampler sees it: how the denoiser's outputs of one step become what the scheduler is handed.
+
+Guided pipelines evaluate several rows per sample (conditional, unconditional) and hand the scheduler a weighted sum, in
+which a difference between the rows counts many times over. Fidelity must be measured there. The weights are read off
+a recorded run, so that no pipeline has to be known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepmask.denoiser.trajectory import Trajectory
+from stepmask.denoiser.values import tensors
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The linear map from the rows of a step's outputs to what the scheduler is handed.
+
+    Args:
+        weights: (rows handed, rows of all branches together).
+        channels: How many of the output's channels are used; a learned variance is not handed over.
+    """
+
+    weights: Tensor
+    channels: int
+
+    def __call__(self, outputs: Sequence[Any]) -> Tensor:
+        """What the scheduler is handed for the outputs of all branches, shape (rows handed, elements)."""
+        return self.weights.to(_rows(outputs, self.channels)) @ _rows(outputs, self.channels)
+
+
+def guidance_of(trajectory: Trajectory, step: int) -> Guidance:
+    """The weights at one step, by least squares on the recorded outputs; the identity where there is no scheduler.
+
+    Exact for every guidance that is a weighted sum of rows; the best linear description of any other.
+    """
+    _, outputs = trajectory.at(step)
+    first = next(tensors(outputs[0]))
+    if len(trajectory.sampled.handed) != trajectory.steps:
+        return Guidance(torch.eye(len(first) * len(outputs)), first.shape[1] if first.ndim > 1 else 1)
+    handed = trajectory.sampled.handed[step]
+    channels = handed.shape[1] if handed.ndim > 1 else 1
+    rows = _rows(outputs, channels).double()
+    solution = torch.linalg.lstsq(rows.T, handed.flatten(1).double().T, driver="gelsd").solution
+    return Guidance(solution.T.float(), channels)
+
+
+def _rows(outputs: Sequence[Any], channels: int) -> Tensor:
+    """The outputs of all branches below each other, shape (rows, elements)."""
+    firsts = [next(tensors(output)) for output in outputs]
+    return torch.cat([first[:, :channels] if first.ndim > 1 else first for first in firsts]).flatten(1).float()

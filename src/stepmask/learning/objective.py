@@ -1,0 +1,143 @@
+"""What a row is trained for: fidelity of the denoiser's output and features, weighed by step, against a price per MAC."""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.trajectory import Trajectory
+from stepmask.denoiser.values import each, tensors
+from stepmask.errors import LearningError
+from stepmask.learning.guidance import guidance_of
+
+Floats = npt.NDArray[np.float64]
+
+
+def relative_error(value: Any, target: Any) -> Tensor:
+    """‖value − target‖² / ‖target‖² over all tensors in a value; a scalar with gradients."""
+    difference = sum((a - b).float().square().sum() for a, b in zip(tensors(value), tensors(target), strict=True))
+    energy = sum(b.float().square().sum() for b in tensors(target))
+    return torch.as_tensor(difference) / torch.as_tensor(energy).clamp_min(1e-20)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """w_k · (‖ε(s) − ε‖²/‖ε‖² + η · mean_b ‖y_b(s) − y_b‖²/‖y_b‖²) + λ · Σ_b c_b·s_b for the scores s of one row.
+
+    Args:
+        weight: w_k, of this step's fidelity, in units of the mean harm that reusing a whole step does.
+        feature: η, of the blocks' own fidelity ("feature fidelity", arXiv 2603.19939).
+        price: λ, of computing everything.
+    """
+
+    weight: float
+    feature: float
+    price: float
+
+    def __call__(self, error: Tensor, feature_errors: Iterable[Tensor], cost: Tensor) -> Tensor:
+        """The loss; all arguments are scalars."""
+        features = list(feature_errors)
+        fidelity = error + self.feature * torch.stack(features).mean() if features and self.feature else error
+        return self.weight * fidelity + self.price * cost
+
+
+class Scaling(Protocol):
+    """Timestep-aware loss scaling: how much fidelity weighs at each step."""
+
+    def measure(self, trajectory: Trajectory) -> Floats:
+        """Weight of each step's relative output error, shape (steps,), up to a common factor."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same weight at every step."""
+
+    def measure(self, trajectory: Trajectory) -> Floats:
+        """Ones."""
+        return np.ones(trajectory.steps)
+
+
+@dataclass(frozen=True)
+class MeasuredGain:
+    """The gain of the sampling chain from each step, measured: (‖Δx_0‖² / (‖Δε_k‖²/‖ε_k‖²))^power.
+
+    The denoiser's output at step k is moved a little towards its output a step earlier, the direction in which reuse
+    moves it, and pushed through the remaining steps by the pipeline's own sampler. Steps before k are answered from
+    the trajectory, so the cost is half a sampling run per step.
+
+    Args:
+        power: 1 weighs by the gain itself, 0 is uniform.
+        fraction: How far towards the earlier output.
+    """
+
+    power: float = 1.0
+    fraction: float = 0.1
+
+    def measure(self, trajectory: Trajectory) -> Floats:
+        """Gain per step, shape (steps,); step 0, which has no earlier output, takes step 1's.
+
+        Raises:
+            LearningError: A run is not finite.
+        """
+        steps = range(1, trajectory.steps)
+        gains = [self._gain(trajectory, step) for step in tqdm(steps, "measuring the gain per step", disable=None)]
+        return np.array(gains[:1] + gains or [1.0]) ** self.power
+
+    def _gain(self, trajectory: Trajectory, step: int) -> float:
+        nudge = _Nudge(trajectory, step, self.fraction)
+        with ExitStack() as stack:
+            stack.enter_context(attached({trajectory.sampling.denoiser: nudge}))
+            latent = trajectory.sampling().latent
+        moved = float((latent - trajectory.sampled.latent).float().square().sum())
+        if not np.isfinite(moved):
+            raise LearningError(
+                given=f"a run that is not finite after a nudge at step {step}",
+                expected="finite latents",
+                advice="Check the pipeline's dtype, or use a smaller fraction",
+            )
+        return moved / max(nudge.relative_move, 1e-20)
+
+
+class _Nudge(Behaviour):
+    """Answers from the trajectory before a step, moves the output at it, and stands aside afterwards."""
+
+    def __init__(self, trajectory: Trajectory, step: int, fraction: float) -> None:
+        self.trajectory, self.step, self.fraction = trajectory, step, fraction
+        self.evaluation = 0
+        self.moved: list[Any] = []
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        branches, now = self.trajectory.sampler.branches, self.evaluation
+        self.evaluation += 1
+        if now >= (self.step + 1) * branches:
+            return call(*args, **kwargs)
+        said = self.trajectory.outputs[now]
+        if now < self.step * branches:
+            return each(torch.clone, said)
+        before = self.trajectory.outputs[now - branches]
+        moved = each(lambda new, old: torch.lerp(new, old, self.fraction), said, before)
+        self.moved.append(moved)
+        return moved
+
+    @property
+    def relative_move(self) -> float:
+        """‖Δε‖² / ‖ε‖² of what the scheduler was handed."""
+        guidance = guidance_of(self.trajectory, self.step)
+        return float(relative_error(guidance(self.moved), guidance(self.trajectory.at(self.step)[1])))
+
+
+def step_changes(trajectory: Trajectory) -> Floats:
+    """How wrong handing over the previous step's output would be, ‖ε_k − ε_{k−1}‖² / ‖ε_k‖² per step; 0 at step 0."""
+    changes = [0.0]
+    for step in range(1, trajectory.steps):
+        guidance = guidance_of(trajectory, step)
+        before, now = (guidance(trajectory.at(which)[1]) for which in (step - 1, step))
+        changes.append(float(relative_error(before, now)))
+    return np.array(changes)

@@ -1,0 +1,141 @@
+"""`PerTimestep`: the paper's learner. Every row on its own, step-aware weights, rectification, rounds (arXiv 2603.19939)."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from stepmask.denoiser.runtime import apply
+from stepmask.denoiser.trajectory import Trajectory, record_sampling
+from stepmask.learning.executors import Executor, learn_rows
+from stepmask.learning.guidance import guidance_of
+from stepmask.learning.objective import MeasuredGain, Objective, Scaling, relative_error, step_changes
+from stepmask.learning.relax import Relaxation, Sigmoid
+from stepmask.learning.rounding import round_scores
+from stepmask.learning.step import StepJob
+from stepmask.schedule.budget import Budget
+from stepmask.schedule.schedule import MaskSchedule
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PerTimestep:
+    """Masks learned for each timestep independently.
+
+    The first round is teacher-forced: latents and stored values are the reference's. Later rounds use the latents and
+    the store of the run under the table learned so far, so that ages and drift are the true ones. The table with the
+    smallest error on the calibration run is kept.
+
+    Args:
+        relaxation: `Sigmoid`, `StraightThrough` or `Concrete`.
+        scaling: `MeasuredGain` or `Uniform`: what fidelity weighs at each step.
+        feature: η of the objective, the weight of the blocks' own fidelity.
+        price: λ of the objective, in units of the mean harm of reusing a whole step; later rounds adapt it so that
+            scores settle near the budget.
+        iterations: Training steps per row.
+        rounds: The first included.
+        max_age: A value is reused for at most this many steps.
+        seed: Of the relaxations' noise.
+    """
+
+    relaxation: Relaxation = field(default_factory=Sigmoid)
+    scaling: Scaling = field(default_factory=MeasuredGain)
+    feature: float = 0.0
+    price: float = 1.0
+    iterations: int = 30
+    rounds: int = 2
+    max_age: int = 5
+    seed: int = 0
+
+    def learn(
+        self, trajectory: Trajectory, reference: MaskSchedule, budget: Budget, executor: Executor, folder: Path | None
+    ) -> MaskSchedule:
+        """The best table of all rounds.
+
+        Args:
+            trajectory: A reference run; its seeds are the calibration set.
+            reference: The all-compute table.
+            budget: Of the whole run.
+            executor: Where rows are learned.
+            folder: Where finished rows are kept; `None` = nowhere.
+        """
+        weights = self._weights(trajectory)
+        under, table, price = trajectory, reference, self.price
+        tried: list[tuple[float, MaskSchedule]] = []
+        for _ in range(self.rounds):
+            jobs = self._jobs(under, table, weights, price, _shares(weights, trajectory, budget))
+            scores = learn_rows(jobs, trajectory.sampling.denoiser, executor, folder)
+            scores = np.vstack([np.ones(scores.shape[1]), scores])
+            table = round_scores(scores, reference, budget, max_age=self.max_age)
+            price *= self._natural_share(scores, reference) / budget.macs
+            under = self._record_under(trajectory, table)
+            tried.append((float(relative_error(under.sampled.latent, trajectory.sampled.latent)), table))
+        error, best = min(tried, key=lambda pair: pair[0])
+        return best.with_rows(best.rows, **self._provenance(budget, error, [error for error, _ in tried]))
+
+    def _weights(self, trajectory: Trajectory) -> Floats:
+        """w_k, in units in which the mean harm of reusing a whole step is 1."""
+        gains = self.scaling.measure(trajectory)
+        harm = gains * step_changes(trajectory)
+        return gains / max(float(harm[1:].mean()) if len(harm) > 1 else 1.0, 1e-20)
+
+    def _jobs(
+        self, under: Trajectory, table: MaskSchedule, weights: Floats, price: float, shares: Floats
+    ) -> list[StepJob]:
+        whole = [int(step) for step in np.flatnonzero(table.rows.all(axis=1))]
+        jobs = []
+        for step in range(1, under.steps):
+            first = max(start for start in whole if start < step)
+            windows = [under.at(earlier)[0] for earlier in range(first, step + 1)]
+            jobs.append(
+                StepJob(
+                    step=step,
+                    calls=tuple(zip(*windows, strict=True)),
+                    rows=table.rows[first:step],
+                    graph=table.graph,
+                    guidance=guidance_of(under, step),
+                    objective=Objective(float(weights[step]), self.feature, price),
+                    relaxation=self.relaxation,
+                    share=float(shares[step]),
+                    iterations=self.iterations,
+                    seed=self.seed * 100_003 + step,
+                )
+            )
+        return jobs
+
+    def _natural_share(self, scores: Floats, reference: MaskSchedule) -> float:
+        """What the scores themselves would spend, cut at one half."""
+        return float(((scores > 0.5) * reference.graph.costs).sum() / len(scores))
+
+    def _record_under(self, trajectory: Trajectory, table: MaskSchedule) -> Trajectory:
+        with ExitStack() as stack:
+            stack.enter_context(apply(trajectory.sampling.pipe, table))
+            return record_sampling(trajectory.sampling)
+
+    def _provenance(self, budget: Budget, error: float, errors: list[float]) -> dict[str, object]:
+        return {
+            "table": "per-timestep",
+            "learner": repr(replace(self)),
+            "budget": {"macs": budget.macs},
+            "calibration_error": error,
+            "error_by_round": errors,
+        }
+
+
+def _shares(weights: Floats, trajectory: Trajectory, budget: Budget) -> Floats:
+    """Budget of each row for relaxations that have a hard one, shape (steps,); step 0 is computed whole.
+
+    Reusing a share r of step k is taken to do harm h_k·r² (errors of one step add up coherently), h_k the harm of
+    reusing all of it; minimising the sum at a fixed total gives r_k ∝ 1/h_k, clipped to 1.
+    """
+    harm = np.maximum((weights * step_changes(trajectory))[1:], 1e-12)
+    steps = len(harm)
+    reused = min(steps, (1 - budget.macs) * (steps + 1))  # total of r over the steps after the first
+    low, high = 0.0, float(harm.max() * steps)
+    for _ in range(80):
+        level = (low + high) / 2
+        low, high = (level, high) if np.minimum(level / harm, 1).sum() < reused else (low, level)
+    return np.concatenate([[1.0], 1 - np.minimum(high / harm, 1)])

@@ -1,0 +1,125 @@
+"""`learn_step`: the scores of one row, from one step's forward and backward passes alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from stepmask.denoiser.trajectory import Call
+from stepmask.denoiser.values import each, tensors
+from stepmask.errors import LearningError
+from stepmask.learning.bench import Bench
+from stepmask.learning.guidance import Guidance
+from stepmask.learning.objective import Objective, relative_error
+from stepmask.learning.relax import Relaxation
+from stepmask.schedule.graph import BlockGraph
+
+
+@dataclass(frozen=True)
+class StepJob:
+    """All that one row needs; nothing of it depends on another row that is being learned.
+
+    Args:
+        step: The step whose row is learned.
+        calls: What the denoiser was given, by branch and then step, from the last fully computed step before this
+            one up to this one.
+        rows: The rows of the steps before this one in `calls`, shape (len(calls[0]) − 1, blocks): they fill the store.
+        graph: The blocks.
+        guidance: How the outputs of all branches become what the scheduler is handed: there fidelity is measured.
+        objective: What the scores are trained for.
+        relaxation: How bits become scores.
+        share: Budget of this row, as a share of the denoiser's MACs, for relaxations that have a hard one.
+        iterations: Training steps.
+        seed: Of the relaxation's noise.
+    """
+
+    step: int
+    calls: tuple[tuple[Call, ...], ...]
+    rows: npt.NDArray[np.bool_]
+    graph: BlockGraph
+    guidance: Guidance
+    objective: Objective
+    relaxation: Relaxation
+    share: float
+    iterations: int
+    seed: int
+
+    def digest(self) -> str:
+        """A name for the content of this job: equal jobs have equal names, on any machine."""
+        digest = sha256()
+        settings = (self.step, self.guidance.channels, self.objective, self.relaxation, self.share, self.iterations, self.seed, self.graph)
+        digest.update(repr(settings).encode() + self.rows.tobytes())
+        for tensor in tensors(self.calls_as_values()):
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:24]
+
+    def calls_as_values(self) -> list[Any]:
+        """All tensors that the job depends on, in plain containers."""
+        return [(call.args, call.kwargs) for branch in self.calls for call in branch] + [self.guidance.weights]
+
+
+def learn_step(job: StepJob, denoiser: nn.Module) -> npt.NDArray[np.float64]:
+    """Train the scores of one row; the denoiser's own is 1.
+
+    A pure function of the job and the weights. Memory: one evaluation with gradients, however many steps there are.
+
+    Returns:
+        Scores, shape (blocks,), in [0, 1].
+
+    Raises:
+        LearningError: The loss is not finite.
+    """
+    generator = torch.Generator().manual_seed(job.seed)
+    costs = torch.tensor(job.graph.costs[:-1], dtype=torch.float32)
+    parameter = job.relaxation.start(len(costs)).requires_grad_()
+    optimiser = torch.optim.Adam([parameter], lr=job.relaxation.rate)
+    branches = [_Branch(Bench(denoiser, job.graph), calls, job.rows) for calls in job.calls]
+    for iteration in range(job.iterations):
+        with torch.no_grad():
+            job.relaxation.project(parameter, costs, job.share)
+        with torch.enable_grad():
+            scores = job.relaxation.sample(parameter, iteration / max(job.iterations - 1, 1), generator)
+            loss = _loss(job, branches, scores, costs)
+        if not torch.isfinite(loss):
+            raise _not_finite(job)
+        (parameter.grad,) = torch.autograd.grad(loss, [parameter])
+        optimiser.step()
+    with torch.no_grad():
+        job.relaxation.project(parameter, costs, job.share)
+    learned = job.relaxation.scores(parameter.detach())
+    return np.append(learned.double().numpy(), 1.0)
+
+
+class _Branch:
+    """One branch of the step: its store filled, its targets known."""
+
+    def __init__(self, bench: Bench, calls: Sequence[Call], rows: npt.NDArray[np.bool_]) -> None:
+        self.bench, self.call = bench, calls[-1]
+        with bench.attached():
+            for call, row in zip(calls[:-1], rows, strict=True):
+                bench.follow(call, row)
+            self.target = each(torch.clone, bench.observe(self.call))
+
+    def blend(self, scores: Tensor) -> tuple[Any, list[Tensor]]:
+        with self.bench.attached():
+            return self.bench.blend(self.call, scores)
+
+
+def _loss(job: StepJob, branches: Sequence[_Branch], scores: Tensor, costs: Tensor) -> Tensor:
+    pairs = [branch.blend(scores) for branch in branches]
+    target = job.guidance([branch.target for branch in branches])
+    error = relative_error(job.guidance([output for output, _ in pairs]), target)
+    return job.objective(error, [feature for _, features in pairs for feature in features], scores @ costs)
+
+
+def _not_finite(job: StepJob) -> LearningError:
+    return LearningError(
+        given=f"a loss at step {job.step} that is not finite",
+        expected="finite outputs of the denoiser",
+        advice="Check its dtype: half precision overflows on CPU",
+    )

@@ -1,0 +1,40 @@
+"""Fixtures: a tiny real pipeline, and torch on few threads so that parallel tests do not fight."""
+
+from typing import Any
+
+import pytest
+import torch
+from toys import tiny_dit
+
+import stepmask
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def pipe() -> Any:
+    """A DiTPipeline with random weights: 3 blocks, 8×8 latents."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8,
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
+    pipe = DiTPipeline(transformer=tiny_dit(), vae=vae.eval(), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def trajectory(pipe: Any) -> stepmask.Trajectory:
+    """Five guided DDIM steps of two samples."""
+    return stepmask.record(pipe, class_labels=[1, 2], num_inference_steps=5)
+
+
+@pytest.fixture
+def reference(pipe: Any, trajectory: stepmask.Trajectory) -> stepmask.MaskSchedule:
+    """The all-compute table of the tiny pipeline, sublayers."""
+    graph = stepmask.trace(pipe, trajectory)
+    return stepmask.MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)

@@ -1,0 +1,202 @@
+"""The table: what is valid, how it is saved, how it is carried to other steps."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import bits, chain_graph, sampler, table, unet_graph
+
+from stepmask import Budget, MaskSchedule
+from stepmask.errors import (
+    InvalidBudget,
+    InvalidSchedule,
+    InvalidScheduleFile,
+    NoSuchBlock,
+    ReuseBeforeCompute,
+    ScheduleMismatch,
+    UnwritablePath,
+)
+from stepmask.schedule.file import dumps, loads
+from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
+from stepmask.schedule.graph import Block, BlockGraph
+
+
+def forecasting() -> MaskSchedule:
+    return table(
+        unet_graph(), "11111", "11111", "10001", "11100",
+        weights={(2, "mid"): (1.5, -0.5), (3, "up1"): (0.1 + 0.2, 0.7), (3, "up0"): (1.0,)},
+    )  # fmt: skip
+
+
+def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    schedule = forecasting()
+    schedule.save_pretrained(tmp_path)
+    assert MaskSchedule.from_pretrained(tmp_path) == schedule
+    assert MaskSchedule.from_pretrained(tmp_path / "stepmask.json") == schedule
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> MaskSchedule:
+    """Valid tables with forecasts of any order over up to 7 steps of the toy U-Net."""
+    graph = unet_graph()
+    rows = np.array(draw(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=7)))
+    rows[0] = True
+    weights = np.tile((1.0, 0.0, 0.0), (*rows.shape, 1))
+    number = st.floats(-3, 3, allow_nan=False).filter(lambda x: abs(x) > 1e-3)
+    for step, column in np.argwhere(~rows):
+        order = draw(st.integers(1, min(3, int(rows[:step, column].sum()))))
+        weights[step, column] = [draw(number) for _ in range(order)] + [0.0] * (3 - order)
+    return MaskSchedule(graph, rows, DenoiserFingerprint("Toy", {"n": 2}), sampler(len(rows)), weights)
+
+
+@given(schedules())
+def test_any_table_survives_the_file(schedule: MaskSchedule) -> None:
+    assert loads(dumps(schedule)) == schedule
+
+
+def test_the_file_has_a_block_and_a_row_a_line() -> None:
+    lines = dumps(forecasting()).splitlines()
+    assert '  "100011",' in lines
+    assert '  {"name": "up1", "reuse": "output", "macs": 1, "bytes": 4, "reads": "1-2"},' in lines
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
+    text = dumps(forecasting())
+    (tmp_path / "stepmask.json").write_text(text[: int(len(text) * kept)])
+    with pytest.raises(InvalidScheduleFile, match=r"stepmask\.json"):
+        MaskSchedule.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "stepmask/0"},
+        {"rows": ["111111"]},
+        {"rows": ["11111x", "111111", "100011", "111001"]},
+        {"blocks": []},
+        {"forecasts": [{"step": 9, "blocks": "0", "weights": [1]}]},
+        {"sampler": {"class": "DDIM"}},
+    ],
+    ids=str,
+)
+def test_a_foreign_file_is_refused(change: dict[str, object]) -> None:
+    data = json.loads(dumps(forecasting()))
+    with pytest.raises(InvalidScheduleFile):
+        loads(json.dumps({**data, **change}))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"stepmask/1"', "{}"])
+def test_json_of_another_kind_is_refused(text: str) -> None:
+    with pytest.raises(InvalidScheduleFile):
+        loads(text)
+
+
+def test_nothing_is_left_behind_in_an_unwritable_folder(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("here first")
+    with pytest.raises(UnwritablePath, match="cannot write"):
+        forecasting().save_pretrained(blocked)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_old_file_stays_whole_when_a_new_one_cannot_be_written(tmp_path: Path) -> None:
+    schedule = forecasting()
+    schedule.save_pretrained(tmp_path)
+    broken = replace(schedule, provenance={"not": "finite", "x": float("nan")})
+    with pytest.raises(ValueError, match="Out of range float"):
+        broken.save_pretrained(tmp_path)
+    assert MaskSchedule.from_pretrained(tmp_path) == schedule
+    assert os.listdir(tmp_path) == ["stepmask.json"]
+
+
+def test_a_missing_source_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InvalidScheduleFile, match="no such file"):
+        MaskSchedule.from_pretrained(tmp_path / "nowhere")
+
+
+def test_reuse_before_compute_is_refused() -> None:
+    with pytest.raises(ReuseBeforeCompute, match="'mid' reads 1 stored values at step 0"):
+        table(unet_graph(), "11011", "11111")
+
+
+def test_a_forecast_from_more_values_than_computed_is_refused() -> None:
+    with pytest.raises(ReuseBeforeCompute, match="reads 2 stored values at step 1, when 1"):
+        table(unet_graph(), "11111", "11011", weights={(1, "mid"): (2.0, -1.0)})
+
+
+@pytest.mark.parametrize("cell", [(0.0,), (float("nan"),), (float("inf"), 1.0)])
+def test_weights_must_be_finite_and_not_all_zero(cell: tuple[float, ...]) -> None:
+    with pytest.raises(InvalidSchedule):
+        table(unet_graph(), "11111", "11111", "11011", weights={(2, "mid"): cell})
+
+
+def test_rows_of_another_shape_are_refused() -> None:
+    with pytest.raises(InvalidSchedule, match="shape"):
+        MaskSchedule(unet_graph(), np.ones((3, 6), dtype=bool), DenoiserFingerprint("Toy"), sampler(4))
+
+
+def test_a_table_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        forecasting().rows[0, 0] = False
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.01, float("nan"), "half", True, None])
+def test_a_budget_outside_its_range_is_refused(share: object) -> None:
+    with pytest.raises(InvalidBudget, match=r"\(0, 1\]"):
+        Budget(macs=share)  # type: ignore[arg-type]
+
+
+def test_a_graph_reads_only_what_came_before() -> None:
+    with pytest.raises(InvalidSchedule):
+        BlockGraph((Block("a", ("b",)), Block("b"), Block("")))
+    with pytest.raises(InvalidSchedule):
+        BlockGraph((Block("a"), Block("b", ("a",))))
+    with pytest.raises(NoSuchBlock, match="one of down0, "):
+        unet_graph().column("down7")
+
+
+class TestResample:
+    def test_to_the_same_steps_is_the_identity(self) -> None:
+        schedule = forecasting()
+        again = schedule.resample(schedule.sampler)
+        assert bits(again) == bits(schedule)
+        np.testing.assert_allclose(again.forecasts, schedule.forecasts)
+
+    def test_rows_follow_log_snr_and_not_the_index(self) -> None:
+        schedule = table(chain_graph(1, "output"), "1", "0", "1", "0")
+        other = SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (0.0, 1.9, 2.1, 3.2))
+        assert bits(schedule.resample(other)) == ["1", "1", "1", "0"]
+
+    def test_a_first_order_forecast_keeps_its_relative_length(self) -> None:
+        # κ = 0.5 at age 1 over gap 1; at twice the steps the same place is age 2 over gap 2 or age 1 over gap 2
+        schedule = table(chain_graph(1, "output"), "1", "1", "0", weights={(2, "b0"): (1.5, -0.5)})
+        doubled = SamplerFingerprint("", tuple(range(6)), (0.0, 0.4, 0.9, 1.4, 1.9, 2.4))
+        again = schedule.resample(doubled)
+        assert bits(again) == ["1", "1", "1", "1", "0", "0"]
+        np.testing.assert_allclose(again.forecasts[4:, 0], [(1.5, -0.5, 0.0), (2.0, -1.0, 0.0)])
+
+    def test_needs_log_snr(self) -> None:
+        with pytest.raises(ScheduleMismatch, match="log-SNR"):
+            forecasting().resample(SamplerFingerprint("", (1.0, 0.0)))
+
+
+class TestFingerprint:
+    def test_common_keys_must_agree_and_newer_keys_do_no_harm(self) -> None:
+        made_for = DenoiserFingerprint("DiT", {"num_layers": 28})
+        made_for.check(DenoiserFingerprint("DiT", {"num_layers": 28, "new_in_2027": True}))
+        with pytest.raises(ScheduleMismatch, match=r"num_layers = 12\. Expected: num_layers = 28"):
+            made_for.check(DenoiserFingerprint("DiT", {"num_layers": 12}))
+        with pytest.raises(ScheduleMismatch, match="UNet"):
+            made_for.check(DenoiserFingerprint("UNet", {"num_layers": 28}))
+
+    def test_sampler_steps_and_timesteps_must_agree(self) -> None:
+        sampler(5).check(sampler(5))
+        for other in (sampler(6), sampler(5, "Euler"), SamplerFingerprint("", (4.0, 3.0, 2.0, 1.5, 0.0))):
+            with pytest.raises(ScheduleMismatch):
+                sampler(5).check(other)

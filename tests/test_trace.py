@@ -1,0 +1,139 @@
+"""Tracing: blocks, order, reads, shapes and MACs, from fake tensors."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import Chain, Scale, Skips, tiny_dit, tiny_pixart, tiny_pixel_unet, tiny_unet, unet_graph
+
+import stepmask
+from stepmask.errors import NoSuchBlock, TraceError
+from stepmask.schedule.graph import DENOISER
+
+DIT_INPUTS = {
+    "hidden_states": torch.zeros(2, 4, 8, 8),
+    "timestep": torch.tensor([5, 5]),
+    "class_labels": torch.tensor([1, 2]),
+}
+UNET_INPUTS = {
+    "sample": torch.zeros(2, 4, 8, 8),
+    "timestep": torch.tensor(5),
+    "encoder_hidden_states": torch.zeros(2, 3, 8),
+}
+
+
+def test_reads_of_a_unet_follow_its_skips() -> None:
+    graph = stepmask.trace(Skips(), (torch.zeros(1),), blocks={name: "output" for name in Skips.names})
+    assert graph.names == unet_graph().names
+    assert [set(block.reads) for block in graph.blocks] == [set(block.reads) for block in unet_graph().blocks]
+
+
+def test_nothing_is_computed_and_nothing_stays_attached() -> None:
+    denoiser = Chain()
+    stepmask.trace(denoiser, (torch.full((2,), torch.nan), 0.0), blocks="layers.*")
+    assert [type(layer) for layer in denoiser.layers] == [Scale, Scale]
+
+
+def test_shapes_decide_how_a_pattern_is_reused() -> None:
+    denoiser = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 5))
+    graph = stepmask.trace(denoiser, (torch.zeros(7, 3),), blocks="*")
+    assert [block.reuse for block in graph.blocks] == ["delta", "output", "output"]
+
+
+def test_macs_and_bytes_by_hand() -> None:
+    # 7 rows through 3 → 4 → 5: 7·3·4 and 7·4·5 MACs; values of 7·4 and 7·5 floats
+    denoiser = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    graph = stepmask.trace(denoiser, (torch.zeros(7, 3),), blocks="*")
+    assert graph.macs.tolist() == [84, 140, 0]
+    assert [block.bytes for block in graph.blocks] == [112, 140, 140]
+
+
+def test_dit_macs_match_the_formula_of_its_layers() -> None:
+    graph = stepmask.trace(tiny_dit(layers=1), DIT_INPUTS)
+    width, tokens, batch = 16, 16, 2
+    attention = batch * (4 * tokens * width * width + 2 * tokens * tokens * width)  # projections; QKᵀ and AV
+    feed_forward = batch * 2 * tokens * width * 4 * width
+    assert graph.macs[:2].tolist() == [attention, feed_forward]
+    assert graph.names == ("transformer_blocks.0.attn1", "transformer_blocks.0.ff", DENOISER)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "granularity", "count"),
+    [
+        (tiny_dit, DIT_INPUTS, "block", 3),
+        (tiny_dit, DIT_INPUTS, "sublayer", 6),
+        (tiny_pixart, {**DIT_INPUTS, "encoder_hidden_states": torch.zeros(2, 3, 8),
+                       "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}, "sublayer", 9),
+        (tiny_unet, UNET_INPUTS, "block", 14),
+        (tiny_unet, UNET_INPUTS, "sublayer", 22),
+        (tiny_pixel_unet, {"sample": torch.zeros(2, 3, 8, 8), "timestep": 5}, "block", 14),
+    ],
+)  # fmt: skip
+def test_known_families(make: Any, inputs: dict[str, Any], granularity: Any, count: int) -> None:
+    inputs = {name: value for name, value in inputs.items() if make is not tiny_pixart or name != "class_labels"}
+    graph = stepmask.trace(make(), inputs, granularity=granularity)
+    assert len(graph) - 1 == count
+    assert all(block.macs > 0 and block.bytes > 0 for block in graph.blocks)
+
+
+def test_a_unet_reads_its_skips() -> None:
+    graph = stepmask.trace(tiny_unet(), UNET_INPUTS, granularity="block")
+    last_resnet = graph.blocks[graph.column("up_blocks.1.resnets.1")]
+    assert last_resnet.reads == ("up_blocks.1.attentions.0",)  # the other half of its input is conv_in, no block
+    first = graph.blocks[graph.column("up_blocks.1.resnets.0")]
+    assert "down_blocks.0.attentions.0" in first.reads
+
+
+def test_a_pattern_without_a_match_is_an_error() -> None:
+    with pytest.raises(NoSuchBlock, match=r"'layer\.\*'.*layers\.0"):
+        stepmask.trace(Chain(), (torch.zeros(2), 0.0), blocks="layer.*")
+    with pytest.raises(NoSuchBlock):
+        stepmask.trace(Chain(), (torch.zeros(2), 0.0), blocks={"layers.*": "output", "typo.*": "output"})
+
+
+def test_an_unknown_class_asks_for_a_pattern() -> None:
+    with pytest.raises(TraceError, match=r"blocks='layers\.\*'"):
+        stepmask.trace(Chain(), (torch.zeros(2), 0.0))
+
+
+def test_blocks_inside_blocks_are_refused() -> None:
+    with pytest.raises(TraceError, match="contains block"):
+        stepmask.trace(tiny_dit(), DIT_INPUTS, blocks={"transformer_blocks.*": "delta", "transformer_blocks.*.ff": None})
+
+
+class Odd(nn.Module):
+    """Does to its layer what a denoiser should not."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.spare, self.kind = Scale(2.0), Scale(2.0), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        if self.kind == "twice":
+            return self.layer(y)  # type: ignore[no-any-return]
+        return y.view(-1).add_(1) if self.kind == "in place" else y
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "message"),
+    [
+        ("twice", "layer", "called twice"),
+        ("in place", "layer", "in place"),
+        ("fine", "*", "did not call"),
+    ],
+)
+def test_what_cannot_be_masked_is_refused(kind: str, blocks: str, message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        stepmask.trace(Odd(kind), (torch.zeros(2),), blocks=blocks)
+
+
+def test_delta_needs_a_stream() -> None:
+    with pytest.raises(TraceError, match="has not the shape of its input"):
+        stepmask.trace(nn.Sequential(nn.Linear(3, 5)), (torch.zeros(7, 3),), blocks={"*": "delta"})
+
+
+def test_a_pipeline_without_a_denoiser_is_refused() -> None:
+    with pytest.raises(TraceError, match="without a transformer or a U-Net"):
+        stepmask.trace(object(), (torch.zeros(1),))

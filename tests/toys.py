@@ -1,0 +1,138 @@
+"""Denoisers whose algebra can be done on paper, and real diffusers classes at tiny size."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
+from stepmask.schedule.graph import DENOISER, Block, BlockGraph, Reuse
+from stepmask.schedule.schedule import MaskSchedule
+
+
+class Scale(nn.Module):
+    """x ↦ factor · x, and counts its calls."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor, self.calls = factor, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.factor
+
+
+class Chain(nn.Module):
+    """x ↦ x + 2x = 3x, then ↦ 3·5x: layer 0 doubles beside the stream, layer 1 multiplies by 5 in it; t is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Scale(2.0), Scale(5.0)])
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        x = x + self.layers[0](x)
+        return self.layers[1](x) + t
+
+
+class Skips(nn.Module):
+    """A U-Net on scalars: down0, down1, mid, up1 (reads mid and down1), up0 (reads up1 and down0)."""
+
+    names = ("down0", "down1", "mid", "up1", "up0")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, factor in zip(self.names, (2.0, 3.0, 5.0, 7.0, 11.0), strict=True):
+            setattr(self, name, Scale(factor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        top = self.down0(x)
+        deep = self.down1(top)
+        x = self.up1(self.mid(deep) + deep)
+        return self.up0(x + top)
+
+
+def sampler(steps: int, class_name: str = "") -> SamplerFingerprint:
+    return SamplerFingerprint(
+        class_name, tuple(float(t) for t in range(steps - 1, -1, -1)), tuple(float(k) for k in range(steps))
+    )
+
+
+def unet_graph() -> BlockGraph:
+    """The graph of `Skips`, a MAC and four bytes a block."""
+    reads = {"down0": (), "down1": ("down0",), "mid": ("down1",), "up1": ("down1", "mid"), "up0": ("down0", "up1")}
+    blocks = tuple(Block(name, reads[name], "output", 1, 4) for name in Skips.names)
+    return BlockGraph((*blocks, Block(DENOISER, ("up0",), "output", 0, 4)))
+
+
+def chain_graph(count: int, reuse: Reuse) -> BlockGraph:
+    blocks = tuple(Block(f"b{i}", (f"b{i - 1}",) if i else (), reuse, 1, 4) for i in range(count))
+    return BlockGraph((*blocks, Block(DENOISER, (f"b{count - 1}",), "output", 0, 4)))
+
+
+def table(graph: BlockGraph, *rows: str, weights: dict[tuple[int, str], tuple[float, ...]] | None = None,
+          denoiser: DenoiserFingerprint | None = None) -> MaskSchedule:  # fmt: skip
+    """A schedule from rows of bits over the graph's blocks; the denoiser's own bit may be left out (computed)."""
+    bits = np.array([[bit == "1" for bit in row.ljust(len(graph), "1")] for row in rows])
+    full = np.tile((1.0, 0.0, 0.0), (*bits.shape, 1))
+    for (step, name), cell in (weights or {}).items():
+        full[step, graph.column(name)] = (*cell, *[0.0] * (3 - len(cell)))
+    return MaskSchedule(graph, bits, denoiser or DenoiserFingerprint("Toy"), sampler(len(rows)), full)
+
+
+def bits(schedule: MaskSchedule) -> list[str]:
+    """Rows as strings, without the denoiser's own bit."""
+    return ["".join("01"[int(bit)] for bit in row[:-1]) for row in schedule.rows]
+
+
+def tiny_dit(layers: int = 3) -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    denoiser = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=layers, sample_size=8,
+        num_embeds_ada_norm=1000, norm_type="ada_norm_zero", norm_elementwise_affine=False,
+    )  # fmt: skip
+    return _stirred(denoiser)
+
+
+def tiny_unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    denoiser = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
+    )  # fmt: skip
+    return _stirred(denoiser)
+
+
+def tiny_pixel_unet() -> nn.Module:
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    denoiser = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4, norm_num_groups=4,
+    )  # fmt: skip
+    return _stirred(denoiser)
+
+
+def tiny_pixart() -> nn.Module:
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    denoiser = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=3, sample_size=8,
+        cross_attention_dim=16, caption_channels=8, use_additional_conditions=False,
+    )  # fmt: skip
+    return _stirred(denoiser)
+
+
+def _stirred(denoiser: nn.Module) -> nn.Module:
+    """Random weights everywhere: some classes start with zeros, which would hide every mistake."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return denoiser.eval()
