@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from toys import tiny_dit
 
 import stepmask
+
+from toys import tiny_dit
 
 torch.set_num_threads(1)
 

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 from hypothesis import given
-from test_schedule import schedules
-from toys import bits, chain_graph, table, unet_graph
 
 from stepmask import MaskSchedule
 from stepmask.errors import InvalidBudget, InvalidSchedule
 from stepmask.schedule.baselines import fixed_interval, taylor_weights, whole_step
 from stepmask.schedule.rectify import lower, rectify
+
+from test_schedule import schedules
+from toys import bits, chain_graph, table, unet_graph
 
 
 def test_output_reuse_kills_what_only_it_needed() -> None:

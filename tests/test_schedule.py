@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import bits, chain_graph, sampler, table, unet_graph
 
 from stepmask import Budget, MaskSchedule
 from stepmask.errors import (
@@ -24,6 +23,8 @@ from stepmask.errors import (
 from stepmask.schedule.file import dumps, loads
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 from stepmask.schedule.graph import Block, BlockGraph
+
+from toys import bits, chain_graph, sampler, table, unet_graph
 
 
 def forecasting() -> MaskSchedule:

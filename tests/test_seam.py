@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toys import Scale
 
 from stepmask.denoiser.seam import Behaviour, attach, attached, detach
 from stepmask.errors import RunError
+
+from toys import Scale
 
 
 class Add(Behaviour):

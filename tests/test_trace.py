@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Chain, Scale, Skips, tiny_dit, tiny_pixart, tiny_pixel_unet, tiny_unet, unet_graph
 
 import stepmask
 from stepmask.errors import NoSuchBlock, TraceError
 from stepmask.schedule.graph import DENOISER
+
+from toys import Chain, Scale, Skips, tiny_dit, tiny_pixart, tiny_pixel_unet, tiny_unet, unet_graph
 
 DIT_INPUTS = {
     "hidden_states": torch.zeros(2, 4, 8, 8),
@@ -24,7 +25,7 @@ UNET_INPUTS = {
 
 
 def test_reads_of_a_unet_follow_its_skips() -> None:
-    graph = stepmask.trace(Skips(), (torch.zeros(1),), blocks={name: "output" for name in Skips.names})
+    graph = stepmask.trace(Skips(), (torch.zeros(1),), blocks=dict.fromkeys(Skips.names, "output"))
     assert graph.names == unet_graph().names
     assert [set(block.reads) for block in graph.blocks] == [set(block.reads) for block in unet_graph().blocks]
 
@@ -99,7 +100,9 @@ def test_an_unknown_class_asks_for_a_pattern() -> None:
 
 def test_blocks_inside_blocks_are_refused() -> None:
     with pytest.raises(TraceError, match="contains block"):
-        stepmask.trace(tiny_dit(), DIT_INPUTS, blocks={"transformer_blocks.*": "delta", "transformer_blocks.*.ff": None})
+        stepmask.trace(
+            tiny_dit(), DIT_INPUTS, blocks={"transformer_blocks.*": "delta", "transformer_blocks.*.ff": None}
+        )
 
 
 class Odd(nn.Module):

@@ -3,6 +3,8 @@
 The only file that knows diffusers' class names. It imports none of them: a class is known by its name.
 """
 
+import inspect
+import random
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -150,4 +152,28 @@ def _no_match(denoiser: nn.Module, pattern: str) -> NoSuchBlock:
         given=f"pattern {pattern!r}, which matches no module of {type(denoiser).__name__}",
         expected=f"a pattern over {shown}",
         advice="A star stands for one component of the name: 'layers.*' or 'layers.*.attn'",
+    )
+
+
+def example_call(pipe: Any, count: int, seed: int) -> dict[str, Any]:
+    """Arguments that make a pipeline draw `count` samples, for pipelines that need no words.
+
+    Class-conditional pipelines get labels drawn without replacement from the ones they name, over and over;
+    unconditional ones a batch size.
+
+    Raises:
+        TraceError: The pipeline wants something else, a prompt for example.
+    """
+    wanted = inspect.signature(pipe.__call__).parameters
+    if "class_labels" in wanted:
+        known = sorted(set(getattr(pipe, "labels", {}).values())) or list(range(1000))
+        shuffled = random.Random(seed).sample(known, len(known))
+        return {"class_labels": [shuffled[index % len(known)] for index in range(count)]}
+    required = [p.name for p in wanted.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if "batch_size" in wanted and not required:
+        return {"batch_size": count}
+    raise TraceError(
+        given=f"a {type(pipe).__name__} without arguments",
+        expected=f"its conditioning, as {type(pipe).__name__} takes it",
+        advice='Pass it, on the command line with --call \'{"prompt": ["a cat", "a dog"]}\'',
     )

@@ -23,7 +23,7 @@ class Behaviour(Protocol):
 
 
 @cache
-def _seamed(cls: type[nn.Module]) -> type[nn.Module]:
+def _seamed(cls: type[Any]) -> type[Any]:
     """`cls` with a behaviour before its call: one subclass per class, so that equal blocks share compiled graphs."""
     depth = getattr(cls, "_seam_depth", 0) + 1
     slot = f"_seam_{depth}"
@@ -37,7 +37,8 @@ def _seamed(cls: type[nn.Module]) -> type[nn.Module]:
 
 def attach(module: nn.Module, behaviour: Behaviour) -> None:
     """Put a behaviour in front of a module, outside of those that are there already."""
-    seamed = _seamed(type(module))
+    cls: Any = type(module)
+    seamed = _seamed(cls)
     module.__dict__[f"_seam_{seamed._seam_depth}"] = behaviour
     module.__class__ = seamed
 

@@ -1,4 +1,4 @@
-"""`trace`: one evaluation on fake tensors tells a denoiser's blocks, their order, who reads whom, and what they cost."""
+"""`trace`: one evaluation on fake tensors tells a denoiser's blocks, their order, who reads whom, and their cost."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -158,7 +158,7 @@ class _Flow(TorchDispatchMode):
     """Carries along, from operation to operation, which blocks a tensor was made from."""
 
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without types
         self.recorder = recorder
 
     def __torch_dispatch__(

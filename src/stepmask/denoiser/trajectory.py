@@ -154,7 +154,9 @@ def record_sampling(sampling: Sampling) -> Trajectory:
     scheduler = scheduler_of(sampling.pipe)
     with ExitStack() as stack:
         if scheduler is not None and sampling.run is None:
-            stack.enter_context(watched(scheduler, "set_timesteps", lambda *_, **__: sequence.append(describe(scheduler))))
+            stack.enter_context(
+                watched(scheduler, "set_timesteps", lambda *_, **__: sequence.append(describe(scheduler)))
+            )
         stack.enter_context(attached({sampling.denoiser: listener}))
         sampled = sampling()
     if not all(torch.isfinite(tensor).all() for tensor in tensors(sampled.latent)):

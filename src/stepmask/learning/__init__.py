@@ -1,0 +1,1 @@
+"""Many steps: from a recorded run to a schedule."""

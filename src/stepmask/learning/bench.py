@@ -96,7 +96,7 @@ def _observe(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def _blend(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """s · F(h) + (1 − s) · C (design of Learning-to-Cache, arXiv 2406.01733, eq. 8), in terms of stored values."""
+    """S · F(h) + (1 − s) · C (design of Learning-to-Cache, arXiv 2406.01733, eq. 8), in terms of stored values."""
     fresh = seat.value(call(*args, **kwargs), args, kwargs)
     mixed = each(lambda old, new: torch.lerp(old, new, seat.score.to(new.dtype)), seat.stored, fresh)
     output = seat.answer(mixed, args, kwargs)

@@ -1,4 +1,4 @@
-"""What a row is trained for: fidelity of the denoiser's output and features, weighed by step, against a price per MAC."""
+"""What a row is trained for: fidelity of output and features, weighed by step, against a price per MAC."""
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack

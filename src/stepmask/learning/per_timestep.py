@@ -1,7 +1,7 @@
-"""`PerTimestep`: the paper's learner. Every row on its own, step-aware weights, rectification, rounds (arXiv 2603.19939)."""
+"""`PerTimestep`: the paper's learner (arXiv 2603.19939). Every row on its own, step-aware weights, rounds."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +74,7 @@ class PerTimestep:
             under = self._record_under(trajectory, table)
             tried.append((float(relative_error(under.sampled.latent, trajectory.sampled.latent)), table))
         error, best = min(tried, key=lambda pair: pair[0])
-        return best.with_rows(best.rows, **self._provenance(budget, error, [error for error, _ in tried]))
+        return best.with_rows(best.rows, provenance=self._provenance(budget, error, [error for error, _ in tried]))
 
     def _weights(self, trajectory: Trajectory) -> Floats:
         """w_k, in units in which the mean harm of reusing a whole step is 1."""
@@ -118,7 +118,7 @@ class PerTimestep:
     def _provenance(self, budget: Budget, error: float, errors: list[float]) -> dict[str, object]:
         return {
             "table": "per-timestep",
-            "learner": repr(replace(self)),
+            "learner": repr(self),
             "budget": {"macs": budget.macs},
             "calibration_error": error,
             "error_by_round": errors,

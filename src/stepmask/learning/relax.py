@@ -10,7 +10,9 @@ from torch import Tensor
 class Relaxation(Protocol):
     """How a row of bits is made trainable. The parameter is a vector, one entry per block."""
 
-    rate: float
+    @property
+    def rate(self) -> float:
+        """Learning rate of Adam."""
 
     def start(self, count: int) -> Tensor:
         """The parameter to begin with, shape (count,)."""
@@ -115,7 +117,7 @@ class Concrete:
         return torch.sigmoid((probability.logit() + noise) / temperature)
 
     def project(self, parameter: Tensor, costs: Tensor, share: float) -> None:
-        """s ← clip(s − v, 0, 1), v by bisection."""
+        """S ← clip(s − v, 0, 1), v by bisection."""
         low, high = torch.zeros(()), parameter.max().clamp_min(0.0)
         if float((parameter.clamp(0, 1) * costs).sum()) <= share:
             high = low

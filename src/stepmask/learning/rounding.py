@@ -8,12 +8,17 @@ from stepmask.schedule.budget import Budget
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
 
-Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
+
+BISECTIONS = 40
 
 
 def round_scores(scores: Floats, reference: MaskSchedule, budget: Budget, *, max_age: int) -> MaskSchedule:
     """The rectified table that computes the highest scores within a budget.
+
+    One threshold serves the whole table, so that steps and blocks compete for the same MACs. A score was learned for
+    a value of the step before; the error of reusing an a-steps-old value grows like a², so a cell is computed where
+    score · a² reaches the threshold.
 
     Args:
         scores: (steps, blocks) in [0, 1].
@@ -24,37 +29,30 @@ def round_scores(scores: Floats, reference: MaskSchedule, budget: Budget, *, max
     Raises:
         InvalidBudget: Even with no bit but those that must be set the budget is exceeded.
     """
-    thresholds = np.unique(scores)
-    low, high = 0, len(thresholds)  # index of the lowest threshold that fits lies in [low, high]
-    best = _table(scores, np.inf, reference, max_age)
-    if lower(best).macs_share > budget.macs:
+    least = _table(scores, np.inf, reference, max_age)
+    if lower(least).macs_share > budget.macs:
         raise InvalidBudget(
             given=f"budget {budget.macs:g}",
-            expected=f"at least {lower(best).macs_share:.4f}, the least that reuse for at most {max_age} steps allows",
+            expected=f"at least {lower(least).macs_share:.4f}, the least that reuse for at most {max_age} steps allows",
             advice="Spend more, or allow a larger max_age",
         )
-    while low < high:
-        middle = (low + high) // 2
-        table = _table(scores, float(thresholds[middle]), reference, max_age)
+    best, low, high = least, 0.0, max_age**2 + 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        table = _table(scores, middle, reference, max_age)
         if lower(table).macs_share <= budget.macs:
             best, high = table, middle
         else:
-            low = middle + 1
+            low = middle
     return rectify(best)
 
 
 def _table(scores: Floats, threshold: float, reference: MaskSchedule, max_age: int) -> MaskSchedule:
-    rows = revive(scores >= threshold, max_age)
-    rows[:, -1] = True
-    return reference.with_rows(rows)
-
-
-def revive(rows: Bools, max_age: int) -> Bools:
-    """Set the first row, and a bit wherever a value would be reused for more than `max_age` steps."""
-    rows, age = rows.copy(), np.zeros(rows.shape[1], dtype=int)
-    rows[0] = True
-    for row in rows:
-        age = np.where(row, 0, age + 1)
-        row |= age > max_age
+    """First row and denoiser computed; the revive rule against old age."""
+    rows, age = np.ones(scores.shape, dtype=bool), np.zeros(scores.shape[1])
+    for row, row_scores in zip(rows[1:], scores[1:], strict=True):
+        age += 1
+        row[:] = (row_scores * age**2 >= threshold) | (age > max_age)
+        row[-1] = True
         age[row] = 0
-    return rows
+    return reference.with_rows(rows)

@@ -52,7 +52,16 @@ class StepJob:
     def digest(self) -> str:
         """A name for the content of this job: equal jobs have equal names, on any machine."""
         digest = sha256()
-        settings = (self.step, self.guidance.channels, self.objective, self.relaxation, self.share, self.iterations, self.seed, self.graph)
+        settings = (
+            self.step,
+            self.guidance.channels,
+            self.objective,
+            self.relaxation,
+            self.share,
+            self.iterations,
+            self.seed,
+            self.graph,
+        )
         digest.update(repr(settings).encode() + self.rows.tobytes())
         for tensor in tensors(self.calls_as_values()):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

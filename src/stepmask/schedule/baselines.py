@@ -1,6 +1,7 @@
 """Rival schedules as data in the same table: what every learned table must beat at equal MACs."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,7 @@ def taylor_weights(step: int, computed: list[int], order: int) -> tuple[float, f
     """
     order = min(order, len(computed) - 1)
     age = step - computed[-1]
-    gaps = [late - early for early, late in zip(computed[:-1], computed[1:], strict=True)]
+    gaps = [late - early for early, late in pairwise(computed)]
     slope = age / gaps[-1] if order >= 1 else 0.0
     bend = age**2 / (2 * gaps[-1]) if order >= 2 else 0.0
     near = bend / gaps[-1] if order >= 2 else 0.0
@@ -71,7 +72,8 @@ def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoise
             advice="Spend more, or sample with more steps",
         )
     rows, weights = _table(reference, _even_steps(reference.steps, count), order, skip_denoiser)
-    return reference.with_rows(rows, weights, table=f"{kind}, {'reuse' if order == 0 else f'Taylor {order}'}")
+    answer = "reuse" if order == 0 else f"Taylor {order}"
+    return reference.with_rows(rows, weights, provenance={"table": f"{kind}, {answer}"})
 
 
 def _even_steps(steps: int, count: int) -> list[int]:

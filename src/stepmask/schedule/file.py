@@ -147,9 +147,7 @@ def _forecasts_to_json(schedule: MaskSchedule) -> list[dict[str, Any]]:
 
 def _columns_to_span(columns: list[int]) -> str:
     """[0, 1, 2, 5] as "0-2,5"."""
-    runs = [
-        [column for _, column in run] for _, run in groupby(enumerate(columns), key=lambda item: item[1] - item[0])
-    ]
+    runs = [[column for _, column in run] for _, run in groupby(enumerate(columns), key=lambda item: item[1] - item[0])]
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 

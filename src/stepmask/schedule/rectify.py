@@ -78,7 +78,7 @@ def rectify(schedule: MaskSchedule) -> MaskSchedule:
     """Drop the computations that nothing reads. Samples stay the same; rows never gain a bit; step 0 stays whole."""
     live, _ = _liveness(schedule)
     weights = np.where(live[..., None], schedule.forecasts, PLAIN)
-    return schedule.with_rows(schedule.rows & live, weights, **schedule.provenance)
+    return schedule.with_rows(schedule.rows & live, weights, provenance=schedule.provenance)
 
 
 def lower(schedule: MaskSchedule) -> Plan:

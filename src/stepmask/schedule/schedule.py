@@ -72,7 +72,7 @@ class MaskSchedule:
             )
 
     def _check_reads(self) -> None:
-        computed_before = np.cumsum(self.rows, axis=0) - self.rows
+        computed_before: npt.NDArray[np.int64] = np.cumsum(self.rows, axis=0) - self.rows
         for step, column in np.argwhere(~self.rows & (self.windows > computed_before))[:1]:
             raise ReuseBeforeCompute(
                 given=f"{self.graph.blocks[column].label!r} reads {self.windows[step, column]} stored values at step "
@@ -127,10 +127,11 @@ class MaskSchedule:
         self,
         rows: npt.NDArray[np.bool_],
         weights: npt.NDArray[np.float64] | None = None,
-        **provenance: Any,
+        *,
+        provenance: Mapping[str, Any] | None = None,
     ) -> "MaskSchedule":
         """The same denoiser and sampler under another table; `provenance` replaces the old one."""
-        return replace(self, rows=rows, weights=weights, provenance=provenance)
+        return replace(self, rows=rows, weights=weights, provenance=provenance or {})
 
     def resample(self, sampler: SamplerFingerprint) -> "MaskSchedule":
         """This table for another sequence of steps, matched along log-SNR.
@@ -152,9 +153,7 @@ class MaskSchedule:
             )
         rows, weights = resample_rows(self, np.array(sampler.log_snr))
         source = {"resampled_from": {"class": self.sampler.class_name, "steps": self.steps}}
-        return replace(
-            self, rows=rows, weights=weights, sampler=sampler, provenance={**self.provenance, **source}
-        )
+        return replace(self, rows=rows, weights=weights, sampler=sampler, provenance={**self.provenance, **source})
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `folder/stepmask.json` and return its path.

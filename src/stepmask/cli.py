@@ -1,0 +1,266 @@
+"""The command line: each command is one or two public calls, and prints for people or, with --json, for programs.
+
+Rooms that need torch are imported inside the commands, so that `stepmask show` answers at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from stepmask.errors import MissingExtra, StepmaskError
+
+try:
+    import typer
+except ImportError as error:
+    missing = MissingExtra(given="no typer", expected="it, for the command line", advice="pip install 'stepmask[cli]'")
+    raise SystemExit(str(missing)) from error
+
+if TYPE_CHECKING:
+    from stepmask.evaluation.report import Report
+    from stepmask.schedule.schedule import MaskSchedule
+
+app = typer.Typer(
+    help="Faster diffusion sampling: learn per timestep which blocks to compute, and measure what it gives.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Pipeline = Annotated[str, typer.Argument(help="zoo:NAME, a diffusers folder, or a hub id")]
+ScheduleSource = Annotated[str, typer.Argument(help="Folder or hub id of a schedule")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
+Steps = Annotated[int, typer.Option(help="Sampling steps")]
+Samples = Annotated[int, typer.Option(help="Samples in the batch")]
+CallJson = Annotated[str, typer.Option("--call", help="Arguments of the pipeline as a JSON object")]
+Out = Annotated[Path, typer.Option(help="Folder to write to")]
+
+
+@app.command()
+def demo(
+    pipeline: Annotated[str, typer.Option(help="zoo:NAME")] = "zoo:dit-emoji",
+    steps: Steps = 20,
+    budget: Annotated[float, typer.Option(help="Share of the MACs, in (0, 1]")] = 0.5,
+    out: Out = Path("demo-out"),
+    as_json: Json = False,
+) -> None:
+    """Learn a schedule for an embedded pipeline, measure it beside its rivals, and draw what it does."""
+    from stepmask.denoiser.families import example_call
+    from stepmask.evaluation import plots
+    from stepmask.evaluation.compare import evaluate as measure
+
+    pipe = _load(pipeline)
+    schedule = _learn(pipe, steps, budget, 4, 0, {}, out / "rows")
+    folder = schedule.save_pretrained(out).parent
+    report = measure(
+        pipe,
+        schedule,
+        rivals=_rivals(schedule, budget),
+        repeats=2,
+        **example_call(pipe, 8, seed=1),
+        num_inference_steps=steps,
+    )
+    report.save(folder / "report.json")
+    plots.heat_map(schedule, folder / "schedule.png")
+    shown = {name: report.images[name] for name in ("reference", "schedule", "interval, reuse")}
+    plots.side_by_side(shown, folder / "samples.png")
+    _print_report(report, as_json)
+    _say(f"\nwrote {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))} to {folder}", as_json)
+
+
+@app.command()
+def blocks(
+    pipeline: Pipeline,
+    granularity: Annotated[str, typer.Option(help="sublayer or block")] = "sublayer",
+    pattern: Annotated[str, typer.Option(help="Name pattern of the blocks, for unknown denoisers")] = "",
+    call: CallJson = "{}",
+    as_json: Json = False,
+) -> None:
+    """List a denoiser's blocks with their MACs, the way they are reused, and who reads whom."""
+    from stepmask.denoiser.trace import trace
+    from stepmask.denoiser.trajectory import record
+
+    pipe = _load(pipeline)
+    trajectory = record(pipe, **_call(pipe, 1, 0, call), num_inference_steps=2)
+    graph = trace(pipe, trajectory, granularity=_one_of(granularity, "sublayer", "block"), blocks=pattern or None)
+    if as_json:
+        keys = ("name", "reuse", "macs", "bytes", "reads")
+        return print(json.dumps([{key: getattr(block, key) for key in keys} for block in graph.blocks]))
+    width = max(len(block.label) for block in graph.blocks)
+    for block, cost in zip(graph.blocks, graph.costs, strict=True):
+        print(f"{block.label:{width}}  {block.reuse:6}  {block.macs / 1e6:9.2f} MMACs  {cost:6.2%}")
+    return None
+
+
+@app.command()
+def learn(
+    pipeline: Pipeline,
+    out: Out,
+    budget: Annotated[float, typer.Option(help="Share of the MACs, in (0, 1]")] = 0.5,
+    steps: Steps = 20,
+    samples: Samples = 4,
+    seed: Annotated[int, typer.Option(help="Of the calibration run")] = 0,
+    call: CallJson = "{}",
+    as_json: Json = False,
+) -> None:
+    """Learn a schedule and write it to a folder. A killed run, started again, goes on where it stopped."""
+    pipe = _load(pipeline)
+    schedule = _learn(pipe, steps, budget, samples, seed, _json_object(call), out / "rows")
+    path = schedule.save_pretrained(out)
+    _print_schedule(schedule, as_json)
+    _say(f"\nwrote {path}", as_json)
+
+
+@app.command()
+def show(schedule: ScheduleSource, as_json: Json = False) -> None:
+    """Print a schedule: what it is for, what it spends, and its table."""
+    from stepmask.schedule.schedule import MaskSchedule
+
+    _print_schedule(MaskSchedule.from_pretrained(schedule), as_json)
+
+
+@app.command()
+def sample(
+    pipeline: Pipeline,
+    out: Out,
+    schedule: Annotated[str, typer.Option(help="Folder or hub id of a schedule; none = reference")] = "",
+    steps: Annotated[int, typer.Option(help="Sampling steps; 0 = as many as the schedule has, or 20")] = 0,
+    samples: Samples = 8,
+    seed: Annotated[int, typer.Option(help="Of the generator")] = 0,
+    call: CallJson = "{}",
+    as_json: Json = False,
+) -> None:
+    """Draw samples, under a schedule or without, and write them as PNG files."""
+    from stepmask.denoiser.runtime import apply
+    from stepmask.denoiser.trajectory import Sampling
+    from stepmask.schedule.schedule import MaskSchedule
+
+    pipe = _load(pipeline)
+    table = MaskSchedule.from_pretrained(schedule) if schedule else None
+    steps = steps or (table.steps if table else 20)
+    sampling = Sampling(pipe, {**_call(pipe, samples, seed, call), "num_inference_steps": steps}, seed)
+    if table is None:
+        sampled = sampling()
+    else:
+        with apply(pipe, table):
+            sampled = sampling()
+    paths = _write_images(sampled.output.images, out)
+    print(json.dumps([str(path) for path in paths]) if as_json else f"wrote {len(paths)} images to {out}")
+
+
+@app.command()
+def evaluate(
+    pipeline: Pipeline,
+    schedule: ScheduleSource,
+    samples: Samples = 8,
+    seed: Annotated[int, typer.Option(help="Of the generator; not the one learned with")] = 1000,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each")] = 3,
+    rivals: Annotated[bool, typer.Option(help="Measure the baselines at equal MACs too")] = True,
+    report: Annotated[Path | None, typer.Option(help="Write the numbers to this .json or .txt file")] = None,
+    call: CallJson = "{}",
+    as_json: Json = False,
+) -> None:
+    """Measure a schedule against the reference on held-out seeds: fidelity, time, MACs and memory."""
+    from stepmask.evaluation.compare import evaluate as measure
+    from stepmask.schedule.rectify import lower
+    from stepmask.schedule.schedule import MaskSchedule
+
+    pipe, table = _load(pipeline), MaskSchedule.from_pretrained(schedule)
+    others = _rivals(table, lower(table).macs_share) if rivals else {}
+    arguments = {"num_inference_steps": table.steps, **_call(pipe, samples, seed, call)}
+    measured = measure(pipe, table, rivals=others, seed=seed, repeats=repeats, **arguments)
+    if report is not None:
+        measured.save(report)
+    _print_report(measured, as_json)
+
+
+def _load(source: str) -> Any:
+    from stepmask import zoo
+
+    pipe = zoo.load(source)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _learn(
+    pipe: Any, steps: int, budget: float, samples: int, seed: int, call: dict[str, Any], rows: Path
+) -> "MaskSchedule":
+    from stepmask.denoiser.families import example_call
+    from stepmask.denoiser.trajectory import record
+    from stepmask.learning.learn import learn as learn_schedule
+    from stepmask.schedule.budget import Budget
+
+    checked = Budget(macs=budget)
+    call = {**(call or example_call(pipe, samples, seed)), "num_inference_steps": steps}
+    return learn_schedule(pipe, record(pipe, seed=seed, **call), checked, folder=rows)
+
+
+def _rivals(schedule: "MaskSchedule", budget: float) -> dict[str, "MaskSchedule | int"]:
+    from stepmask.schedule.baselines import fixed_interval, whole_step
+
+    tables: dict[str, MaskSchedule | int] = {
+        "interval, reuse": fixed_interval(schedule, budget),
+        "interval, Taylor 1": fixed_interval(schedule, budget, order=1),
+        "interval, Taylor 2": fixed_interval(schedule, budget, order=2),
+        "whole step, reuse": whole_step(schedule, budget),
+    }
+    return {**tables, "fewer steps": round(budget * schedule.steps)}
+
+
+def _call(pipe: Any, samples: int, seed: int, text: str) -> dict[str, Any]:
+    from stepmask.denoiser.families import example_call
+
+    return _json_object(text) or example_call(pipe, samples, seed)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"--call is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter("--call must be a JSON object of keyword arguments")
+    return value
+
+
+def _one_of(value: str, *choices: Any) -> Any:
+    if value not in choices:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}")
+    return value
+
+
+def _write_images(images: Any, folder: Path) -> list[Path]:
+    import io
+
+    from stepmask.files import write_whole
+
+    paths = []
+    for index, image in enumerate(images):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        paths.append(write_whole(folder / f"{index:04d}.png", buffer.getvalue()))
+    return paths
+
+
+def _print_schedule(schedule: "MaskSchedule", as_json: bool) -> None:
+    from stepmask.schedule.file import dumps
+    from stepmask.schedule.show import show as show_text
+
+    print(dumps(schedule) if as_json else show_text(schedule))
+
+
+def _print_report(report: "Report", as_json: bool) -> None:
+    print(report.to_json() if as_json else report)
+
+
+def _say(text: str, as_json: bool) -> None:
+    if not as_json:
+        print(text)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one paragraph on stderr and exit code 1."""
+    try:
+        app()
+    except StepmaskError as error:
+        print(f"stepmask: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

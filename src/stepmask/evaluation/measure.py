@@ -1,0 +1,97 @@
+"""Time and memory of a run, as this machine gives them."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepmask.denoiser.seam import Behaviour
+
+
+@dataclass(eq=False)
+class Stopwatch(Behaviour):
+    """Stands in front of the denoiser and adds up the time spent in it, the runtime's own work included.
+
+    Args:
+        seconds: So far.
+        calls: So far.
+    """
+
+    seconds: float = 0.0
+    calls: int = 0
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Time one call."""
+        started = now()
+        output = call(*args, **kwargs)
+        self.seconds += now() - started
+        self.calls += 1
+        return output
+
+
+def now() -> float:
+    """Seconds on a monotonic clock, once the accelerator has done what it was told."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+class Peak:
+    """The most memory that was in use while it was watched; `None` where the system does not tell."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """Watch memory: allocated by torch on CUDA, resident in the process on Linux (VmHWM, reset at entry)."""
+    peak, resets = Peak(), Path("/proc/self/clear_refs")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated()
+    elif os.access(resets, os.W_OK):
+        resets.write_text("5")
+        yield peak
+        peak.bytes = _resident_high_water()
+    else:
+        yield peak
+
+
+def _resident_high_water() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "processor": _processor(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "diffusers", "stepmask")},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,79 @@
+"""Pictures of a schedule and of what it does, by matplotlib."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepmask.errors import MissingExtra
+from stepmask.files import write_whole
+from stepmask.schedule.rectify import lower
+from stepmask.schedule.schedule import MaskSchedule
+
+KINDS = ("compute", "reuse", "forecast", "dead")
+COLOURS = ("#1f4e79", "#f2c879", "#e07b39", "#eeeeee")
+
+
+def heat_map(schedule: MaskSchedule, path: str | Path) -> Path:
+    """Draw the table: steps from top to bottom, blocks from left to right, and the MACs of each step beside it."""
+    plot = _pyplot()
+    plan = lower(schedule)
+    kinds = np.array([[_kind(cell.action, cell.weights) for cell in row] for row in plan.cells])
+    height = max(3.0, 0.16 * schedule.steps + 1.6)
+    figure, (table, share) = plot.subplots(
+        1, 2, figsize=(max(6.0, 0.22 * len(schedule.graph)), height), width_ratios=(5, 1), sharey=True, layout="tight"
+    )
+    colours = plot.matplotlib.colors.ListedColormap(COLOURS)
+    table.pcolormesh(kinds, cmap=colours, vmin=-0.5, vmax=3.5, edgecolors="white", linewidth=0.4)
+    table.invert_yaxis()
+    table.set(xlabel="block, in call order (the last is the denoiser)", ylabel="step (0 = noisiest)")
+    share.barh(np.arange(schedule.steps) + 0.5, (plan.computed * schedule.graph.costs).sum(1), color=COLOURS[0])
+    share.set(xlim=(0, 1), xlabel="MACs")
+    patches = [plot.matplotlib.patches.Patch(color=c, label=k) for k, c in zip(KINDS, COLOURS, strict=True)]
+    figure.legend(handles=patches, loc="outside upper center", ncols=4, frameon=False)
+    figure.suptitle(f"{plan.macs_share:.1%} of the MACs", fontsize=10, y=0.02)
+    return _save(figure, path)
+
+
+def side_by_side(images: Mapping[str, npt.NDArray[np.float32]], path: str | Path, *, columns: int = 8) -> Path:
+    """Draw the pictures of each row of a report, one row below the other, the same seeds in the same column."""
+    plot = _pyplot()
+    shown = {name: pictures[:columns] for name, pictures in images.items()}
+    across = max(len(pictures) for pictures in shown.values())
+    figure, axes = plot.subplots(len(shown), across, figsize=(1.1 * across + 1.4, 1.15 * len(shown)), squeeze=False)
+    for line, (name, pictures) in zip(axes, shown.items(), strict=True):
+        for axis in line:
+            axis.axis("off")
+        for axis, picture in zip(line, pictures, strict=False):
+            axis.imshow(np.clip(picture, 0, 1))
+        line[0].text(-0.1, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    return _save(figure, path)
+
+
+def _kind(action: str, weights: tuple[float, ...]) -> int:
+    if action == "reuse" and len(weights) > 1:
+        return KINDS.index("forecast")
+    return KINDS.index(action)
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=150, bbox_inches="tight")
+    _pyplot().close(figure)
+    return write_whole(path, buffer.getvalue())
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MissingExtra(
+            given="no matplotlib", expected="it, for pictures", advice="pip install 'stepmask[evaluate]'"
+        ) from error
+    return pyplot

@@ -1,0 +1,122 @@
+"""`Report`: measured numbers, the machine they were measured on, as JSON and as text."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepmask.files import write_whole
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of sampling, measured.
+
+    Args:
+        name: What it is.
+        evaluations: Calls of the denoiser.
+        macs_planned: MACs of its plan over those of the reference.
+        macs_executed: MACs of the blocks that ran over those of the reference, counted in the run.
+        latent_errors: ‖x_0 − x_0 ref‖² / ‖x_0 ref‖² of each sample.
+        psnr_db: Of each image against the reference's.
+        ssim: Of each image against the reference's.
+        denoiser_ms: Time in the denoiser, of each timed run.
+        pipeline_ms: Time of the whole pipeline, of each timed run.
+        store_bytes: Largest size of the store, measured.
+        peak_bytes: Largest memory of the process (CPU) or of torch (CUDA) during a run.
+    """
+
+    name: str
+    evaluations: int
+    macs_planned: float
+    macs_executed: float
+    latent_errors: Sequence[float]
+    psnr_db: Sequence[float]
+    ssim: Sequence[float]
+    denoiser_ms: Sequence[float]
+    pipeline_ms: Sequence[float]
+    store_bytes: int
+    peak_bytes: int | None
+
+    @property
+    def latent_error(self) -> float:
+        """Mean over samples."""
+        return fmean(self.latent_errors)
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a schedule is worth, next to the reference and its rivals.
+
+    Args:
+        rows: The reference first, then the schedule, then the rivals.
+        setting: Arguments of the pipeline, seed, repeats.
+        machine: Processor, threads and versions.
+        images: Pictures of each row by name, (N, H, W, C) in [0, 1]; not saved with the numbers.
+    """
+
+    rows: Sequence[Row]
+    setting: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    images: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, name: str) -> Row:
+        return {row.name: row for row in self.rows}[name]
+
+    def speedup(self, name: str, *, of: str = "denoiser") -> tuple[float, float, float]:
+        """Time of the reference over that of a row, run by run: median, smallest and largest ratio.
+
+        Args:
+            name: The row.
+            of: "denoiser" or "pipeline".
+        """
+        pairs = zip(getattr(self.rows[0], f"{of}_ms"), getattr(self[name], f"{of}_ms"), strict=True)
+        ratios = [full / masked for full, masked in pairs]
+        return median(ratios), min(ratios), max(ratios)
+
+    def to_json(self) -> str:
+        """All numbers as JSON."""
+        rows = [asdict(row) for row in self.rows]
+        return json.dumps({"rows": rows, "setting": self.setting, "machine": self.machine}, indent=1, default=str)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the numbers: JSON to a path that ends in .json, text to any other.
+
+        Raises:
+            UnwritablePath: The path cannot be written.
+        """
+        path = Path(path)
+        return write_whole(path, self.to_json() if path.suffix == ".json" else f"{self}\n")
+
+    def __str__(self) -> str:
+        heads = ("", "MACs", "latent error", "PSNR", "SSIM", "denoiser", "speed-up", "pipeline", "store")
+        lines = [heads, *(self._cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+        table = "\n".join("  ".join(_padded(line, widths)).rstrip() for line in lines)
+        known = ", ".join(f"{key} {value}" for key, value in self.machine.items() if value is not None)
+        return f"{table}\n\n{self.setting}\n{known}"
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        middle, low, high = self.speedup(row.name)
+        whole = self.speedup(row.name, of="pipeline")[0]
+        return (
+            row.name,
+            f"{row.macs_executed:.3f}",
+            f"{row.latent_error:.2e}",
+            f"{fmean(row.psnr_db):.1f} dB" if row.psnr_db else "–",
+            f"{fmean(row.ssim):.3f}" if row.ssim else "–",
+            f"{median(row.denoiser_ms):.0f} ms",
+            f"{middle:.2f}× ({low:.2f}–{high:.2f})",
+            f"{whole:.2f}×",
+            f"{row.store_bytes / 2**20:.1f} MiB",
+        )
+
+
+def _padded(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    first, *rest = zip(line, widths, strict=True)
+    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
