@@ -19,8 +19,8 @@ def pipe() -> Any:
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8,
-        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
     pipe = DiTPipeline(transformer=tiny_dit(), vae=vae.eval(), scheduler=scheduler)

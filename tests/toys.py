@@ -136,3 +136,21 @@ def _stirred(denoiser: nn.Module) -> nn.Module:
         for parameter in denoiser.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return denoiser.eval()
+
+
+class Drift(nn.Module):
+    """x ↦ x + 2x + t·x: one block says the same at every step, the other follows the timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.still, self.moving = Scale(2.0), Times()
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        return x + self.still(x) + self.moving(x, t)  # type: ignore[no-any-return]
+
+
+class Times(nn.Module):
+    """x ↦ t·x."""
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        return x * t

@@ -11,6 +11,8 @@ from stepmask.errors import MissingExtra
 
 Images = npt.NDArray[np.float32]
 
+SSIM_WINDOW = 11
+
 
 def latent_errors(latent: Tensor, reference: Tensor) -> list[float]:
     """‖x_0 − x_0 ref‖² / ‖x_0 ref‖² of each sample."""
@@ -28,7 +30,9 @@ def psnr(images: Images, reference: Images) -> list[float]:
 
 
 def ssim(images: Images, reference: Images) -> list[float]:
-    """Structural similarity of each image (Wang et al. 2004, Gaussian window); shapes as in `psnr`."""
+    """Structural similarity of each image (Wang et al. 2004); empty for images smaller than its 11×11 window."""
+    if min(images.shape[1:3]) < SSIM_WINDOW:
+        return []
     similarity = _skimage_metrics().structural_similarity
     options = {"data_range": 1.0, "channel_axis": -1, "gaussian_weights": True, "use_sample_covariance": False}
     return [float(similarity(b, a, **options)) for a, b in zip(images, reference, strict=True)]

@@ -21,12 +21,13 @@ class Bench:
 
     Args:
         denoiser: The frozen network; its weights and flags are left alone.
-        graph: The blocks; the last, the denoiser itself, is always computed.
+        graph: The blocks; the last is the denoiser itself.
     """
 
     def __init__(self, denoiser: nn.Module, graph: BlockGraph) -> None:
         self.denoiser = denoiser
         self.seats = [_Seat(block) for block in graph.blocks[:-1]]
+        self.stored: Any = None  # the denoiser's own output, as the seats store their blocks'
 
     @contextmanager
     def attached(self) -> Iterator["Bench"]:
@@ -39,9 +40,13 @@ class Bench:
     @torch.no_grad()
     def follow(self, call: Call, row: npt.NDArray[np.bool_]) -> None:
         """Evaluate one step under a row; the seats' stores are what they are after it."""
+        if not row.any():
+            return
         for seat, computes in zip(self.seats, row[:-1], strict=True):
             seat.mode = _compute if computes else _reuse
-        self.denoiser(*call.args, **call.kwargs)
+        output = self.denoiser(*call.args, **call.kwargs)
+        if row[-1]:
+            self.stored = each(torch.clone, output)
 
     @torch.no_grad()
     def observe(self, call: Call) -> Any:
@@ -51,10 +56,10 @@ class Bench:
         return self.denoiser(*call.args, **call.kwargs)
 
     def blend(self, call: Call, scores: Tensor) -> tuple[Any, list[Tensor]]:
-        """Evaluate one step with scores, shape (blocks − 1,): the output, and each block's relative error."""
-        for seat, score in zip(self.seats, scores, strict=True):
+        """Evaluate one step with scores, shape (blocks,): the output, and each block's relative error."""
+        for seat, score in zip(self.seats, scores[:-1], strict=True):
             seat.mode, seat.score = _blend, score
-        output = self.denoiser(*call.args, **call.kwargs)
+        output = _mix(self.stored, self.denoiser(*call.args, **call.kwargs), scores[-1])
         return output, [seat.error for seat in self.seats]
 
 
@@ -98,7 +103,10 @@ def _observe(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwarg
 def _blend(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """S · F(h) + (1 − s) · C (design of Learning-to-Cache, arXiv 2406.01733, eq. 8), in terms of stored values."""
     fresh = seat.value(call(*args, **kwargs), args, kwargs)
-    mixed = each(lambda old, new: torch.lerp(old, new, seat.score.to(new.dtype)), seat.stored, fresh)
-    output = seat.answer(mixed, args, kwargs)
+    output = seat.answer(_mix(seat.stored, fresh, seat.score), args, kwargs)
     seat.error = relative_error(output, seat.target)
     return output
+
+
+def _mix(stored: Any, fresh: Any, score: Tensor) -> Any:
+    return each(lambda old, new: torch.lerp(old, new, score.to(new.dtype)), stored, fresh)

@@ -38,6 +38,7 @@ class PerTimestep:
         iterations: Training steps per row.
         rounds: The first included.
         max_age: A value is reused for at most this many steps.
+        whole_steps: Whether the denoiser itself may be reused at a step, like any block.
         seed: Of the relaxations' noise.
     """
 
@@ -48,6 +49,7 @@ class PerTimestep:
     iterations: int = 30
     rounds: int = 2
     max_age: int = 5
+    whole_steps: bool = True
     seed: int = 0
 
     def learn(
@@ -69,6 +71,8 @@ class PerTimestep:
             jobs = self._jobs(under, table, weights, price, _shares(weights, trajectory, budget))
             scores = learn_rows(jobs, trajectory.sampling.denoiser, executor, folder)
             scores = np.vstack([np.ones(scores.shape[1]), scores])
+            if not self.whole_steps:
+                scores[:, -1] = np.inf
             table = round_scores(scores, reference, budget, max_age=self.max_age)
             price *= self._natural_share(scores, reference) / budget.macs
             under = self._record_under(trajectory, table)
@@ -100,6 +104,7 @@ class PerTimestep:
                     objective=Objective(float(weights[step]), self.feature, price),
                     relaxation=self.relaxation,
                     share=float(shares[step]),
+                    whole_steps=self.whole_steps,
                     iterations=self.iterations,
                     seed=self.seed * 100_003 + step,
                 )
@@ -108,7 +113,8 @@ class PerTimestep:
 
     def _natural_share(self, scores: Floats, reference: MaskSchedule) -> float:
         """What the scores themselves would spend, cut at one half."""
-        return float(((scores > 0.5) * reference.graph.costs).sum() / len(scores))
+        kept = (scores > 0.5) & (scores[:, -1:] > 0.5)
+        return float((kept * reference.graph.costs).sum() / len(scores))
 
     def _record_under(self, trajectory: Trajectory, table: MaskSchedule) -> Trajectory:
         with ExitStack() as stack:

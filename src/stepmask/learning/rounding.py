@@ -30,7 +30,7 @@ def round_scores(scores: Floats, reference: MaskSchedule, budget: Budget, *, max
         InvalidBudget: Even with no bit but those that must be set the budget is exceeded.
     """
     least = _table(scores, np.inf, reference, max_age)
-    if lower(least).macs_share > budget.macs:
+    if not budget.allows(lower(least).macs_share):
         raise InvalidBudget(
             given=f"budget {budget.macs:g}",
             expected=f"at least {lower(least).macs_share:.4f}, the least that reuse for at most {max_age} steps allows",
@@ -40,7 +40,7 @@ def round_scores(scores: Floats, reference: MaskSchedule, budget: Budget, *, max
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         table = _table(scores, middle, reference, max_age)
-        if lower(table).macs_share <= budget.macs:
+        if budget.allows(lower(table).macs_share):
             best, high = table, middle
         else:
             low = middle
@@ -48,11 +48,11 @@ def round_scores(scores: Floats, reference: MaskSchedule, budget: Budget, *, max
 
 
 def _table(scores: Floats, threshold: float, reference: MaskSchedule, max_age: int) -> MaskSchedule:
-    """First row and denoiser computed; the revive rule against old age."""
+    """The table at a threshold: first row computed, nothing reused for too long, nothing computed in a skipped step."""
     rows, age = np.ones(scores.shape, dtype=bool), np.zeros(scores.shape[1])
     for row, row_scores in zip(rows[1:], scores[1:], strict=True):
         age += 1
         row[:] = (row_scores * age**2 >= threshold) | (age > max_age)
-        row[-1] = True
+        row &= row[-1]
         age[row] = 0
     return reference.with_rows(rows)

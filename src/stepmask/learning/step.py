@@ -34,6 +34,7 @@ class StepJob:
         objective: What the scores are trained for.
         relaxation: How bits become scores.
         share: Budget of this row, as a share of the denoiser's MACs, for relaxations that have a hard one.
+        whole_steps: Whether the denoiser itself may be reused; if not, its score stays 1.
         iterations: Training steps.
         seed: Of the relaxation's noise.
     """
@@ -46,6 +47,7 @@ class StepJob:
     objective: Objective
     relaxation: Relaxation
     share: float
+    whole_steps: bool
     iterations: int
     seed: int
 
@@ -58,6 +60,7 @@ class StepJob:
             self.objective,
             self.relaxation,
             self.share,
+            self.whole_steps,
             self.iterations,
             self.seed,
             self.graph,
@@ -73,7 +76,7 @@ class StepJob:
 
 
 def learn_step(job: StepJob, denoiser: nn.Module) -> npt.NDArray[np.float64]:
-    """Train the scores of one row; the denoiser's own is 1.
+    """Train the scores of one row.
 
     A pure function of the job and the weights. Memory: one evaluation with gradients, however many steps there are.
 
@@ -84,7 +87,7 @@ def learn_step(job: StepJob, denoiser: nn.Module) -> npt.NDArray[np.float64]:
         LearningError: The loss is not finite.
     """
     generator = torch.Generator().manual_seed(job.seed)
-    costs = torch.tensor(job.graph.costs[:-1], dtype=torch.float32)
+    costs = torch.tensor(job.graph.costs, dtype=torch.float32)
     parameter = job.relaxation.start(len(costs)).requires_grad_()
     optimiser = torch.optim.Adam([parameter], lr=job.relaxation.rate)
     branches = [_Branch(Bench(denoiser, job.graph), calls, job.rows) for calls in job.calls]
@@ -100,8 +103,8 @@ def learn_step(job: StepJob, denoiser: nn.Module) -> npt.NDArray[np.float64]:
         optimiser.step()
     with torch.no_grad():
         job.relaxation.project(parameter, costs, job.share)
-    learned = job.relaxation.scores(parameter.detach())
-    return np.append(learned.double().numpy(), 1.0)
+    learned: npt.NDArray[np.float64] = job.relaxation.scores(parameter.detach()).double().numpy()
+    return learned if job.whole_steps else np.append(learned[:-1], 1.0)
 
 
 class _Branch:
@@ -120,10 +123,17 @@ class _Branch:
 
 
 def _loss(job: StepJob, branches: Sequence[_Branch], scores: Tensor, costs: Tensor) -> Tensor:
+    if not job.whole_steps:
+        scores = torch.cat([scores[:-1], scores.new_ones(1)])
     pairs = [branch.blend(scores) for branch in branches]
     target = job.guidance([branch.target for branch in branches])
     error = relative_error(job.guidance([output for output, _ in pairs]), target)
-    return job.objective(error, [feature for _, features in pairs for feature in features], scores @ costs)
+    return job.objective(error, [feature for _, features in pairs for feature in features], _cost(scores, costs))
+
+
+def _cost(scores: Tensor, costs: Tensor) -> Tensor:
+    """Expected MACs of a row: without the denoiser nothing is computed, s_denoiser · (c_denoiser + Σ_b c_b·s_b)."""
+    return scores[-1] * (costs[-1] + scores[:-1] @ costs[:-1])
 
 
 def _not_finite(job: StepJob) -> LearningError:

@@ -28,6 +28,10 @@ class Budget:
                 advice="Write 0.5 to spend half",
             )
 
+    def allows(self, macs_share: float) -> bool:
+        """Whether a plan that computes this share of the MACs fits, to rounding."""
+        return macs_share <= self.macs + 1e-9
+
     @classmethod
     def of(cls, budget: "float | Budget") -> "Budget":
         """A budget from a bare share, or itself."""

@@ -1,0 +1,36 @@
+# Each target sets up what it needs. `make demo` and `make test` are all a fresh machine wants.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format bench clean
+
+demo: $(VENV)/ready
+	$(BIN)/stepmask demo --out demo-out
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n auto
+
+check: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --output-format concise .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/learning_memory.py
+	$(BIN)/python benchmarks/per_timestep.py
+
+clean:
+	rm -rf $(VENV) demo-out runs build dist
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,52 @@
+"""Paired timings, and where results go: benchmarks/results/NAME.json with machine and versions."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from stepmask.evaluation.measure import machine
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def paired_ratio(
+    a: Callable[[], Any],
+    b: Callable[[], Any],
+    rounds: int,
+    *,
+    before_b: Callable[[], Any] = lambda: None,
+    after_b: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Time of b over time of a, taken in turns (a b, b a, …): median and quartiles of the ratios."""
+
+    def timed_b() -> float:
+        before_b()
+        seconds = _seconds(b)
+        after_b()
+        return seconds
+
+    for warm_up in (lambda: _seconds(a), timed_b):
+        warm_up()
+    ratios = []
+    for turn in range(rounds):
+        first, second = (_seconds(a), timed_b()) if turn % 2 == 0 else (timed_b(), _seconds(a))
+        ratios.append(second / first if turn % 2 == 0 else first / second)
+    low, _, high = quantiles(ratios, n=4)
+    return {"median": median(ratios), "quartiles": [low, high], "rounds": rounds}
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def save(name: str, numbers: dict[str, Any], *, goal: str, met: bool) -> None:
+    """Print and write a result; the goal stands beside it, met or missed."""
+    result = {**numbers, "goal": goal, "met": met, "machine": machine()}
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))

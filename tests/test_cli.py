@@ -1,0 +1,104 @@
+"""The command line, on a tiny pipeline folder, as a user would call it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stepmask import MaskSchedule, zoo
+from stepmask.cli import app, main
+from stepmask.errors import PipelineNotFound
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def folder(pipe: Any, tmp_path: Path) -> str:
+    pipe.save_pretrained(tmp_path / "pipe")
+    return str(tmp_path / "pipe")
+
+
+@pytest.fixture
+def learned(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    out = tmp_path / "learned"
+    made = run("learn", folder, "--out", str(out), "--steps", "4", "--budget", "0.6", "--samples", "1")
+    assert "wrote" in made
+    return str(out)
+
+
+def run(*arguments: str) -> str:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result.stdout
+
+
+def test_blocks(folder: str) -> None:
+    assert "transformer_blocks.2.ff" in run("blocks", folder)
+    listed = json.loads(run("blocks", folder, "--granularity", "block", "--json"))
+    assert [block["name"] for block in listed] == [*(f"transformer_blocks.{i}" for i in range(3)), ""]
+    assert json.loads(run("blocks", folder, "--pattern", "transformer_blocks.*.ff", "--json"))[0]["reuse"] == "delta"
+
+
+def test_learn_show_sample_evaluate(folder: str, learned: str, tmp_path: Path) -> None:
+    schedule = MaskSchedule.from_pretrained(learned)
+    assert "computes" in run("show", learned)
+    assert json.loads(run("show", learned, "--json"))["format"] == "stepmask/1"
+    written = json.loads(
+        run("sample", folder, "--schedule", learned, "--out", str(tmp_path / "png"), "--samples", "2", "--json")
+    )
+    assert [Path(path).name for path in written] == ["0000.png", "0001.png"]
+    numbers = json.loads(run("evaluate", folder, learned, "--samples", "1", "--repeats", "1", "--json"))
+    assert [row["name"] for row in numbers["rows"]][:2] == ["reference", "schedule"]
+    assert numbers["rows"][1]["evaluations"] == schedule.steps
+    table = run("evaluate", folder, learned, "--samples", "1", "--repeats", "1", "--no-rivals",
+                "--report", str(tmp_path / "report.json"))  # fmt: skip
+    assert "latent error" in table
+    assert (tmp_path / "report.json").exists()
+
+
+def test_sampling_without_a_schedule(folder: str, tmp_path: Path) -> None:
+    assert "wrote 1 images" in run(
+        "sample", folder, "--out", str(tmp_path / "png"), "--samples", "1", "--steps", "2")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "nowhere"], "no such file"),
+        (["blocks", "zoo:nothing"], "zoo:dit-emoji"),
+        (["blocks", "/nowhere/at/all"], "a diffusers folder"),
+        (["learn", "{folder}", "--out", "x", "--budget", "1.5"], "(0, 1]"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_and_exit_code_1(
+    arguments: list[str], message: str, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("sys.argv", ["stepmask", *(argument.format(folder=folder) for argument in arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("stepmask: ")
+    assert message in said
+
+
+def test_arguments_that_are_not_json(folder: str) -> None:
+    assert runner.invoke(app, ["blocks", folder, "--call", "{"]).exit_code == 2
+    assert runner.invoke(app, ["blocks", folder, "--call", "[1]"]).exit_code == 2
+    assert runner.invoke(app, ["blocks", folder, "--granularity", "atom"]).exit_code == 2
+
+
+class TestZoo:
+    def test_the_embedded_pipeline_loads_as_diffusers_does(self) -> None:
+        from diffusers import DiffusionPipeline, DiTPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(zoo.folder("dit-emoji"))
+        assert isinstance(pipe, DiTPipeline)
+        assert len(pipe.labels) == 27
+        assert "dit-emoji" in zoo.names()
+
+    def test_a_name_that_is_not_there(self) -> None:
+        with pytest.raises(PipelineNotFound, match="zoo:dit-emoji"):
+            zoo.load("zoo:sd15")

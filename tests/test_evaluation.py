@@ -1,0 +1,128 @@
+"""Evaluation: metrics by hand, and a report of a tiny real pipeline."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import stepmask
+from stepmask import MaskSchedule, Report
+from stepmask.errors import RunError, UnwritablePath
+from stepmask.evaluation import plots
+from stepmask.evaluation.measure import machine, peak_memory
+from stepmask.evaluation.metrics import images_of, latent_errors, psnr, ssim
+from stepmask.evaluation.report import Row
+from stepmask.schedule.baselines import fixed_interval, whole_step
+from stepmask.schedule.rectify import lower
+
+
+class TestMetrics:
+    def test_latent_errors_by_hand(self) -> None:
+        # sample 0: (1 + 0)/(9 + 16); sample 1: equal
+        reference = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+        assert latent_errors(torch.tensor([[4.0, 4.0], [1.0, 0.0]]), reference) == pytest.approx([0.04, 0.0])
+
+    def test_psnr_by_hand(self) -> None:
+        black = np.zeros((2, 16, 16, 3), dtype=np.float32)
+        grey = black.copy()
+        grey[0] += 0.1  # mean squared error 0.01: 20 dB
+        assert psnr(grey, black) == pytest.approx([20.0, 100.0], abs=1e-3)
+
+    def test_ssim_is_one_for_equal_images_only(self) -> None:
+        image = np.random.default_rng(0).random((1, 16, 16, 3)).astype(np.float32)
+        assert ssim(image, image) == pytest.approx([1.0])
+        assert ssim(1 - image, image)[0] < 0.5
+
+    def test_images_are_found_in_what_pipelines_return(self) -> None:
+        picture = Image.new("RGB", (4, 2), (255, 0, 0))
+        found = images_of(type("Output", (), {"images": [picture]})())
+        assert found is not None
+        assert found.shape == (1, 2, 4, 3)
+        assert found[0, 0, 0].tolist() == [1.0, 0.0, 0.0]
+        assert images_of(torch.zeros(1)) is None
+
+
+class TestReport:
+    @pytest.fixture
+    def report(self, pipe: Any, reference: MaskSchedule) -> Report:
+        rivals = {"interval": fixed_interval(reference, 0.6), "whole": whole_step(reference, 0.6), "fewer": 3}
+        call = {"class_labels": [3, 4], "num_inference_steps": 5}
+        return stepmask.evaluate(pipe, reference, rivals=rivals, repeats=2, **call)
+
+    def test_an_all_compute_schedule_is_the_reference(self, report: Report) -> None:
+        row = report["schedule"]
+        assert set(row.latent_errors) == {0.0}
+        assert row.psnr_db == [100.0, 100.0]
+        assert row.ssim == pytest.approx([1.0, 1.0])
+        assert (row.macs_planned, row.macs_executed, row.store_bytes) == (1.0, 1.0, 0)
+
+    def test_rivals_are_measured_in_the_same_run(self, report: Report, reference: MaskSchedule) -> None:
+        plan = lower(fixed_interval(reference, 0.6))
+        row = report["interval"]
+        assert row.macs_planned == pytest.approx(row.macs_executed)
+        assert row.macs_executed == pytest.approx(plan.macs_share)
+        assert row.store_bytes == plan.peak_bytes
+        assert row.latent_error > 0
+        assert report["fewer"].evaluations == 3
+        assert report["fewer"].macs_executed == 0.6
+        assert report["whole"].macs_executed == pytest.approx(0.6)
+
+    def test_every_row_is_timed_as_often(self, report: Report) -> None:
+        for row in report.rows:
+            assert len(row.denoiser_ms) == len(row.pipeline_ms) == 2
+            assert all(inner < outer for inner, outer in zip(row.denoiser_ms, row.pipeline_ms, strict=True))
+        assert report.speedup("reference") == (1.0, 1.0, 1.0)
+
+    def test_nothing_stays_attached(self, report: Report, pipe: Any) -> None:
+        assert not any(hasattr(type(module), "_seam_depth") for module in pipe.transformer.modules())
+        assert not {"step", "set_timesteps"} & set(vars(pipe.scheduler))
+
+    def test_json_and_text_say_the_same(self, report: Report, tmp_path: Path) -> None:
+        data = json.loads(report.save(tmp_path / "report.json").read_text())
+        assert [row["name"] for row in data["rows"]] == ["reference", "schedule", "interval", "whole", "fewer"]
+        assert data["machine"]["torch"] == machine()["torch"]
+        text = report.save(tmp_path / "report.txt").read_text()
+        assert all(row.name in text for row in report.rows)
+        assert "seed" in text
+
+    def test_an_unwritable_path(self, report: Report, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UnwritablePath):
+            report.save(tmp_path / "file" / "report.json")
+
+    def test_speedup_pairs_the_runs_by_hand(self) -> None:
+        def row(name: str, times: list[float]) -> Row:
+            return Row(name, 1, 1.0, 1.0, [0.0], (), (), times, times, 0, None)
+
+        report = Report([row("reference", [10, 20, 40]), row("schedule", [5, 5, 20])], {}, {})
+        assert report.speedup("schedule") == (2.0, 2.0, 4.0)
+
+    def test_arguments_that_make_no_sense(self, pipe: Any, reference: MaskSchedule) -> None:
+        with pytest.raises(RunError, match="repeats=0"):
+            stepmask.evaluate(pipe, reference, repeats=0)
+        with pytest.raises(RunError, match="reference"):
+            stepmask.evaluate(pipe, reference, rivals={"reference": 3})
+
+
+def test_peak_memory_sees_an_allocation() -> None:
+    with peak_memory() as small:
+        pass
+    with peak_memory() as large:
+        torch.ones(64 * 2**20, dtype=torch.uint8)
+    if small.bytes is None or large.bytes is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert large.bytes - small.bytes > 32 * 2**20
+
+
+def test_pictures_are_drawn(reference: MaskSchedule, tmp_path: Path) -> None:
+    schedule = fixed_interval(reference, 0.6, order=1)
+    with Image.open(plots.heat_map(schedule, tmp_path / "map.png")) as heat:
+        assert heat.width > 400
+        assert len(np.unique(np.asarray(heat.convert("RGB")).reshape(-1, 3), axis=0)) > 3
+    images = np.random.default_rng(0).random((3, 8, 8, 3)).astype(np.float32)
+    with Image.open(plots.side_by_side({"reference": images, "schedule": images}, tmp_path / "grid.png")) as grid:
+        assert grid.width > grid.height / 2

@@ -1,0 +1,326 @@
+"""Learning: each part by hand on toys, the whole on a tiny real pipeline."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import stepmask
+from stepmask import MaskSchedule, Trajectory
+from stepmask.denoiser.families import fingerprint_of
+from stepmask.denoiser.trajectory import Call
+from stepmask.errors import InvalidBudget, LearningError, RunError, UnwritablePath
+from stepmask.learning.guidance import Guidance, guidance_of
+from stepmask.learning.objective import MeasuredGain, Objective, Uniform, relative_error, step_changes
+from stepmask.learning.per_timestep import PerTimestep
+from stepmask.learning.relax import Concrete, Sigmoid, StraightThrough
+from stepmask.learning.rounding import round_scores
+from stepmask.learning.step import StepJob, learn_step
+from stepmask.schedule.budget import Budget
+from stepmask.schedule.rectify import lower, rectify
+
+from toys import Drift, Scale, bits, sampler, table, unet_graph
+
+QUICK = PerTimestep(iterations=3, rounds=2)
+
+
+class TestObjective:
+    def test_relative_error_by_hand(self) -> None:
+        # (1 + 4) / (9 + 16)
+        assert relative_error(torch.tensor([2.0, 2.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
+
+    def test_the_loss_by_hand(self) -> None:
+        loss = Objective(weight=2.0, feature=0.5, price=3.0)
+        # 2·(0.1 + 0.5·mean(0.2, 0.4)) + 3·0.25
+        given_loss = loss(torch.tensor(0.1), [torch.tensor(0.2), torch.tensor(0.4)], torch.tensor(0.25))
+        assert given_loss == pytest.approx(2 * (0.1 + 0.15) + 0.75)
+
+    def test_guidance_is_read_off_the_run(self, pipe: Any) -> None:
+        trajectory = stepmask.record(pipe, class_labels=[1, 2], guidance_scale=3.0, num_inference_steps=3)
+        expected = torch.tensor([[3.0, 0, -2, 0], [0, 3, 0, -2], [3, 0, -2, 0], [0, 3, 0, -2]])
+        torch.testing.assert_close(guidance_of(trajectory, 1).weights, expected, atol=1e-3, rtol=0)
+
+    def test_without_guidance_rows_pass_as_they_are(self, pipe: Any) -> None:
+        trajectory = stepmask.record(pipe, class_labels=[1, 2], guidance_scale=1.0, num_inference_steps=3)
+        torch.testing.assert_close(guidance_of(trajectory, 1).weights, torch.eye(2), atol=1e-3, rtol=0)
+
+
+def loop(denoiser: Drift, steps: int, width: float) -> Callable[[], Tensor]:
+    """x ← x − width·D(x, t) for t = steps − 1 … 0, from x = 1."""
+
+    def run() -> Tensor:
+        x = torch.ones(1, 3)
+        for step in range(steps):
+            x = x - width * denoiser(x, float(steps - 1 - step))
+        return x
+
+    return run
+
+
+class TestGain:
+    def test_the_measured_gain_of_a_linear_chain(self) -> None:
+        # D(x, t) = (3 + t)·x, so a change Δ of the output at step k reaches the end as −h·Δ·Π_{j>k}(1 − h(3 + t_j))
+        denoiser, steps, width = Drift(), 4, 0.1
+        trajectory = stepmask.record(denoiser, run=loop(denoiser, steps, width))
+        factors = 1 - width * (3 + np.arange(steps - 1, -1, -1.0))
+        energy = [float(output.square().sum()) for output in trajectory.outputs]
+        expected = [energy[k] * (width * np.prod(factors[k + 1 :])) ** 2 for k in range(1, steps)]
+        np.testing.assert_allclose(MeasuredGain().measure(trajectory)[1:], expected, rtol=1e-3)
+
+    def test_power_zero_is_uniform(self) -> None:
+        denoiser = Drift()
+        trajectory = stepmask.record(denoiser, run=loop(denoiser, 3, 0.1))
+        np.testing.assert_array_equal(MeasuredGain(power=0).measure(trajectory), Uniform().measure(trajectory))
+
+    def test_measuring_leaves_the_denoiser_as_it_was(self, pipe: Any, trajectory: Trajectory) -> None:
+        MeasuredGain().measure(trajectory)
+        assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
+
+    def test_step_changes_by_hand(self) -> None:
+        denoiser = Drift()
+        trajectory = stepmask.record(denoiser, run=loop(denoiser, 2, 0.1))
+        # outputs 4 at t = 1; then x = 0.6, D = 1.8 at t = 0
+        np.testing.assert_allclose(step_changes(trajectory), [0, (4 - 1.8) ** 2 / 1.8**2], rtol=1e-5)
+
+
+class TestRelaxations:
+    def test_straight_through_is_hard_forward_and_soft_backward(self) -> None:
+        parameter = torch.tensor([-1.0, 2.0], requires_grad=True)
+        scores = StraightThrough().sample(parameter, 0.0, torch.Generator())
+        assert scores.tolist() == [0.0, 1.0]
+        (gradient,) = torch.autograd.grad(scores.sum(), [parameter])
+        soft = torch.sigmoid(parameter.detach())
+        torch.testing.assert_close(gradient, soft * (1 - soft))
+
+    def test_sigmoid_is_clamped(self) -> None:
+        parameter = torch.tensor([-50.0, 50.0])
+        Sigmoid(limit=8.0).project(parameter, torch.ones(2), 0.5)
+        assert parameter.tolist() == [-8.0, 8.0]
+
+    def test_the_projection_by_hand(self) -> None:
+        # costs 1/4 each, share 1/2: Σ(s − v) = 2 with s = (1, 1, 0.8, 0.2): v = 0.2667 keeps the first three
+        parameter = torch.tensor([1.0, 1.0, 0.8, 0.2])
+        Concrete().project(parameter, torch.full((4,), 0.25), 0.5)
+        torch.testing.assert_close(parameter, torch.tensor([0.7333, 0.7333, 0.5333, 0.0]), atol=1e-4, rtol=0)
+
+    @given(st.lists(st.floats(-1, 3), min_size=1, max_size=9), st.floats(0, 1))
+    def test_the_projection_meets_any_budget_and_moves_nothing_that_fits(self, s: list[float], share: float) -> None:
+        parameter = torch.tensor(s)
+        clipped, costs = parameter.clamp(0, 1), torch.full((len(s),), 1 / len(s))
+        Concrete().project(parameter, costs, share)
+        assert float(parameter @ costs) <= share + 1e-4
+        assert ((parameter >= 0) & (parameter <= 1)).all()
+        if float(clipped @ costs) <= share:
+            torch.testing.assert_close(parameter, clipped)
+
+    def test_concrete_grows_hard_as_it_cools(self) -> None:
+        probability = torch.full((1000,), 0.3)
+        soft, hard = (Concrete().sample(probability, at, torch.Generator().manual_seed(0)) for at in (0.0, 1.0))
+        undecided = lambda scores: ((scores > 0.05) & (scores < 0.95)).float().mean()  # noqa: E731
+        assert undecided(hard) < 0.2 < undecided(soft)
+        assert float(hard.mean()) == pytest.approx(0.3, abs=0.05)
+
+
+def drift_job(relaxation: Any = None, price: float = 0.05) -> tuple[StepJob, Drift]:
+    """Step 1 of a run at t = 1, 2 on the same x: the still block's stored value is right, the moving one's is not."""
+    denoiser, x = Drift(), torch.ones(2, 3)
+    graph = stepmask.trace(denoiser, (x, 1.0), blocks={"still": "output", "moving": "output"})
+    blocks = tuple(replace(block, macs=macs) for block, macs in zip(graph.blocks, (1, 1, 0), strict=True))
+    job = StepJob(
+        step=1,
+        calls=((Call((x, 1.0), {}), Call((x, 2.0), {})),),
+        rows=np.ones((1, 3), dtype=bool),
+        graph=stepmask.BlockGraph(blocks),
+        guidance=Guidance(torch.eye(2), 3),
+        objective=Objective(1.0, 0.0, price),
+        relaxation=relaxation or Sigmoid(rate=0.3),
+        share=0.5,
+        whole_steps=False,
+        iterations=60,
+        seed=0,
+    )
+    return job, denoiser
+
+
+class TestLearnStep:
+    @pytest.mark.parametrize("relaxation", [Sigmoid(rate=0.3), StraightThrough(rate=0.3), Concrete(rate=0.1)])
+    def test_a_block_that_says_the_same_is_reused_and_one_that_changes_is_computed(self, relaxation: Any) -> None:
+        scores = learn_step(*drift_job(relaxation))
+        assert scores[0] < 0.5 < scores[1]
+        assert scores[2] == 1.0
+
+    def test_the_denoiser_itself_is_a_block_whose_reuse_saves_the_others(self) -> None:
+        # the output moves from 4·x to 5·x: an error of 1/25, which is cheap at a price of 1 and dear at 0.001
+        cheap, dear = (learn_step(replace(job, whole_steps=True), denoiser) for job, denoiser in
+                       (drift_job(price=1.0), drift_job(price=0.001)))  # fmt: skip
+        assert cheap[-1] < 0.5 < dear[-1]
+
+    def test_a_high_price_reuses_everything(self) -> None:
+        assert (learn_step(*drift_job(price=10.0))[:2] < 0.5).all()
+
+    def test_it_is_a_pure_function(self, pipe: Any, trajectory: Trajectory, reference: MaskSchedule) -> None:
+        jobs = QUICK._jobs(trajectory, reference, np.ones(5), 1.0, np.ones(5))
+        before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+        first, again = learn_step(jobs[2], pipe.transformer), learn_step(jobs[2], pipe.transformer)
+        np.testing.assert_array_equal(first, again)
+        assert all(torch.equal(value, before[name]) for name, value in pipe.transformer.state_dict().items())
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in pipe.transformer.parameters())
+        assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
+
+    def test_jobs_are_named_by_their_content(self, trajectory: Trajectory, reference: MaskSchedule) -> None:
+        jobs = QUICK._jobs(trajectory, reference, np.ones(5), 1.0, np.ones(5))
+        dearer = QUICK._jobs(trajectory, reference, np.ones(5), 2.0, np.ones(5))
+        again = QUICK._jobs(trajectory, reference, np.ones(5), 1.0, np.ones(5))
+        assert [job.digest() for job in jobs] == [job.digest() for job in again]
+        assert len({job.digest() for job in [*jobs, *dearer]}) == 8
+
+    def test_a_loss_that_is_not_finite_is_an_error(self) -> None:
+        job, denoiser = drift_job()
+        with pytest.raises(LearningError, match="step 1 that is not finite"):
+            learn_step(replace(job, calls=((job.calls[0][0], Call((torch.ones(2, 3), float("inf")), {})),)), denoiser)
+        assert type(denoiser.still) is Scale
+
+
+class TestRounding:
+    def test_the_threshold_meets_the_budget_and_keeps_the_best(self) -> None:
+        # five equal blocks; up0 reads up1 and down0. Room for 5 + 2 cells of 10: up1 and up0 score highest
+        reference = table(unet_graph(), "11111", "11111")
+        scores = np.array([[1.0] * 6, [0.1, 0.2, 0.3, 0.8, 0.9, np.inf]])
+        assert bits(round_scores(scores, reference, Budget(0.7), max_age=9)) == ["11111", "00011"]
+
+    def test_a_score_counts_for_more_as_the_value_ages(self) -> None:
+        # 0.3 at age 1 counts 0.3, at age 2 it counts 1.2: a threshold between the two computes every other step
+        reference = table(unet_graph(), *["11111"] * 5)
+        scores = np.full((5, 6), 0.3)
+        scores[:, -1] = np.inf
+        assert bits(round_scores(scores, reference, Budget(0.6), max_age=9)) == [
+            "11111", "00000", "11111", "00000", "11111"]  # fmt: skip
+
+    def test_no_value_is_reused_for_too_long(self) -> None:
+        reference = table(unet_graph(), *["11111"] * 7)
+        made = round_scores(np.zeros((7, 6)), reference, Budget(0.5), max_age=2)
+        assert bits(made) == ["11111", "00000", "00000"] * 2 + ["11111"]
+
+    def test_nothing_is_computed_in_a_step_that_is_skipped(self) -> None:
+        reference = table(unet_graph(), "11111", "11111", "11111")
+        scores = np.array([[1.0] * 6, [0.9] * 5 + [0.1], [0.9] * 6])
+        made = round_scores(scores, reference, Budget(0.7), max_age=9)
+        assert bits(made) == ["11111", "00000", "11111"]
+        assert made.rows[:, -1].tolist() == [True, False, True]
+
+    def test_a_budget_that_cannot_be_reached_says_what_can(self) -> None:
+        reference = table(unet_graph(), *["11111"] * 4)
+        with pytest.raises(InvalidBudget, match=r"at least 0\.5"):
+            round_scores(np.zeros((4, 6)), reference, Budget(0.4), max_age=1)
+
+
+class TestLearn:
+    def test_a_learned_table_is_valid_rectified_and_within_its_budget(self, pipe: Any, trajectory: Trajectory) -> None:
+        schedule = stepmask.learn(pipe, trajectory, 0.6, learner=QUICK)
+        assert lower(schedule).macs_share <= 0.6
+        assert rectify(schedule) == schedule
+        assert schedule.rows[0].all()
+        assert schedule.provenance["budget"] == {"macs": 0.6}
+        with stepmask.apply(pipe, schedule):
+            trajectory.sampling()
+
+    def test_half_learned_half_resumed_is_the_same_table(
+        self, pipe: Any, trajectory: Trajectory, tmp_path: Path
+    ) -> None:
+        class Killed(Exception):
+            pass
+
+        class Dies:
+            """Dies after two jobs of a call."""
+
+            def map(self, function: Callable[[Any], Any], jobs: Sequence[Any], *, title: str) -> Iterator[Any]:
+                for done, job in enumerate(jobs):
+                    if done == 2:
+                        raise Killed
+                    yield function(job)
+
+        class Counts:
+            """Counts jobs."""
+
+            jobs = 0
+
+            def map(self, function: Callable[[Any], Any], jobs: Sequence[Any], *, title: str) -> Iterator[Any]:
+                self.jobs += len(jobs)
+                return map(function, jobs)
+
+        unbroken = stepmask.learn(pipe, trajectory, 0.6, learner=QUICK)
+        with pytest.raises(Killed):
+            stepmask.learn(pipe, trajectory, 0.6, learner=QUICK, executor=Dies(), folder=tmp_path)
+        assert len(os.listdir(tmp_path)) == 2
+        counts = Counts()
+        resumed = stepmask.learn(pipe, trajectory, 0.6, learner=QUICK, executor=counts, folder=tmp_path)
+        assert resumed == unbroken
+        assert counts.jobs == 8 - 2
+        again = Counts()
+        assert stepmask.learn(pipe, trajectory, 0.6, learner=QUICK, executor=again, folder=tmp_path) == unbroken
+        assert again.jobs == 0
+        assert all(json.loads(path.read_text())["scores"] for path in tmp_path.iterdir())
+
+    def test_an_unwritable_folder_is_one_clear_error(self, pipe: Any, trajectory: Trajectory, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UnwritablePath):
+            stepmask.learn(pipe, trajectory, 0.6, learner=QUICK, folder=tmp_path / "file")
+
+    def test_what_cannot_be_learned_is_refused(self, pipe: Any, trajectory: Trajectory) -> None:
+        with pytest.raises(InvalidBudget):
+            stepmask.learn(pipe, trajectory, 1.5)
+        with pytest.raises(InvalidBudget, match="at least"):
+            stepmask.learn(pipe, trajectory, 0.05, learner=QUICK)
+        with pytest.raises(LearningError, match="another pipeline"):
+            stepmask.learn(pipe.transformer, trajectory)
+        with pytest.raises(LearningError, match="one step"):
+            stepmask.learn(pipe, stepmask.record(pipe, class_labels=[1], num_inference_steps=1))
+
+    def test_a_plain_denoiser_learns_too(self) -> None:
+        denoiser = Drift()
+        trajectory = stepmask.record(denoiser, run=loop(denoiser, 6, 0.05))
+        graph = stepmask.trace(denoiser, trajectory, blocks={"still": "output", "moving": "output"})
+        blocks = tuple(replace(block, macs=1) for block in graph.blocks)
+        full = MaskSchedule.all_compute(stepmask.BlockGraph(blocks), trajectory.denoiser, trajectory.sampler)
+        learner = PerTimestep(iterations=40, relaxation=Sigmoid(rate=0.3), rounds=1)
+        schedule = stepmask.learn(denoiser, trajectory, 0.8, graph=full.graph, learner=learner)
+        still, moving = schedule.rows[1:, 0].sum(), schedule.rows[1:, 1].sum()
+        assert still < moving
+        assert schedule.sampler == sampler(6).__class__("", (5.0, 4.0, 3.0, 2.0, 1.0, 0.0))
+        assert schedule.denoiser == fingerprint_of(denoiser)
+
+
+class TestRecord:
+    def test_what_the_denoiser_was_given_is_kept_step_by_step(self, pipe: Any, trajectory: Trajectory) -> None:
+        assert trajectory.steps == len(trajectory.calls) == 5
+        assert trajectory.sampler.timesteps == (800.0, 600.0, 400.0, 200.0, 0.0)
+        call, output = trajectory.at(2)[0][0], trajectory.at(2)[1][0]
+        assert call.kwargs["class_labels"].tolist() == [1, 2, 1000, 1000]
+        with torch.no_grad():
+            assert torch.equal(pipe.transformer(*call.args, **call.kwargs).sample, output.sample)
+
+    def test_conditioning_is_kept_once(self, trajectory: Trajectory) -> None:
+        labels = {call.kwargs["class_labels"].data_ptr() for call in trajectory.calls}
+        latents = {call.args[0].data_ptr() for call in trajectory.calls}
+        assert (len(labels), len(latents)) == (1, 5)
+
+    def test_what_cannot_be_repeated_is_refused(self, pipe: Any) -> None:
+        with pytest.raises(RunError, match="generator"):
+            stepmask.record(pipe, class_labels=[1], generator=torch.Generator(), num_inference_steps=2)
+        with pytest.raises(RunError, match="without run="):
+            stepmask.record(pipe.transformer)
+
+    def test_latents_that_are_not_finite_are_refused(self, pipe: Any) -> None:
+        pipe.transformer.proj_out_2.bias.data[0] = torch.nan
+        with pytest.raises(LearningError, match="not finite"):
+            stepmask.record(pipe, class_labels=[1], num_inference_steps=2, output_type="pt")
+        assert not hasattr(type(pipe.transformer), "_seam_depth")
