@@ -46,7 +46,7 @@ class PerTimestep:
     scaling: Scaling = field(default_factory=MeasuredGain)
     feature: float = 0.0
     price: float = 1.0
-    iterations: int = 30
+    iterations: int = 20
     rounds: int = 2
     max_age: int = 5
     whole_steps: bool = True

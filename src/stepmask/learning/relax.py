@@ -37,7 +37,7 @@ class Sigmoid:
         limit: Bound of |θ|.
     """
 
-    rate: float = 0.1
+    rate: float = 0.15
     begin: float = 1.0
     limit: float = 8.0
 
@@ -68,7 +68,7 @@ class StraightThrough:
         limit: Bound of |θ|.
     """
 
-    rate: float = 0.1
+    rate: float = 0.15
     begin: float = 1.0
     limit: float = 8.0
 
