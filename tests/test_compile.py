@@ -11,8 +11,8 @@ from torch import nn
 import stepmask
 from stepmask import MaskSchedule
 from stepmask.denoiser.families import fingerprint_of
-
 from test_runtime import DIT, UNET, random_table
+
 from toys import tiny_dit, tiny_unet
 
 STEPS = 8

@@ -242,10 +242,9 @@ def _write_images(images: Any, folder: Path) -> list[Path]:
 
 
 def _print_schedule(schedule: "MaskSchedule", as_json: bool) -> None:
-    from stepmask.schedule.file import dumps
     from stepmask.schedule.show import show as show_text
 
-    print(dumps(schedule) if as_json else show_text(schedule))
+    print(schedule.to_json() if as_json else show_text(schedule))
 
 
 def _print_report(report: "Report", as_json: bool) -> None:

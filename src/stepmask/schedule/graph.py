@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from itertools import groupby
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +88,36 @@ class BlockGraph:
             matrix[index, [column[name] for name in block.reads]] = True
         return matrix
 
+    def to_plain(self) -> list[dict[str, Any]]:
+        """As plain JSON values, a dictionary a block; reads are spans of columns."""
+        return [
+            {
+                "name": block.name,
+                "reuse": block.reuse,
+                "macs": block.macs,
+                "bytes": block.bytes,
+                "reads": span_of(np.flatnonzero(reads).tolist()),
+            }
+            for block, reads in zip(self.blocks, self.reads, strict=True)
+        ]
+
+    @classmethod
+    def from_plain(cls, items: list[dict[str, Any]]) -> "BlockGraph":
+        """From what `to_plain` gave."""
+        names = [item["name"] for item in items]
+        return cls(
+            tuple(
+                Block(
+                    name=item["name"],
+                    reads=tuple(names[column] for column in columns_of(item["reads"])),
+                    reuse=item["reuse"],
+                    macs=int(item["macs"]),
+                    bytes=int(item["bytes"]),
+                )
+                for item in items
+            )
+        )
+
     def column(self, name: str) -> int:
         """Index of a block by its name.
 
@@ -100,6 +131,21 @@ class BlockGraph:
                 advice="Take a name from graph.names",
             )
         return self.names.index(name)
+
+
+def span_of(columns: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2,5"."""
+    runs = [[column for _, column in run] for _, run in groupby(enumerate(columns), key=lambda item: item[1] - item[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def columns_of(span: str) -> list[int]:
+    """The columns of a span: [0, 1, 2, 5] for "0-2,5"."""
+    columns: list[int] = []
+    for part in filter(None, span.split(",")):
+        first, _, last = part.partition("-")
+        columns += range(int(first), int(last or first) + 1)
+    return columns
 
 
 def _inconsistent(what: str) -> InvalidSchedule:

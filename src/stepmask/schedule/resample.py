@@ -1,26 +1,30 @@
 """A table carried over to another sequence of steps, matched along log-SNR."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from stepmask.schedule.schedule import MaskSchedule
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 
-def resample_rows(schedule: "MaskSchedule", log_snr: Floats) -> tuple[Bools, Floats]:
-    """Rows (new steps, blocks) and weights (new steps, blocks, 3) for steps at `log_snr`, shape (new steps,)."""
-    old = np.array(schedule.sampler.log_snr)
-    nearest = np.abs(log_snr[:, None] - old[None, :]).argmin(axis=1)
-    rows = schedule.rows[nearest].copy()
+def resample_table(rows: Bools, weights: Floats, old: Floats, new: Floats) -> tuple[Bools, Floats]:
+    """A table for other steps.
+
+    Args:
+        rows: (steps, blocks).
+        weights: (steps, blocks, 3).
+        old: log-SNR of the table's steps, shape (steps,).
+        new: log-SNR of the other steps, shape (new steps,).
+
+    Returns:
+        Rows (new steps, blocks) and weights (new steps, blocks, 3).
+    """
+    nearest = np.abs(new[:, None] - old[None, :]).argmin(axis=1)
+    old_rows, rows = rows, rows[nearest].copy()
     rows[0] = True
-    weights = schedule.forecasts[nearest].copy()
+    weights = weights[nearest].copy()
     for step, column in np.argwhere(~rows):
-        reach_old = _reach(schedule.rows[:, column], int(nearest[step]))
+        reach_old = _reach(old_rows[:, column], int(nearest[step]))
         reach_new = _reach(rows[:, column], int(step))
         weights[step, column] = _stretch(weights[step, column], reach_old, reach_new)
     return rows, weights

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepmask.errors import InvalidSchedule, ReuseBeforeCompute, ScheduleMismatch
+from stepmask.errors import InvalidSchedule, InvalidScheduleFile, ReuseBeforeCompute, ScheduleMismatch
+from stepmask.schedule import file
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
-from stepmask.schedule.graph import BlockGraph
+from stepmask.schedule.graph import BlockGraph, columns_of, span_of
+from stepmask.schedule.resample import resample_table
 
 WINDOW = 3
 """A reused cell reads at most this many stored values."""
@@ -143,15 +145,14 @@ class MaskSchedule:
         Raises:
             ScheduleMismatch: One of the two samplers does not tell its log-SNR.
         """
-        from stepmask.schedule.resample import resample_rows  # here, because it needs this class's constants
-
         if not self.sampler.log_snr or not sampler.log_snr:
             raise ScheduleMismatch(
                 given="a sampler without log-SNR",
                 expected="log-SNR per step on both sides",
                 advice="Learn a schedule for this sampler instead of resampling one",
             )
-        rows, weights = resample_rows(self, np.array(sampler.log_snr))
+        old, new = np.array(self.sampler.log_snr), np.array(sampler.log_snr)
+        rows, weights = resample_table(self.rows, self.forecasts, old, new)
         source = {"resampled_from": {"class": self.sampler.class_name, "steps": self.steps}}
         return replace(self, rows=rows, weights=weights, sampler=sampler, provenance={**self.provenance, **source})
 
@@ -161,9 +162,7 @@ class MaskSchedule:
         Raises:
             UnwritablePath: The folder cannot be written.
         """
-        from stepmask.schedule.file import save
-
-        return save(self, folder)
+        return file.write(folder, self.to_json())
 
     @classmethod
     def from_pretrained(
@@ -174,9 +173,77 @@ class MaskSchedule:
         Raises:
             InvalidScheduleFile: The file is missing, truncated or not a schedule.
         """
-        from stepmask.schedule.file import load
+        text = file.read(source, revision=revision, token=token)
+        try:
+            return cls.from_json(text)
+        except InvalidScheduleFile as error:
+            raise file.not_a_schedule(str(source), error.parts["given"].removeprefix("the text: ")) from error
 
-        return load(source, revision=revision, token=token)
+    def to_json(self) -> str:
+        """As readable JSON text: a block, a row and a forecast a line."""
+        return file.to_text(
+            {
+                "denoiser": {"class": self.denoiser.class_name, "config": dict(self.denoiser.config)},
+                "sampler": {
+                    "class": self.sampler.class_name,
+                    "branches": self.sampler.branches,
+                    "timesteps": list(self.sampler.timesteps),
+                    "log_snr": list(self.sampler.log_snr),
+                },
+                "blocks": self.graph.to_plain(),
+                "rows": ["".join("01"[int(bit)] for bit in row) for row in self.rows],
+                "forecasts": _forecasts_to_plain(self),
+                "provenance": dict(self.provenance),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "MaskSchedule":
+        """From what `to_json` gave.
+
+        Raises:
+            InvalidScheduleFile: The text is not JSON, not a schedule, or contradicts itself.
+        """
+        data = file.from_text(text)
+        try:
+            return _from_plain(data)
+        except InvalidSchedule as error:
+            raise file.not_a_schedule("the text", str(error)) from error
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise file.not_a_schedule("the text", f"{type(error).__name__}: {error}") from error
+
+
+def _from_plain(data: dict[str, Any]) -> MaskSchedule:
+    sampler = data["sampler"]
+    rows = np.array([[{"0": False, "1": True}[bit] for bit in row] for row in data["rows"]], dtype=bool)
+    weights = np.tile(PLAIN, (*rows.shape, 1))
+    for item in data["forecasts"]:
+        cell = [float(weight) for weight in item["weights"]]
+        weights[item["step"], columns_of(item["blocks"])] = cell + [0.0] * (WINDOW - len(cell))
+    return MaskSchedule(
+        graph=BlockGraph.from_plain(data["blocks"]),
+        rows=rows,
+        weights=weights,
+        denoiser=DenoiserFingerprint(data["denoiser"]["class"], data["denoiser"]["config"]),
+        sampler=SamplerFingerprint(
+            sampler["class"], tuple(sampler["timesteps"]), tuple(sampler["log_snr"]), sampler["branches"]
+        ),
+        provenance=data["provenance"],
+    )
+
+
+def _forecasts_to_plain(schedule: MaskSchedule) -> list[dict[str, Any]]:
+    """Cells with other weights than plain reuse; blocks of one step with equal weights share an entry."""
+    entries = []
+    for step, row in enumerate(schedule.forecasts):
+        columns: dict[tuple[float, ...], list[int]] = {}
+        for column, weights in enumerate(row.tolist()):
+            if tuple(weights) != PLAIN:
+                columns.setdefault(tuple(weights[: schedule.windows[step, column]]), []).append(column)
+        entries += [
+            {"step": step, "blocks": span_of(where), "weights": list(weights)} for weights, where in columns.items()
+        ]
+    return entries
 
 
 def _wrong_shape(what: str, given: tuple[int, ...], expected: tuple[int, ...]) -> InvalidSchedule:
