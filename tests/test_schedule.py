@@ -69,7 +69,7 @@ def test_the_file_has_a_block_and_a_row_a_line() -> None:
 def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
     text = forecasting().to_json()
     (tmp_path / "stepmask.json").write_text(text[: int(len(text) * kept)])
-    with pytest.raises(InvalidScheduleFile, match="test_a_truncated_file.*not JSON"):
+    with pytest.raises(InvalidScheduleFile, match=r"test_a_truncated_file.*not JSON"):
         MaskSchedule.from_pretrained(tmp_path)
 
 

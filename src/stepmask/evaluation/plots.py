@@ -29,6 +29,8 @@ def heat_map(schedule: MaskSchedule, path: str | Path) -> Path:
     colours = plot.matplotlib.colors.ListedColormap(COLOURS)
     table.pcolormesh(kinds, cmap=colours, vmin=-0.5, vmax=3.5, edgecolors="white", linewidth=0.4)
     table.invert_yaxis()
+    every = range(0, schedule.steps, max(1, schedule.steps // 10))
+    table.set_yticks([step + 0.5 for step in every], labels=[str(step) for step in every])
     table.set(xlabel="block, in call order (the last is the denoiser)", ylabel="step (0 = noisiest)")
     share.barh(np.arange(schedule.steps) + 0.5, (plan.computed * schedule.graph.costs).sum(1), color=COLOURS[0])
     share.set(xlim=(0, 1), xlabel="MACs")
