@@ -264,12 +264,47 @@ class TestPipeline:
         assert "set_timesteps" not in vars(pipe.scheduler)
 
 
+@pytest.mark.parametrize(
+    ("name", "evaluations"),
+    [
+        ("DDIMScheduler", 5), ("DDPMScheduler", 5), ("EulerDiscreteScheduler", 5), ("HeunDiscreteScheduler", 9),
+        ("PNDMScheduler", 14), ("DPMSolverMultistepScheduler", 5), ("UniPCMultistepScheduler", 5),
+    ],
+)  # fmt: skip
+def test_the_clock_counts_evaluations_of_any_sampler(pipe: Any, name: str, evaluations: int) -> None:
+    import diffusers
+
+    pipe.scheduler = getattr(diffusers, name)(beta_schedule="linear")
+    trajectory = stepmask.record(pipe, class_labels=[1], num_inference_steps=5)
+    assert trajectory.steps == len(trajectory.calls) == evaluations
+    assert len(trajectory.sampler.log_snr) == evaluations
+    graph = stepmask.trace(pipe, trajectory)
+    full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+    half = fixed_interval(full, 0.6, order=1)
+    with stepmask.apply(pipe, full):
+        assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
+    with stepmask.apply(pipe, half) as masked:
+        first, again = trajectory.sampling().latent, trajectory.sampling().latent
+        assert masked.computed_macs == 2 * lower(half).macs
+    assert torch.equal(first, again)
+    assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
+
+
 class TestStrict:
     def test_another_denoiser(self, reference: MaskSchedule) -> None:
         with pytest.raises(ScheduleMismatch, match="num_layers = 2"):
             stepmask.apply(tiny_dit(layers=2), reference)
         with pytest.raises(ScheduleMismatch, match="UNet2DConditionModel"):
             stepmask.apply(tiny_unet(), reference)
+
+    def test_a_refused_pipeline_stays_as_it_was(self, pipe: Any, reference: MaskSchedule) -> None:
+        pipe.transformer.transformer_blocks[2].ff = nn.Identity()
+        pipe.transformer.transformer_blocks[2].attn1 = nn.ModuleList()
+        del pipe.transformer.transformer_blocks[2].ff
+        with pytest.raises(ScheduleMismatch, match="ff"):
+            stepmask.apply(pipe, reference)
+        assert "set_timesteps" not in vars(pipe.scheduler)
+        assert not any(hasattr(type(module), "_seam_depth") for module in pipe.transformer.modules())
 
     def test_another_block_list(self) -> None:
         denoiser, other = nn.Sequential(Scale(1.0), Scale(2.0)), nn.Sequential(Scale(1.0))
@@ -304,6 +339,8 @@ class TestStrict:
                 stepmask.apply(pipe, reference)
             with pytest.raises(AlreadyApplied):
                 stepmask.apply(pipe.transformer, reference)
+            with pytest.raises(AlreadyApplied):
+                stepmask.trace(pipe, DIT)
 
     def test_more_evaluations_than_steps(self) -> None:
         denoiser = Chain()

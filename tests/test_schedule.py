@@ -4,13 +4,16 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stepmask import Budget, MaskSchedule
+from stepmask.denoiser.sampler import describe, describe_steps, log_snr
 from stepmask.errors import (
     InvalidBudget,
     InvalidSchedule,
@@ -62,7 +65,7 @@ def test_any_table_survives_the_file(schedule: MaskSchedule) -> None:
 def test_the_file_has_a_block_and_a_row_a_line() -> None:
     lines = forecasting().to_json().splitlines()
     assert '  "100011",' in lines
-    assert '  {"name": "up1", "reuse": "output", "macs": 1, "bytes": 4, "reads": "1-2"},' in lines
+    assert '  {"name": "up1", "reuse": "output", "macs": 1, "shapes": [[1]], "bytes": 4, "reads": "1-2"},' in lines
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
@@ -184,6 +187,26 @@ class TestResample:
     def test_needs_log_snr(self) -> None:
         with pytest.raises(ScheduleMismatch, match="log-SNR"):
             forecasting().resample(SamplerFingerprint("", (1.0, 0.0)))
+
+
+class TestLogSNR:
+    def test_by_hand(self) -> None:
+        timesteps = torch.tensor([1.0, 0.0])
+        preserving = SimpleNamespace(timesteps=timesteps, alphas_cumprod=torch.tensor([0.8, 0.2]))
+        flow = SimpleNamespace(timesteps=timesteps, sigmas=torch.tensor([0.75, 0.5, 0.0]))
+        exploding = SimpleNamespace(timesteps=timesteps, sigmas=torch.tensor([10.0, 0.1, 0.0]))
+        assert log_snr(preserving) == pytest.approx((np.log(0.25), np.log(4)))
+        assert log_snr(flow) == pytest.approx((2 * np.log(1 / 3), 0.0))
+        assert log_snr(exploding) == pytest.approx((-2 * np.log(10), 2 * np.log(10)))
+        assert log_snr(SimpleNamespace(timesteps=timesteps)) == ()
+
+    def test_another_step_count_is_described_without_touching_the_scheduler(self) -> None:
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler()
+        scheduler.set_timesteps(5)
+        assert describe_steps(scheduler, 10).steps == 10
+        assert describe(scheduler).steps == 5
 
 
 class TestFingerprint:

@@ -48,6 +48,7 @@ def test_macs_and_bytes_by_hand() -> None:
     graph = stepmask.trace(denoiser, (torch.zeros(7, 3),), blocks="*")
     assert graph.macs.tolist() == [84, 140, 0]
     assert [block.bytes for block in graph.blocks] == [112, 140, 140]
+    assert [block.shapes for block in graph.blocks] == [((7, 4),), ((7, 5),), ((7, 5),)]
 
 
 def test_dit_macs_match_the_formula_of_its_layers() -> None:

@@ -59,13 +59,13 @@ def sampler(steps: int, class_name: str = "") -> SamplerFingerprint:
 def unet_graph() -> BlockGraph:
     """The graph of `Skips`, a MAC and four bytes a block."""
     reads = {"down0": (), "down1": ("down0",), "mid": ("down1",), "up1": ("down1", "mid"), "up0": ("down0", "up1")}
-    blocks = tuple(Block(name, reads[name], "output", 1, 4) for name in Skips.names)
-    return BlockGraph((*blocks, Block(DENOISER, ("up0",), "output", 0, 4)))
+    blocks = tuple(Block(name, reads[name], "output", 1, ((1,),), 4) for name in Skips.names)
+    return BlockGraph((*blocks, Block(DENOISER, ("up0",), "output", 0, ((1,),), 4)))
 
 
 def chain_graph(count: int, reuse: Reuse) -> BlockGraph:
-    blocks = tuple(Block(f"b{i}", (f"b{i - 1}",) if i else (), reuse, 1, 4) for i in range(count))
-    return BlockGraph((*blocks, Block(DENOISER, (f"b{count - 1}",), "output", 0, 4)))
+    blocks = tuple(Block(f"b{i}", (f"b{i - 1}",) if i else (), reuse, 1, ((1,),), 4) for i in range(count))
+    return BlockGraph((*blocks, Block(DENOISER, (f"b{count - 1}",), "output", 0, ((1,),), 4)))
 
 
 def table(graph: BlockGraph, *rows: str, weights: dict[tuple[int, str], tuple[float, ...]] | None = None,

@@ -83,11 +83,12 @@ def blocks(
     trajectory = record(pipe, **_call(pipe, 1, 0, call), num_inference_steps=2)
     graph = trace(pipe, trajectory, granularity=_one_of(granularity, "sublayer", "block"), blocks=pattern or None)
     if as_json:
-        keys = ("name", "reuse", "macs", "bytes", "reads")
+        keys = ("name", "reuse", "macs", "shapes", "bytes", "reads")
         return print(json.dumps([{key: getattr(block, key) for key in keys} for block in graph.blocks]))
     width = max(len(block.label) for block in graph.blocks)
     for block, cost in zip(graph.blocks, graph.costs, strict=True):
-        print(f"{block.label:{width}}  {block.reuse:6}  {block.macs / 1e6:9.2f} MMACs  {cost:6.2%}")
+        shapes = " ".join("×".join(map(str, shape)) for shape in block.shapes)
+        print(f"{block.label:{width}}  {block.reuse:6}  {block.macs / 1e6:9.2f} MMACs  {cost:6.2%}  {shapes}")
     return None
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.sampler import describe, watched
-from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.seam import Behaviour, attached, refuse_if_taken
 from stepmask.denoiser.values import each, forecast, size, stream
-from stepmask.errors import AlreadyApplied, RunError, RunNotStarted, ScheduleMismatch
+from stepmask.errors import RunError, RunNotStarted, ScheduleMismatch
 from stepmask.schedule.graph import Block
 from stepmask.schedule.rectify import Cell, lower
 from stepmask.schedule.schedule import MaskSchedule
@@ -48,17 +48,18 @@ class Masked:
 
     def __init__(self, pipe: Any, schedule: MaskSchedule) -> None:
         denoiser, self.scheduler = denoiser_of(pipe), scheduler_of(pipe)
-        _refuse_if_taken(denoiser)
+        refuse_if_taken(denoiser)
         schedule.denoiser.check(fingerprint_of(denoiser))
         self.pipe, self.schedule, self.plan = pipe, schedule, lower(schedule)
         self.clock = _Clock(self)
         self.seats = [_Seat(self.clock, column, block) for column, block in enumerate(schedule.graph.blocks)]
-        self._stack = ExitStack()
-        if self.scheduler is not None:
-            self._stack.enter_context(watched(self.scheduler, "set_timesteps", lambda *_, **__: self._start()))
         modules = _modules(denoiser, schedule)
-        self._stack.enter_context(attached(dict(zip(modules, self.seats[:-1], strict=True))))
-        self._stack.enter_context(attached({denoiser: _Evaluation(self)}))
+        with ExitStack() as stack:
+            if self.scheduler is not None:
+                stack.enter_context(watched(self.scheduler, "set_timesteps", lambda *_, **__: self._start()))
+            stack.enter_context(attached(dict(zip(modules, self.seats[:-1], strict=True))))
+            stack.enter_context(attached({denoiser: _Evaluation(self)}))
+            self._stack = stack.pop_all()
         if self.scheduler is None:
             self.restart()
 
@@ -106,16 +107,6 @@ class Masked:
     def computed_macs(self) -> int:
         """MACs of the blocks that were really run since this schedule was applied, at the traced shape."""
         return sum(seat.computed * seat.block.macs for seat in self.seats)
-
-
-def _refuse_if_taken(denoiser: nn.Module) -> None:
-    by_us = any(hasattr(type(module), "_seam_depth") for name, module in denoiser.named_modules() if name)
-    if by_us or getattr(denoiser, "is_cache_enabled", False):
-        raise AlreadyApplied(
-            given=f"a {type(denoiser).__name__} that is {'masked' if by_us else 'cached by diffusers'} already",
-            expected="a denoiser that nothing else skips",
-            advice="Call .remove() on the first schedule" if by_us else "Call denoiser.disable_cache() first",
-        )
 
 
 def _modules(denoiser: nn.Module, schedule: MaskSchedule) -> list[nn.Module]:

@@ -54,15 +54,17 @@ def describe_steps(scheduler: Any, num_inference_steps: int, branches: int = 1) 
 def log_snr(scheduler: Any) -> tuple[float, ...]:
     """log(α²/σ²) at each of the scheduler's timesteps; empty for a scheduler that tells neither ᾱ nor σ.
 
-    Variance preserving: log ᾱ − log(1 − ᾱ). Flow matching, x = (1 − σ)·x₀ + σ·ε: 2·log((1 − σ)/σ).
+    Variance preserving: log ᾱ − log(1 − ᾱ). Flow matching, x = (1 − σ)·x₀ + σ·ε: 2·log((1 − σ)/σ). Variance
+    exploding, x = x₀ + σ·ε, told by a σ above 1: −2·log σ.
     """
     timesteps = scheduler.timesteps.detach().cpu().double()
     if isinstance(bars := getattr(scheduler, "alphas_cumprod", None), Tensor):
         table = torch.log(bars.double().cpu()) - torch.log1p(-bars.double().cpu())
         values = np.interp(timesteps.numpy(), np.arange(len(table)), table.numpy())
     elif isinstance(sigmas := getattr(scheduler, "sigmas", None), Tensor) and len(sigmas) >= len(timesteps):
-        sigma = sigmas[: len(timesteps)].detach().cpu().double().clamp(1e-6, 1 - 1e-6)
-        values = (2 * torch.log((1 - sigma) / sigma)).numpy()
+        sigma = sigmas[: len(timesteps)].detach().cpu().double().clamp_min(1e-6)
+        alpha = torch.ones_like(sigma) if sigma.max() > 1 else (1 - sigma).clamp_min(1e-6)
+        values = (2 * torch.log(alpha / sigma)).numpy()
     else:
         return ()
     return tuple(float(value) for value in values)

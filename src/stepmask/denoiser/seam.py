@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from stepmask.errors import RunError
+from stepmask.errors import AlreadyApplied, RunError
 
 
 class Behaviour(Protocol):
@@ -58,6 +58,21 @@ def detach(module: nn.Module, behaviour: Behaviour) -> None:
         )
     del module.__dict__[f"_seam_{depth}"]
     module.__class__ = type(module).__mro__[1]
+
+
+def refuse_if_taken(denoiser: nn.Module) -> None:
+    """Refuse a denoiser whose blocks have behaviours in front of them already, or that diffusers caches.
+
+    Raises:
+        AlreadyApplied: It is taken.
+    """
+    by_us = any(hasattr(type(module), "_seam_depth") for name, module in denoiser.named_modules() if name)
+    if by_us or getattr(denoiser, "is_cache_enabled", False):
+        raise AlreadyApplied(
+            given=f"a {type(denoiser).__name__} that is {'masked' if by_us else 'cached by diffusers'} already",
+            expected="a denoiser that nothing else skips",
+            advice="Call .remove() on the first schedule" if by_us else "Call denoiser.disable_cache() first",
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks
-from stepmask.denoiser.seam import attached
+from stepmask.denoiser.seam import attached, refuse_if_taken
 from stepmask.denoiser.trajectory import Call, Trajectory
 from stepmask.denoiser.values import size, stream, tensors
 from stepmask.errors import TraceError
@@ -45,9 +45,11 @@ def trace(
 
     Raises:
         NoSuchBlock: A pattern matches no module.
+        AlreadyApplied: The denoiser is under a schedule.
         TraceError: A block is not called, called twice, without tensors, or changed in place by the code after it.
     """
     denoiser = denoiser_of(pipe)
+    refuse_if_taken(denoiser)
     found = find_blocks(denoiser, granularity, blocks)
     call = _first_call(example)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -71,6 +73,10 @@ def _first_call(example: Trajectory | Call | tuple[Any, ...] | Mapping[str, Any]
     if isinstance(example, Mapping):
         return Call((), dict(example))
     return Call(tuple(example), {})
+
+
+def _shapes(output: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in tensors(output))
 
 
 class _Recorder:
@@ -97,7 +103,7 @@ class _Recorder:
         self.sources[id(tensor)] = sources
 
     def add(self, name: str, reads: tuple[str, ...], macs: int, output: Any, reuse: Reuse) -> None:
-        self.blocks[name] = Block(name, reads, reuse, macs, size(output))
+        self.blocks[name] = Block(name, reads, reuse, macs, _shapes(output), size(output))
         for tensor in tensors(output):
             self.tag(tensor, frozenset({name}))
             self.storages[tensor.untyped_storage()._cdata] = name
@@ -110,7 +116,7 @@ class _Recorder:
                 advice="Leave it out of the pattern, or trace with inputs that use it",
             )
         glue = self.macs() - sum(block.macs for block in self.blocks.values())
-        self.blocks[DENOISER] = Block(DENOISER, self.read(output), "output", glue, size(output))
+        self.blocks[DENOISER] = Block(DENOISER, self.read(output), "output", glue, _shapes(output), size(output))
         return BlockGraph(tuple(self.blocks.values()))
 
 

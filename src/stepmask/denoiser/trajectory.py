@@ -83,7 +83,8 @@ class Sampling:
             latents[:] = [result[0].detach()]
             handed.append(model_output.detach().clone())
 
-        with watched(scheduler_of(self.pipe), "step", keep):
+        with watched(scheduler_of(self.pipe), "step", keep), torch.random.fork_rng():
+            torch.manual_seed(self.seed)  # for what takes no generator
             output = self.pipe(**self.call, **self._generator())
         if not latents:
             raise RunError(

@@ -26,13 +26,15 @@ class Block:
         reads: Names of the blocks whose outputs reach this block's inputs without passing another block.
         reuse: How it answers when it is not computed.
         macs: Multiply-accumulates per evaluation at the traced shape, blocks inside it not counted.
-        bytes: Size of one stored value at the traced shape.
+        shapes: Of the tensors it returns, as traced.
+        bytes: Size of one stored value, as traced.
     """
 
     name: str
     reads: tuple[str, ...] = ()
     reuse: Reuse = "output"
     macs: int = 0
+    shapes: tuple[tuple[int, ...], ...] = ()
     bytes: int = 0
 
     @property
@@ -95,6 +97,7 @@ class BlockGraph:
                 "name": block.name,
                 "reuse": block.reuse,
                 "macs": block.macs,
+                "shapes": [list(shape) for shape in block.shapes],
                 "bytes": block.bytes,
                 "reads": span_of(np.flatnonzero(reads).tolist()),
             }
@@ -112,6 +115,7 @@ class BlockGraph:
                     reads=tuple(names[column] for column in columns_of(item["reads"])),
                     reuse=item["reuse"],
                     macs=int(item["macs"]),
+                    shapes=tuple(tuple(shape) for shape in item["shapes"]),
                     bytes=int(item["bytes"]),
                 )
                 for item in items
