@@ -70,12 +70,7 @@ class Sampling:
         """
         if self.run is not None:
             return Sampled(latent := self.run(), latent)
-        if isinstance(self.pipe, nn.Module) or "generator" in self.call:
-            raise RunError(
-                given="a plain module without run=" if isinstance(self.pipe, nn.Module) else "a generator",
-                expected="a run that can be repeated exactly",
-                advice="Pass run=function for a plain module, and seed= instead of a generator for a pipeline",
-            )
+        self._check_repeatable()
         latents: list[Tensor] = []
         handed: list[Tensor] = []
 
@@ -87,17 +82,61 @@ class Sampling:
             torch.manual_seed(self.seed)  # for what takes no generator
             output = self.pipe(**self.call, **self._generator())
         if not latents:
-            raise RunError(
-                given="a pipeline that never called scheduler.step",
-                expected="at least one sampling step",
-                advice="Ask for more steps",
-            )
+            raise _no_step()
         return Sampled(latents[0], output, tuple(handed))
+
+    def latent(self) -> Tensor:
+        """The final latent alone, in the caller's gradient mode: what comes after the last step is not run.
+
+        Raises:
+            RunError: As for a whole run.
+        """
+        if self.run is not None:
+            return self.run()
+        self._check_repeatable()
+        scheduler, undecorated = scheduler_of(self.pipe), inspect.unwrap(type(self.pipe).__call__)
+        done: list[int] = []
+
+        def stop_after_the_last(result: Any, *_: Any, **__: Any) -> None:
+            done.append(1)
+            if len(done) == len(scheduler.timesteps):
+                raise _LastStep(result[0])
+
+        with watched(scheduler, "step", stop_after_the_last), torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            try:
+                undecorated(self.pipe, **self.call, **self._generator())
+            except _LastStep as reached:
+                return reached.latent
+        raise _no_step()
+
+    def _check_repeatable(self) -> None:
+        if isinstance(self.pipe, nn.Module) or "generator" in self.call:
+            raise RunError(
+                given="a plain module without run=" if isinstance(self.pipe, nn.Module) else "a generator",
+                expected="a run that can be repeated exactly",
+                advice="Pass run=function for a plain module, and seed= instead of a generator for a pipeline",
+            )
 
     def _generator(self) -> dict[str, Any]:
         if "generator" not in inspect.signature(self.pipe.__call__).parameters:
             return {}
         return {"generator": torch.Generator("cpu").manual_seed(self.seed)}
+
+
+class _LastStep(BaseException):  # noqa: N818 - leaves a pipeline's code early, and no except clause may stop it
+    """The last step is done."""
+
+    def __init__(self, latent: Tensor) -> None:
+        self.latent = latent
+
+
+def _no_step() -> RunError:
+    return RunError(
+        given="a pipeline that did not reach its last step",
+        expected="scheduler.step called once per timestep",
+        advice="Ask for more steps, and do not interrupt the run",
+    )
 
 
 @dataclass(frozen=True)
