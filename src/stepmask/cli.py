@@ -132,7 +132,7 @@ def sample(
 ) -> None:
     """Draw samples, under a schedule or without, and write them as PNG files."""
     from stepmask.denoiser.runtime import apply
-    from stepmask.denoiser.trajectory import Sampling
+    from stepmask.denoiser.sampling import Sampling
     from stepmask.schedule.schedule import MaskSchedule
 
     pipe = _load(pipeline)

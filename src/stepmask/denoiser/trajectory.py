@@ -1,17 +1,17 @@
 """`record`: run a pipeline as it is and keep what its denoiser was given; never its features."""
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
+from stepmask.denoiser.families import fingerprint_of, scheduler_of
 from stepmask.denoiser.sampler import describe, watched
+from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError, RunError
@@ -24,119 +24,6 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """What one run ended with.
-
-    Args:
-        latent: The sampler's last latent; the sample itself in pixel space.
-        output: What the pipeline returned.
-        handed: What the scheduler was handed at each step: the denoiser's outputs after guidance. Empty without one.
-    """
-
-    latent: Tensor
-    output: Any
-    handed: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """A sampling run that can be repeated exactly: a pipeline, its arguments and a seed.
-
-    Args:
-        pipe: A pipeline; or a plain denoiser, with `run`.
-        call: Keyword arguments of the pipeline, without a generator.
-        seed: Of the generator, made anew for every run.
-        run: For a plain denoiser: a function without arguments that samples and returns the final latent.
-    """
-
-    pipe: Any
-    call: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    run: Callable[[], Tensor] | None = None
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """The network that the sampler calls."""
-        return denoiser_of(self.pipe)
-
-    def __call__(self) -> Sampled:
-        """Run once.
-
-        Raises:
-            RunError: A plain denoiser without `run`, a generator among the arguments, or a run without a step.
-        """
-        if self.run is not None:
-            return Sampled(latent := self.run(), latent)
-        self._check_repeatable()
-        latents: list[Tensor] = []
-        handed: list[Tensor] = []
-
-        def keep(result: Any, model_output: Tensor, *_: Any, **__: Any) -> None:
-            latents[:] = [result[0].detach()]
-            handed.append(model_output.detach().clone())
-
-        with watched(scheduler_of(self.pipe), "step", keep), torch.random.fork_rng():
-            torch.manual_seed(self.seed)  # for what takes no generator
-            output = self.pipe(**self.call, **self._generator())
-        if not latents:
-            raise _no_step()
-        return Sampled(latents[0], output, tuple(handed))
-
-    def latent(self) -> Tensor:
-        """The final latent alone, in the caller's gradient mode: what comes after the last step is not run.
-
-        Raises:
-            RunError: As for a whole run.
-        """
-        if self.run is not None:
-            return self.run()
-        self._check_repeatable()
-        scheduler, undecorated = scheduler_of(self.pipe), inspect.unwrap(type(self.pipe).__call__)
-        done: list[int] = []
-
-        def stop_after_the_last(result: Any, *_: Any, **__: Any) -> None:
-            done.append(1)
-            if len(done) == len(scheduler.timesteps):
-                raise _LastStep(result[0])
-
-        with watched(scheduler, "step", stop_after_the_last), torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            try:
-                undecorated(self.pipe, **self.call, **self._generator())
-            except _LastStep as reached:
-                return reached.latent
-        raise _no_step()
-
-    def _check_repeatable(self) -> None:
-        if isinstance(self.pipe, nn.Module) or "generator" in self.call:
-            raise RunError(
-                given="a plain module without run=" if isinstance(self.pipe, nn.Module) else "a generator",
-                expected="a run that can be repeated exactly",
-                advice="Pass run=function for a plain module, and seed= instead of a generator for a pipeline",
-            )
-
-    def _generator(self) -> dict[str, Any]:
-        if "generator" not in inspect.signature(self.pipe.__call__).parameters:
-            return {}
-        return {"generator": torch.Generator("cpu").manual_seed(self.seed)}
-
-
-class _LastStep(BaseException):  # noqa: N818 - leaves a pipeline's code early, and no except clause may stop it
-    """The last step is done."""
-
-    def __init__(self, latent: Tensor) -> None:
-        self.latent = latent
-
-
-def _no_step() -> RunError:
-    return RunError(
-        given="a pipeline that did not reach its last step",
-        expected="scheduler.step called once per timestep",
-        advice="Ask for more steps, and do not interrupt the run",
-    )
 
 
 @dataclass(frozen=True)
@@ -233,9 +120,11 @@ def _sampler(sequence: list[SamplerFingerprint], calls: list[Call]) -> SamplerFi
 def _timestep(call: Call, step: int) -> float:
     """The timestep of a plain call: `timestep`, `t` or `sigma`, else its second argument, else the step's index."""
     given = next((call.kwargs[name] for name in ("timestep", "t", "sigma") if name in call.kwargs), None)
-    if given is None:
-        given = call.args[1] if len(call.args) > 1 else step
-    return float(given.flatten()[0]) if isinstance(given, Tensor) else float(given)
+    if given is None and len(call.args) > 1:
+        given = call.args[1]
+    if isinstance(given, Tensor):
+        return float(given.flatten()[0])
+    return float(given) if isinstance(given, int | float) else float(step)
 
 
 class _Listener(Behaviour):

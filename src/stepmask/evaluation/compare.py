@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepmask.denoiser.runtime import apply
+from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import attached
-from stepmask.denoiser.trajectory import Sampled, Sampling
 from stepmask.errors import RunError
 from stepmask.evaluation.measure import Stopwatch, machine, now, peak_memory
 from stepmask.evaluation.metrics import images_of, latent_errors, psnr, ssim

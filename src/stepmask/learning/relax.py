@@ -59,35 +59,13 @@ class Sigmoid:
 
 
 @dataclass(frozen=True)
-class StraightThrough:
-    """Hard bits forward, the gradient of σ(θ) backward (arXiv 1308.3432).
-
-    Args:
-        rate: Learning rate of Adam.
-        begin: θ at the start.
-        limit: Bound of |θ|.
-    """
-
-    rate: float = 0.15
-    begin: float = 1.0
-    limit: float = 8.0
-
-    def start(self, count: int) -> Tensor:
-        """θ = begin."""
-        return torch.full((count,), self.begin)
+class StraightThrough(Sigmoid):
+    """Hard bits forward, the gradient of σ(θ) backward (arXiv 1308.3432). Arguments as of `Sigmoid`."""
 
     def sample(self, parameter: Tensor, progress: float, generator: torch.Generator) -> Tensor:
         """1 where θ > 0, with σ's gradient."""
         soft = torch.sigmoid(parameter)
         return (parameter > 0).to(soft) + soft - soft.detach()
-
-    def project(self, parameter: Tensor, costs: Tensor, share: float) -> None:
-        """Clamp θ."""
-        parameter.clamp_(-self.limit, self.limit)
-
-    def scores(self, parameter: Tensor) -> Tensor:
-        """σ(θ)."""
-        return torch.sigmoid(parameter)
 
 
 @dataclass(frozen=True)
