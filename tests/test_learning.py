@@ -20,7 +20,7 @@ from stepmask.denoiser.families import fingerprint_of
 from stepmask.denoiser.trajectory import Call
 from stepmask.errors import InvalidBudget, LearningError, RunError, UnwritablePath
 from stepmask.learning.guidance import Guidance, guidance_of
-from stepmask.learning.objective import MeasuredGain, Objective, Uniform, relative_error, step_changes
+from stepmask.learning.objective import MeasuredGain, Objective, Uniform, expected_cost, relative_error, step_changes
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.relax import Concrete, Sigmoid, StraightThrough
 from stepmask.learning.rounding import round_scores
@@ -28,7 +28,7 @@ from stepmask.learning.step import StepJob, learn_step
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.rectify import lower, rectify
 
-from toys import Drift, Scale, bits, sampler, table, unet_graph
+from toys import Drift, Scale, bits, chain_graph, sampler, table, unet_graph
 
 QUICK = PerTimestep(iterations=3, rounds=2)
 
@@ -43,6 +43,18 @@ class TestObjective:
         # 2·(0.1 + 0.5·mean(0.2, 0.4)) + 3·0.25
         given_loss = loss(torch.tensor(0.1), [torch.tensor(0.2), torch.tensor(0.4)], torch.tensor(0.25))
         assert given_loss == pytest.approx(2 * (0.1 + 0.15) + 0.75)
+
+    def test_the_cost_of_a_row_is_what_is_left_after_rectification(self) -> None:
+        # up1 at 0.5 makes mid and down1 live by half: (1 + 0.5 + 0.5 + 0.5 + 1) / 5
+        halved = torch.tensor([1.0, 1.0, 1.0, 0.5, 1.0, 1.0])
+        assert expected_cost(halved, unet_graph()) == pytest.approx(3.5 / 5)
+
+    @given(st.lists(st.booleans(), min_size=6, max_size=6), st.sampled_from(["unet", "chain"]))
+    def test_the_cost_of_bits_is_that_of_the_plan(self, row: list[bool], kind: str) -> None:
+        graph = unet_graph() if kind == "unet" else chain_graph(5, "delta")
+        plan = lower(table(graph, "111111", "".join("01"[bit] for bit in row)))
+        cost = expected_cost(torch.tensor(row, dtype=torch.float64), graph)
+        assert float(cost) == pytest.approx((plan.computed[1] * graph.costs).sum())
 
     def test_guidance_is_read_off_the_run(self, pipe: Any) -> None:
         trajectory = stepmask.record(pipe, class_labels=[1, 2], guidance_scale=3.0, num_inference_steps=3)

@@ -16,6 +16,7 @@ from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError
 from stepmask.learning.guidance import guidance_of
+from stepmask.schedule.graph import BlockGraph
 
 Floats = npt.NDArray[np.float64]
 
@@ -46,6 +47,26 @@ class Objective:
         features = list(feature_errors)
         fidelity = error + self.feature * torch.stack(features).mean() if features and self.feature else error
         return self.weight * fidelity + self.price * cost
+
+
+def expected_cost(scores: Tensor, graph: BlockGraph) -> Tensor:
+    """Share of the denoiser's MACs that a row of scores computes after rectification: Σ_b c_b · s_b · live_b.
+
+    A block is live as far as someone reads it: live_b = max over its readers r of live_r · s_r, or of live_r where r is
+    reused by delta and reads in any case; the denoiser is live. On bits this is the plan's cost of the row, so that a
+    decision that lets other blocks die is rewarded for it (cf. DiP-GO, arXiv 2410.16942, whose costs count dependents).
+
+    Args:
+        scores: (blocks,), in [0, 1].
+        graph: The blocks.
+    """
+    live: list[Tensor] = [torch.ones(())] * len(graph)
+    for column in reversed(range(len(graph) - 1)):
+        readers = np.flatnonzero(graph.reads[:, column])
+        asks = [live[r] if graph.blocks[r].reuse == "delta" else live[r] * scores[r] for r in readers]
+        live[column] = torch.stack(asks).max() if asks else torch.zeros(())
+    costs = torch.tensor(graph.costs, dtype=scores.dtype)
+    return (costs * scores * torch.stack(live)).sum()
 
 
 class Scaling(Protocol):

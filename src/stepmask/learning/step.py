@@ -15,7 +15,7 @@ from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError
 from stepmask.learning.bench import Bench
 from stepmask.learning.guidance import Guidance
-from stepmask.learning.objective import Objective, relative_error
+from stepmask.learning.objective import Objective, expected_cost, relative_error
 from stepmask.learning.relax import Relaxation
 from stepmask.schedule.graph import BlockGraph
 
@@ -96,7 +96,7 @@ def learn_step(job: StepJob, denoiser: nn.Module) -> npt.NDArray[np.float64]:
             job.relaxation.project(parameter, costs, job.share)
         with torch.enable_grad():
             scores = job.relaxation.sample(parameter, iteration / max(job.iterations - 1, 1), generator)
-            loss = _loss(job, branches, scores, costs)
+            loss = _loss(job, branches, scores)
         if not torch.isfinite(loss):
             raise _not_finite(job)
         (parameter.grad,) = torch.autograd.grad(loss, [parameter])
@@ -122,18 +122,15 @@ class _Branch:
             return self.bench.blend(self.call, scores)
 
 
-def _loss(job: StepJob, branches: Sequence[_Branch], scores: Tensor, costs: Tensor) -> Tensor:
+def _loss(job: StepJob, branches: Sequence[_Branch], scores: Tensor) -> Tensor:
     if not job.whole_steps:
         scores = torch.cat([scores[:-1], scores.new_ones(1)])
     pairs = [branch.blend(scores) for branch in branches]
     target = job.guidance([branch.target for branch in branches])
     error = relative_error(job.guidance([output for output, _ in pairs]), target)
-    return job.objective(error, [feature for _, features in pairs for feature in features], _cost(scores, costs))
-
-
-def _cost(scores: Tensor, costs: Tensor) -> Tensor:
-    """Expected MACs of a row: without the denoiser nothing is computed, s_denoiser · (c_denoiser + Σ_b c_b·s_b)."""
-    return scores[-1] * (costs[-1] + scores[:-1] @ costs[:-1])
+    return job.objective(
+        error, [feature for _, features in pairs for feature in features], expected_cost(scores, job.graph)
+    )
 
 
 def _not_finite(job: StepJob) -> LearningError:
