@@ -74,7 +74,7 @@ class PerTimestep:
             if not self.whole_steps:
                 scores[:, -1] = np.inf
             table = round_scores(scores, reference, budget, max_age=self.max_age)
-            price *= self._natural_share(scores, reference) / budget.macs
+            price *= float(np.clip(self._natural_share(scores, reference) / budget.macs, 0.25, 4.0))
             under = self._record_under(trajectory, table)
             tried.append((float(relative_error(under.sampled.latent, trajectory.sampled.latent)), table))
         error, best = min(tried, key=lambda pair: pair[0])
