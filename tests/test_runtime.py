@@ -21,7 +21,7 @@ from toys import Chain, Scale, Skips, bits, sampler, table, tiny_dit, tiny_pixel
 
 def chain_table(denoiser: Chain, reuse: Any, *rows: str, **options: Any) -> MaskSchedule:
     graph = stepmask.trace(denoiser, (torch.zeros(2), 0.0), blocks={"layers.0": reuse, "layers.1": "output"})
-    denoiser.layers[0].calls = 0  # type: ignore[union-attr]
+    denoiser.layers[0].calls = 0
     return table(graph, *rows, denoiser=fingerprint_of(denoiser), **options)
 
 
@@ -38,7 +38,7 @@ class TestByHand:
         denoiser = Chain()
         with stepmask.apply(denoiser, chain_table(denoiser, "output", "11", "01")):
             assert outputs(denoiser, (ONE, 0.0), (TWO, 1.0)) == [15.0, 21.0]
-        assert denoiser.layers[0].calls == 1  # type: ignore[union-attr]
+        assert denoiser.layers[0].calls == 1
 
     def test_delta_reuse(self) -> None:
         # layer 0 maps 1 to 2: delta 1.  step 1: layer 0 answers 2 + 1 = 3, stream 2 + 3 = 5, ·5 = 25
@@ -69,7 +69,7 @@ class TestByHand:
         schedule = chain_table(denoiser, "output", "111", "111", "110", weights={(2, DENOISER): (2.0, -1.0)})
         with stepmask.apply(denoiser, schedule):
             assert outputs(denoiser, (ONE, 0.0), (TWO, 0.0), (FOUR, 9.0)) == [15.0, 30.0, 45.0]
-        assert denoiser.layers[0].calls == 2  # type: ignore[union-attr]
+        assert denoiser.layers[0].calls == 2
 
     def test_a_skipped_step_that_refreshes_a_block(self) -> None:
         # step 1 answers 15 but computes layer 0 of 2 = 4; step 2 reuses that: (4 + 4)·5 = 40
@@ -79,7 +79,7 @@ class TestByHand:
 
     def test_dead_blocks_are_not_run(self) -> None:
         denoiser = Skips()
-        graph = stepmask.trace(Skips(), (ONE,), blocks=dict.fromkeys(Skips.names, "output"))  # type: ignore[arg-type]
+        graph = stepmask.trace(Skips(), (ONE,), blocks=dict.fromkeys(Skips.names, "output"))
         with stepmask.apply(denoiser, table(graph, "11111", "11101", denoiser=fingerprint_of(denoiser))):
             denoiser(ONE)
             # down0(2) = 4, up1 reused: 7·(5·6 + 6) = 252; up0: 11·(252 + 4)
@@ -195,7 +195,7 @@ class TestPipeline:
             calls.append(1)
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            return original(x)  # type: ignore[no-any-return]
+            return original(x)
 
         with stepmask.apply(pipe, schedule) as masked:
             pipe.transformer.pos_embed.forward = interrupt
@@ -354,7 +354,7 @@ class TestStrict:
     def test_a_denoiser_that_takes_another_path(self) -> None:
         class Fickle(Chain):
             def forward(self, x: Tensor, t: float) -> Tensor:
-                return super().forward(x, t) if t < 1 else self.layers[0](x)  # type: ignore[no-any-return]
+                return super().forward(x, t) if t < 1 else self.layers[0](x)
 
         denoiser = Fickle()
         with stepmask.apply(denoiser, chain_table(denoiser, "output", "11", "01")):

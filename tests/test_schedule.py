@@ -152,7 +152,7 @@ def test_a_table_cannot_be_changed_in_place() -> None:
 @pytest.mark.parametrize("share", [0, -0.5, 1.01, float("nan"), "half", True, None])
 def test_a_budget_outside_its_range_is_refused(share: object) -> None:
     with pytest.raises(InvalidBudget, match=r"\(0, 1\]"):
-        Budget(macs=share)  # type: ignore[arg-type]
+        Budget(macs=share)
 
 
 def test_a_graph_reads_only_what_came_before() -> None:

@@ -48,7 +48,7 @@ def test_behaviours_stack_and_come_off_in_reverse_order() -> None:
 
 def test_a_failure_half_way_leaves_nothing_behind() -> None:
     first = Scale(1.0)
-    with pytest.raises(AttributeError), attached({first: Add(1.0), "not a module": Add(1.0)}):  # type: ignore[dict-item]
+    with pytest.raises(AttributeError), attached({first: Add(1.0), "not a module": Add(1.0)}):
         pass
     assert type(first) is Scale
 

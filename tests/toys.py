@@ -146,7 +146,7 @@ class Drift(nn.Module):
         self.still, self.moving = Scale(2.0), Times()
 
     def forward(self, x: Tensor, t: float) -> Tensor:
-        return x + self.still(x) + self.moving(x, t)  # type: ignore[no-any-return]
+        return x + self.still(x) + self.moving(x, t)
 
 
 class Times(nn.Module):
