@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +11,8 @@ import stepmask
 from toys import tiny_dit
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture

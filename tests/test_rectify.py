@@ -6,7 +6,8 @@ from hypothesis import given
 
 from stepmask import MaskSchedule
 from stepmask.errors import InvalidBudget, InvalidSchedule
-from stepmask.schedule.baselines import fixed_interval, taylor_weights, whole_step
+from stepmask.schedule.baselines import fixed_interval, whole_step
+from stepmask.schedule.forecasts import DIFFERENCES, taylor_weights
 from stepmask.schedule.rectify import lower, rectify
 
 from test_schedule import schedules
@@ -100,6 +101,11 @@ class TestBaselines:
     def test_the_order_is_lower_while_values_are_few(self) -> None:
         assert taylor_weights(1, [0], 2) == (1.0, 0.0, 0.0)
         assert taylor_weights(3, [0, 2], 2) == taylor_weights(3, [0, 2], 1)
+
+    def test_weights_and_differences_by_hand(self) -> None:
+        # 1.5·C − 0.5·C′ = 1·C + 0.5·(C − C′)
+        np.testing.assert_array_equal(np.array([1.5, -0.5, 0.0]) @ DIFFERENCES, (1.0, 0.5, 0.0))
+        np.testing.assert_array_equal(DIFFERENCES @ DIFFERENCES, np.eye(3))
 
     def test_forecasts_cost_memory_and_no_macs(self) -> None:
         tables = [fixed_interval(self.reference(8), 0.5, order=order) for order in (0, 1, 2)]

@@ -1,14 +1,14 @@
 """Rival schedules as data in the same table: what every learned table must beat at equal MACs."""
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import InvalidBudget, InvalidSchedule
 from stepmask.schedule.budget import Budget
-from stepmask.schedule.schedule import WINDOW, MaskSchedule
+from stepmask.schedule.forecasts import WINDOW, taylor_weights
+from stepmask.schedule.schedule import MaskSchedule
 
 
 def fixed_interval(reference: MaskSchedule, budget: float | Budget, *, order: int = 0) -> MaskSchedule:
@@ -35,27 +35,6 @@ def whole_step(reference: MaskSchedule, budget: float | Budget, *, order: int = 
     Args and errors as in `fixed_interval`.
     """
     return _spread(reference, Budget.of(budget), order, skip_denoiser=True)
-
-
-def taylor_weights(step: int, computed: list[int], order: int) -> tuple[float, float, float]:
-    """Weights of the last computed values in Taylor's forecast from backward differences (arXiv 2503.06923, eq. 3).
-
-    F(k) ≈ F + a·F′ + a²/2·F″ with a the age, F′ = (F − F₁)/g₁ and F″ = (F′ − F′₁)/g₁, g the gaps between computed
-    steps. The order is lower while fewer values are there.
-
-    Args:
-        step: The step that is forecast.
-        computed: Steps computed before it, ascending; at least one.
-        order: 0 to 2.
-    """
-    order = min(order, len(computed) - 1)
-    age = step - computed[-1]
-    gaps = [late - early for early, late in pairwise(computed)]
-    slope = age / gaps[-1] if order >= 1 else 0.0
-    bend = age**2 / (2 * gaps[-1]) if order >= 2 else 0.0
-    near = bend / gaps[-1] if order >= 2 else 0.0
-    far = bend / gaps[-2] if order >= 2 else 0.0
-    return (1 + slope + near, 0.0 - slope - near - far, far)
 
 
 def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoiser: bool) -> MaskSchedule:

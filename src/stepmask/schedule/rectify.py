@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from stepmask.schedule.forecasts import PLAIN
 from stepmask.schedule.graph import BlockGraph
-from stepmask.schedule.schedule import PLAIN, MaskSchedule
+from stepmask.schedule.schedule import MaskSchedule
 
 Action = Literal["compute", "reuse", "dead"]
 

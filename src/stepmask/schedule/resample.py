@@ -3,6 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from stepmask.schedule.forecasts import DIFFERENCES
+
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
@@ -39,15 +41,9 @@ def _reach(computed: Bools, step: int) -> tuple[float, int]:
 
 
 def _stretch(weights: Floats, old: tuple[float, int], new: tuple[float, int]) -> Floats:
-    """Scale a forecast's first and second difference by the ratio of reaches and its square.
-
-    Σ w_i C_i = s·C + c1·(C − C′) + c2·(C − 2C′ + C″) with s = Σ w_i, c2 = w_2 and c1 = −w_1 − 2·w_2.
-    """
+    """Scale a forecast's first and second difference by the ratio of reaches and its square."""
     ratio = new[0] / old[0] if old[0] else 0.0
-    total, second = weights.sum(), weights[2] * ratio**2
-    first = (-weights[1] - 2 * weights[2]) * ratio
-    if new[1] < 3:
-        second = 0.0
-    if new[1] < 2:
-        first = 0.0
-    return np.array([total + first + second, 0.0 - first - 2 * second, second])
+    differences = weights @ DIFFERENCES * (1.0, ratio, ratio**2)
+    differences[new[1] :] = 0.0
+    stretched: Floats = differences @ DIFFERENCES + 0.0
+    return stretched

@@ -12,14 +12,9 @@ import numpy.typing as npt
 from stepmask.errors import InvalidSchedule, InvalidScheduleFile, ReuseBeforeCompute, ScheduleMismatch
 from stepmask.schedule import file
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
+from stepmask.schedule.forecasts import PLAIN, WINDOW
 from stepmask.schedule.graph import BlockGraph, columns_of, span_of
 from stepmask.schedule.resample import resample_table
-
-WINDOW = 3
-"""A reused cell reads at most this many stored values."""
-
-PLAIN = (1.0, 0.0, 0.0)
-"""Weights of plain reuse: the newest stored value as it is."""
 
 
 @dataclass(frozen=True, eq=False)
