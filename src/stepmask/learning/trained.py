@@ -1,5 +1,6 @@
 """`TrainedForecasts`: the best regular table, its forecasts trained on the masked run itself."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from stepmask.learning.objective import sample_errors
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.forecasts import DIFFERENCES, WINDOW, widest
-from stepmask.schedule.rectify import rectify
+from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
 
 PACE = (0.05, 1.0, 1.0)
@@ -50,14 +51,19 @@ class TrainedForecasts:
         Args:
             trajectory: A reference run; its seeds are the calibration set.
             reference: The all-compute table.
-            budget: Share of the steps that are computed; the denoiser's glue comes on top, as in `fixed_interval`.
+            budget: Share of the MACs, the denoiser's glue at every step included.
             executor: Not used: one gradient step needs the one before it.
             folder: Not used.
+
+        Raises:
+            InvalidBudget: Not even one computed step fits.
         """
+        counts = {make: _computed_steps(make, reference, budget) for make in (fixed_interval, whole_step)}
         tables = [
-            make(reference, budget, order=order)
-            for make in (fixed_interval, whole_step)
+            make(reference, count / reference.steps, order=order)
+            for make, count in counts.items()
             for order in range(self.window)
+            if count
         ]
         losses = [self._loss(trajectory, table) for table in tqdm(tables, "regular tables", disable=None)]
         start = tables[int(np.argmin(losses))]
@@ -94,6 +100,14 @@ class TrainedForecasts:
             weights.backward(gradient)
             optimiser.step()
         return best, loss
+
+
+def _computed_steps(make: Callable[..., MaskSchedule], reference: MaskSchedule, budget: Budget) -> int:
+    """The most steps that a regular table of this kind may compute within a budget; 0 if none."""
+    whole = whole_step(reference, budget)  # raises if not even one step fits
+    most = int(whole.rows.any(axis=1).sum())
+    fits = (n for n in range(most, 0, -1) if budget.allows(lower(make(reference, n / reference.steps)).macs_share))
+    return next(fits, 0)
 
 
 def _mean_log_error(latent: Tensor, trajectory: Trajectory) -> Tensor:
