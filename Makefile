@@ -26,7 +26,6 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/learning_memory.py
 	$(BIN)/python benchmarks/per_timestep.py
-	$(BIN)/python benchmarks/forecasts.py
 
 clean:
 	rm -rf $(VENV) demo-out runs build dist

@@ -19,7 +19,6 @@ from stepmask import MaskSchedule, Trajectory
 from stepmask.denoiser.families import fingerprint_of
 from stepmask.denoiser.trajectory import Call
 from stepmask.errors import InvalidBudget, LearningError, RunError, UnwritablePath
-from stepmask.learning.chain import loss_and_gradient
 from stepmask.learning.guidance import Guidance, guidance_of
 from stepmask.learning.objective import (
     MeasuredGain,
@@ -27,15 +26,12 @@ from stepmask.learning.objective import (
     Uniform,
     expected_cost,
     relative_error,
-    sample_errors,
     step_changes,
 )
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.relax import Concrete, Sigmoid, StraightThrough
 from stepmask.learning.rounding import round_scores
 from stepmask.learning.step import StepJob, learn_step
-from stepmask.learning.trained import TrainedForecasts
-from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.rectify import lower, rectify
 
@@ -320,83 +316,6 @@ class TestLearn:
         assert still < moving
         assert schedule.sampler == sampler(6).__class__("", (5.0, 4.0, 3.0, 2.0, 1.0, 0.0))
         assert schedule.denoiser == fingerprint_of(denoiser)
-
-
-def half_table(trajectory: Trajectory, order: int) -> MaskSchedule:
-    """Every other step of a `Drift` run forecast."""
-    graph = stepmask.trace(trajectory.sampling.pipe, trajectory, blocks={"still": "output", "moving": "output"})
-    full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
-    return fixed_interval(full, 0.5, order=order)
-
-
-class TestChain:
-    def test_the_gradient_agrees_with_finite_differences(self) -> None:
-        denoiser = Drift()
-        trajectory = stepmask.record(denoiser, run=loop(denoiser, 6, 0.05))
-        schedule, generator = half_table(trajectory, 1), torch.Generator().manual_seed(0)
-
-        def loss(latent: Tensor) -> Tensor:
-            return (latent - trajectory.sampled.latent).square().sum() * 1e3
-
-        def at(weights: Tensor) -> tuple[float, Tensor]:
-            return loss_and_gradient(trajectory.sampling, schedule, weights, loss)
-
-        # at the last reused step: what earlier weights change in later stored values is left out on purpose
-        weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
-        direction = torch.zeros_like(weights)
-        direction[5, :2] = 1e-2 * torch.randn(2, 3, generator=generator) * (weights[5, :2] != 0)
-        slope = (at(weights + direction)[0] - at(weights - direction)[0]) / 2
-        assert float((at(weights)[1] * direction).sum()) == pytest.approx(slope, rel=0.02)
-
-    @pytest.mark.parametrize("make", [fixed_interval, whole_step])
-    def test_a_run_under_gradients_ends_where_a_masked_run_ends(
-        self, pipe: Any, trajectory: Trajectory, reference: MaskSchedule, make: Any
-    ) -> None:
-        schedule = make(reference, 0.6, order=2)
-        with stepmask.apply(pipe, schedule), torch.no_grad():
-            masked = trajectory.sampling.latent()
-        weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
-        distance, _ = loss_and_gradient(
-            trajectory.sampling, schedule, weights, lambda latent: (latent - masked).abs().max()
-        )
-        assert distance < 1e-4
-        assert not any(hasattr(type(module), "_seam_depth") for module in pipe.transformer.modules())
-
-    def test_the_latent_alone_is_that_of_the_whole_run(self, trajectory: Trajectory) -> None:
-        with torch.no_grad():
-            assert torch.equal(trajectory.sampling.latent(), trajectory.sampled.latent)
-
-    def test_a_loop_that_detaches_says_so(self) -> None:
-        denoiser = Drift()
-        trajectory = stepmask.record(denoiser, run=torch.no_grad()(loop(denoiser, 6, 0.05)))
-        schedule = half_table(trajectory, 1)
-        weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
-        with pytest.raises(LearningError, match=r"torch\.no_grad"):
-            loss_and_gradient(trajectory.sampling, schedule, weights, Tensor.sum)
-        assert type(denoiser.still) is Scale
-
-
-class TestTrainedForecasts:
-    def test_never_worse_than_the_regular_table_it_starts_from(self, pipe: Any, trajectory: Trajectory) -> None:
-        schedule = stepmask.learn(pipe, trajectory, 0.6, learner=TrainedForecasts(iterations=3))
-        assert schedule.provenance["calibration_error"] <= schedule.provenance["start_error"]
-        assert rectify(schedule) == schedule
-        assert Budget(0.6).allows(lower(schedule).macs_share)
-        with stepmask.apply(pipe, schedule), torch.no_grad():
-            errors = sample_errors(trajectory.sampling.latent(), trajectory.sampled.latent)
-        assert float(errors.log().mean().exp()) == pytest.approx(schedule.provenance["calibration_error"], rel=1e-2)
-
-    def test_two_values_are_all_it_reads_if_asked(self, pipe: Any, trajectory: Trajectory) -> None:
-        schedule = stepmask.learn(pipe, trajectory, 0.6, learner=TrainedForecasts(iterations=2, window=2))
-        assert schedule.windows.max() <= 2
-
-    def test_it_beats_taylor_on_a_chain_that_is_no_polynomial(self) -> None:
-        denoiser = Drift()
-        trajectory = stepmask.record(denoiser, run=loop(denoiser, 8, 0.05))
-        graph = half_table(trajectory, 1).graph
-        learner = TrainedForecasts(iterations=30, rate=0.1)
-        schedule = stepmask.learn(denoiser, trajectory, 0.5, graph=graph, learner=learner)
-        assert schedule.provenance["calibration_error"] < 0.2 * schedule.provenance["start_error"]
 
 
 class TestRecord:

@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 WINDOW = 3
 """A reused cell reads at most this many stored values."""
@@ -37,9 +36,3 @@ def taylor_weights(step: int, computed: list[int], order: int) -> tuple[float, f
     near = bend / gaps[-1] if order >= 2 else 0.0
     far = bend / gaps[-2] if order >= 2 else 0.0
     return (1 + slope + near, 0.0 - slope - near - far, far)
-
-
-def widest(rows: npt.NDArray[np.bool_], window: int) -> npt.NDArray[np.int64]:
-    """How many stored values each cell could read, shape (steps, blocks): all there are, at most `window`."""
-    before: npt.NDArray[np.int64] = np.cumsum(rows, axis=0) - rows
-    return np.minimum(before, window)
