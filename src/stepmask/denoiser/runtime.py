@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.sampler import describe, watched
 from stepmask.denoiser.seam import Behaviour, attached, refuse_if_taken
-from stepmask.denoiser.values import each, forecast, size, stream
+from stepmask.denoiser.values import each, forecast, from_store, size, to_store
 from stepmask.errors import RunError, RunNotStarted, ScheduleMismatch
 from stepmask.schedule.graph import Block
 from stepmask.schedule.rectify import Cell, lower
@@ -205,7 +205,7 @@ class _Seat(Behaviour):
         self.free(max(cell.keeps - 1, 0))
         if not cell.keeps:
             return
-        value = output - stream(args, kwargs) if self.block.reuse == "delta" else output
+        value = to_store(self.block.reuse, output, args, kwargs)
         self.stored[self.clock.branch].insert(0, value)
         self.clock.hold(size(value))
 
@@ -213,7 +213,7 @@ class _Seat(Behaviour):
         """Answer from the store; what is read for the last time leaves it."""
         answer = forecast(cell.weights, self.stored[self.clock.branch])
         self.free(cell.keeps)
-        return stream(args, kwargs) + answer if self.block.reuse == "delta" else answer
+        return from_store(self.block.reuse, answer, args, kwargs)
 
     def free(self, keeps: int) -> None:
         """Let go of all but the newest `keeps` values."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stepmask.errors import TraceError
+from stepmask.schedule.graph import Reuse
 
 
 def each(function: Callable[..., Tensor], value: Any, *others: Any) -> Any:
@@ -43,6 +44,16 @@ def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         expected="a residual stream as its first argument, for reuse by delta",
         advice="Reuse this block by its output",
     )
+
+
+def to_store(reuse: Reuse, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the store holds of a block's output: the output itself, or what it adds to the stream."""
+    return output - stream(args, kwargs) if reuse == "delta" else output
+
+
+def from_store(reuse: Reuse, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The output that a stored value stands for, at the block's present input."""
+    return stream(args, kwargs) + value if reuse == "delta" else value
 
 
 def forecast(weights: Sequence[float], stored: Sequence[Any]) -> Any:

@@ -1,7 +1,7 @@
 """The workbench of one row: every block under observation, its stored value beside it, its answer a blend of both."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.trajectory import Call
-from stepmask.denoiser.values import each, stream
+from stepmask.denoiser.values import each, from_store, to_store
 from stepmask.learning.objective import relative_error
 from stepmask.schedule.graph import Block, BlockGraph
 
@@ -32,9 +32,8 @@ class Bench:
     @contextmanager
     def attached(self) -> Iterator["Bench"]:
         """The seats in place for as long as the context lasts."""
-        with ExitStack() as stack:
-            modules = [self.denoiser.get_submodule(seat.block.name) for seat in self.seats]
-            stack.enter_context(attached(dict(zip(modules, self.seats, strict=True))))
+        modules = [self.denoiser.get_submodule(seat.block.name) for seat in self.seats]
+        with attached(dict(zip(modules, self.seats, strict=True))):
             yield self
 
     @torch.no_grad()
@@ -76,23 +75,15 @@ class _Seat(Behaviour):
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.mode(self, call, args, kwargs)
 
-    def value(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the store holds of an output."""
-        return output - stream(args, kwargs) if self.block.reuse == "delta" else output
-
-    def answer(self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output that a stored value stands for."""
-        return stream(args, kwargs) + value if self.block.reuse == "delta" else value
-
 
 def _compute(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     output = call(*args, **kwargs)
-    seat.stored = seat.value(output, args, kwargs)
+    seat.stored = to_store(seat.block.reuse, output, args, kwargs)
     return output
 
 
 def _reuse(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return seat.answer(seat.stored, args, kwargs)
+    return from_store(seat.block.reuse, seat.stored, args, kwargs)
 
 
 def _observe(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,9 +92,9 @@ def _observe(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def _blend(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """S · F(h) + (1 − s) · C (design of Learning-to-Cache, arXiv 2406.01733, eq. 8), in terms of stored values."""
-    fresh = seat.value(call(*args, **kwargs), args, kwargs)
-    output = seat.answer(_mix(seat.stored, fresh, seat.score), args, kwargs)
+    """Answer s · F(h) + (1 − s) · C (after Learning-to-Cache, arXiv 2406.01733, eq. 8), in terms of stored values."""
+    fresh = to_store(seat.block.reuse, call(*args, **kwargs), args, kwargs)
+    output = from_store(seat.block.reuse, _mix(seat.stored, fresh, seat.score), args, kwargs)
     seat.error = relative_error(output, seat.target)
     return output
 

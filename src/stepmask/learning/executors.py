@@ -41,21 +41,17 @@ def learn_rows(
 
     Each row is a small JSON file, named by the content of its job and written whole when the job is done.
     """
-    rows = {job.digest(): _read(folder, job) for job in jobs} if folder else {}
-    missing = [job for job in jobs if not folder or rows[job.digest()] is None]
-    learned = executor.map(lambda job: learn_step(job, denoiser), missing, title="learning rows")
-    done: dict[int, npt.NDArray[np.float64]] = {}
-    for job, scores in zip(missing, learned, strict=True):
-        done[job.step] = scores
-        if folder:
-            write_whole(_path(folder, job), json.dumps({"step": job.step, "scores": scores.tolist()}))
-    return np.stack([done[job.step] if job.step in done else np.array(rows[job.digest()]) for job in jobs])
+    paths = [folder / f"row-{job.step:03d}-{job.digest()}.json" if folder else None for job in jobs]
+    rows = [_read(path) if path else None for path in paths]
+    missing = [index for index, row in enumerate(rows) if row is None]
+    todo = [jobs[index] for index in missing]
+    learned = executor.map(lambda job: learn_step(job, denoiser), todo, title="learning rows")
+    for index, scores in zip(missing, learned, strict=True):
+        rows[index] = scores
+        if path := paths[index]:
+            write_whole(path, json.dumps({"step": jobs[index].step, "scores": scores.tolist()}))
+    return np.array(rows)
 
 
-def _path(folder: Path, job: StepJob) -> Path:
-    return folder / f"row-{job.step:03d}-{job.digest()}.json"
-
-
-def _read(folder: Path, job: StepJob) -> list[float] | None:
-    path = _path(folder, job)
-    return json.loads(path.read_text())["scores"] if path.exists() else None
+def _read(path: Path) -> npt.NDArray[np.float64] | None:
+    return np.array(json.loads(path.read_text())["scores"]) if path.exists() else None

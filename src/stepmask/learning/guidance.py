@@ -30,7 +30,8 @@ class Guidance:
 
     def __call__(self, outputs: Sequence[Any]) -> Tensor:
         """What the scheduler is handed for the outputs of all branches, shape (rows handed, elements)."""
-        return self.weights.to(_rows(outputs, self.channels)) @ _rows(outputs, self.channels)
+        rows = _rows(outputs, self.channels)
+        return self.weights.to(rows) @ rows
 
 
 def guidance_of(trajectory: Trajectory, step: int) -> Guidance:

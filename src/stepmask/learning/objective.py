@@ -1,7 +1,6 @@
 """What a row is trained for: fidelity of output and features, weighed by step, against a price per MAC."""
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -113,8 +112,7 @@ class MeasuredGain:
 
     def _gain(self, trajectory: Trajectory, step: int) -> float:
         nudge = _Nudge(trajectory, step, self.fraction)
-        with ExitStack() as stack:
-            stack.enter_context(attached({trajectory.sampling.denoiser: nudge}))
+        with attached({trajectory.sampling.denoiser: nudge}):
             latent = trajectory.sampling().latent
         moved = float((latent - trajectory.sampled.latent).float().square().sum())
         if not np.isfinite(moved):

@@ -1,6 +1,5 @@
 """`PerTimestep`: the paper's learner (arXiv 2603.19939). Every row on its own, step-aware weights, rounds."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,10 +64,11 @@ class PerTimestep:
             folder: Where finished rows are kept; `None` = nowhere.
         """
         weights = self._weights(trajectory)
+        shares = _shares(weights, trajectory, budget)
         under, table, price = trajectory, reference, self.price
         tried: list[tuple[float, MaskSchedule]] = []
         for _ in range(self.rounds):
-            jobs = self._jobs(under, table, weights, price, _shares(weights, trajectory, budget))
+            jobs = self._jobs(under, table, weights, price, shares)
             scores = learn_rows(jobs, trajectory.sampling.denoiser, executor, folder)
             scores = np.vstack([np.ones(scores.shape[1]), scores])
             if not self.whole_steps:
@@ -117,8 +117,7 @@ class PerTimestep:
         return float((kept * reference.graph.costs).sum() / len(scores))
 
     def _record_under(self, trajectory: Trajectory, table: MaskSchedule) -> Trajectory:
-        with ExitStack() as stack:
-            stack.enter_context(apply(trajectory.sampling.pipe, table))
+        with apply(trajectory.sampling.pipe, table):
             return record_sampling(trajectory.sampling)
 
     def _provenance(self, budget: Budget, error: float, errors: list[float]) -> dict[str, object]:

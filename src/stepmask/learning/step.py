@@ -66,13 +66,10 @@ class StepJob:
             self.graph,
         )
         digest.update(repr(settings).encode() + self.rows.tobytes())
-        for tensor in tensors(self.calls_as_values()):
+        calls = [(call.args, call.kwargs) for branch in self.calls for call in branch]
+        for tensor in tensors([calls, self.guidance.weights]):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:24]
-
-    def calls_as_values(self) -> list[Any]:
-        """All tensors that the job depends on, in plain containers."""
-        return [(call.args, call.kwargs) for branch in self.calls for call in branch] + [self.guidance.weights]
 
 
 def learn_step(job: StepJob, denoiser: nn.Module) -> npt.NDArray[np.float64]:
@@ -91,12 +88,13 @@ def learn_step(job: StepJob, denoiser: nn.Module) -> npt.NDArray[np.float64]:
     parameter = job.relaxation.start(len(costs)).requires_grad_()
     optimiser = torch.optim.Adam([parameter], lr=job.relaxation.rate)
     branches = [_Branch(Bench(denoiser, job.graph), calls, job.rows) for calls in job.calls]
+    target = job.guidance([branch.target for branch in branches])
     for iteration in range(job.iterations):
         with torch.no_grad():
             job.relaxation.project(parameter, costs, job.share)
         with torch.enable_grad():
             scores = job.relaxation.sample(parameter, iteration / max(job.iterations - 1, 1), generator)
-            loss = _loss(job, branches, scores)
+            loss = _loss(job, branches, target, scores)
         if not torch.isfinite(loss):
             raise _not_finite(job)
         (parameter.grad,) = torch.autograd.grad(loss, [parameter])
@@ -122,11 +120,10 @@ class _Branch:
             return self.bench.blend(self.call, scores)
 
 
-def _loss(job: StepJob, branches: Sequence[_Branch], scores: Tensor) -> Tensor:
+def _loss(job: StepJob, branches: Sequence[_Branch], target: Tensor, scores: Tensor) -> Tensor:
     if not job.whole_steps:
         scores = torch.cat([scores[:-1], scores.new_ones(1)])
     pairs = [branch.blend(scores) for branch in branches]
-    target = job.guidance([branch.target for branch in branches])
     error = relative_error(job.guidance([output for output, _ in pairs]), target)
     return job.objective(
         error, [feature for _, features in pairs for feature in features], expected_cost(scores, job.graph)
