@@ -343,3 +343,13 @@ class TestRecord:
         with pytest.raises(LearningError, match="not finite"):
             stepmask.record(pipe, class_labels=[1], num_inference_steps=2, output_type="pt")
         assert not hasattr(type(pipe.transformer), "_seam_depth")
+
+
+class TestLatent:
+    def test_the_latent_alone_is_that_of_the_whole_run(self, trajectory: Trajectory) -> None:
+        with torch.no_grad():
+            assert torch.equal(trajectory.sampling.latent(), trajectory.sampled.latent)
+
+    def test_it_has_gradients_where_the_caller_asks_for_them(self, trajectory: Trajectory) -> None:
+        trajectory.sampling.denoiser.requires_grad_(True)
+        assert trajectory.sampling.latent().requires_grad

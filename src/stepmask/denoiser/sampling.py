@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +73,30 @@ class Sampling:
             raise _no_step()
         return Sampled(latents[0], output, tuple(handed))
 
+    def latent(self) -> Tensor:
+        """The final latent alone, in the caller's gradient mode: what comes after the last step is not run.
+
+        Raises:
+            RunError: As for a whole run.
+        """
+        if self.run is not None:
+            return self.run()
+        self._check_repeatable()
+        scheduler: Any = scheduler_of(self.pipe)
+        undecorated = inspect.unwrap(type(self.pipe).__call__)
+        done: list[Tensor] = []
+
+        def stop_after_the_last(result: Any, *_: Any, **__: Any) -> None:
+            done.append(result[0])
+            if len(done) == len(scheduler.timesteps):
+                raise _LastStep
+
+        with watched(scheduler, "step", stop_after_the_last), torch.random.fork_rng(), suppress(_LastStep):
+            torch.manual_seed(self.seed)
+            undecorated(self.pipe, **self.call, **self._generator())
+            raise _no_step()
+        return done[-1]
+
     def _check_repeatable(self) -> None:
         if isinstance(self.pipe, nn.Module) or "generator" in self.call:
             raise RunError(
@@ -84,6 +109,10 @@ class Sampling:
         if "generator" not in inspect.signature(self.pipe.__call__).parameters:
             return {}
         return {"generator": torch.Generator("cpu").manual_seed(self.seed)}
+
+
+class _LastStep(BaseException):
+    """The last step is done."""
 
 
 def _no_step() -> RunError:
