@@ -13,7 +13,7 @@ from stepmask import MaskSchedule
 from stepmask.denoiser.families import fingerprint_of
 from test_runtime import DIT, UNET, random_table
 
-from toys import tiny_dit, tiny_unet
+from toys import per_channel, tiny_dit, tiny_unet
 
 STEPS = 8
 
@@ -42,12 +42,13 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.parametrize("form", [lambda scalar: scalar, per_channel], ids=["scalar", "per_channel"])
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 @pytest.mark.parametrize(("make", "example"), [(tiny_dit, DIT), (tiny_unet, UNET)])
-def test_masks_add_no_graph(make: Any, example: tuple[Any, ...], granularity: Any) -> None:
+def test_masks_add_no_graph(make: Any, example: tuple[Any, ...], granularity: Any, form: Any) -> None:
     denoiser = make()
     graph = stepmask.trace(denoiser, example, granularity=granularity)
-    schedule = random_table(graph, denoiser, STEPS, seed=0)
+    schedule = form(random_table(graph, denoiser, STEPS, seed=0))
     full = MaskSchedule.all_compute(graph, fingerprint_of(denoiser), schedule.sampler)
     with stepmask.apply(denoiser, schedule):
         eager = sample(denoiser, example)

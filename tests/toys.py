@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepmask.schedule.channels import channel_axis
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 from stepmask.schedule.graph import DENOISER, Block, BlockGraph, Reuse
 from stepmask.schedule.schedule import MaskSchedule
@@ -76,6 +77,17 @@ def table(graph: BlockGraph, *rows: str, weights: dict[tuple[int, str], tuple[fl
     for (step, name), cell in (weights or {}).items():
         full[step, graph.column(name)] = (*cell, *[0.0] * (3 - len(cell)))
     return MaskSchedule(graph, bits, denoiser or DenoiserFingerprint("Toy"), sampler(len(rows)), full)
+
+
+def per_channel(schedule: MaskSchedule) -> MaskSchedule:
+    """The same forecasts, but with the scalar weights repeated on every channel, and no bias."""
+    channels = {}
+    for step, column in np.argwhere(~schedule.rows).tolist():
+        shape, reads = schedule.graph.blocks[column].shapes[0], schedule.windows[step, column]
+        vectors = np.zeros((reads + 1, shape[channel_axis(len(shape))]))
+        vectors[:-1] = schedule.forecasts[step, column, :reads, None]
+        channels[step, column] = vectors
+    return schedule.with_rows(schedule.rows, channels=channels)
 
 
 def bits(schedule: MaskSchedule) -> list[str]:

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.sampler import describe, watched
 from stepmask.denoiser.seam import Behaviour, attached, refuse_if_taken
-from stepmask.denoiser.values import each, forecast, from_store, size, to_store
+from stepmask.denoiser.values import (
+    each,
+    forecast,
+    forecast_channels,
+    from_store,
+    on_channels,
+    size,
+    tensors,
+    to_store,
+)
 from stepmask.errors import RunError, RunNotStarted, ScheduleMismatch
 from stepmask.schedule.graph import Block
 from stepmask.schedule.rectify import Cell, lower
@@ -76,6 +85,8 @@ class Masked:
         """Take the schedule off and free the store. Doing it twice is fine."""
         self._stack.close()
         self.clock.stop()
+        for seat in self.seats:
+            seat.vectors.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -104,6 +115,11 @@ class Masked:
         return self.clock.peak_bytes
 
     @property
+    def vector_bytes(self) -> int:
+        """What the per-channel weights and biases hold now, besides the store; they stay until `remove`."""
+        return sum(size(vectors) for seat in self.seats for vectors in seat.vectors.values())
+
+    @property
     def computed_macs(self) -> int:
         """MACs of the blocks that were really run since this schedule was applied, at the traced shape."""
         return sum(seat.computed * seat.block.macs for seat in self.seats)
@@ -129,7 +145,7 @@ class _Clock:
         self.branches = masked.schedule.sampler.branches
         self.evaluations = masked.schedule.steps * self.branches
         self.running = False
-        self.evaluation = self.branch = 0
+        self.evaluation = self.step = self.branch = 0
         self.answered = 0  # blocks that have answered in this evaluation
         self.held_bytes = self.peak_bytes = 0
         self.row: tuple[Cell, ...] = ()
@@ -153,14 +169,14 @@ class _Clock:
                 advice="Call restart() before each run of a plain denoiser; apply the schedule again after you "
                 "replace the scheduler",
             )
-        step, self.branch = divmod(self.evaluation, self.branches)
-        self.row, self.answered = self.masked.plan.cells[step], 0
+        self.step, self.branch = divmod(self.evaluation, self.branches)
+        self.row, self.answered = self.masked.plan.cells[self.step], 0
 
     def end(self, *, forward_ran: bool) -> None:
         """Check that every block has answered, and go on to the next evaluation."""
         if forward_ran and self.answered != len(self.row) - 1:
             raise RunError(
-                given=f"{self.answered} blocks called at step {self.evaluation // self.branches}",
+                given=f"{self.answered} blocks called at step {self.step}",
                 expected=f"{len(self.row) - 1} blocks, each once, as the plan has it",
                 advice="The denoiser takes another path than when it was traced: trace and learn with these inputs",
             )
@@ -181,6 +197,7 @@ class _Seat(Behaviour):
         self.computed = 0
         self.stored: list[list[Any]] = [[]]  # by branch, newest first
         self.like: Any = None  # an expanded zero of the output's shape
+        self.vectors: dict[int, tuple[Tensor, ...]] = {}  # by step, where the values are
 
     def clear(self, branches: int) -> None:
         self.stored, self.like = [[] for _ in range(branches)], None
@@ -211,9 +228,22 @@ class _Seat(Behaviour):
 
     def reuse(self, cell: Cell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer from the store; what is read for the last time leaves it."""
-        answer = forecast(cell.weights, self.stored[self.clock.branch])
+        stored = self.stored[self.clock.branch]
+        if cell.vectors is None:
+            answer = forecast(cell.weights, stored)
+        else:
+            answer = forecast_channels(self.vectors_for(stored[0]), stored)
         self.free(cell.keeps)
         return from_store(self.block.reuse, answer, args, kwargs)
+
+    def vectors_for(self, value: Any) -> tuple[Tensor, ...]:
+        """The vectors of this step; those of all steps are brought to the value when the first is needed."""
+        like, held = next(tensors(value)), self.vectors.get(self.clock.step)
+        if held is None or (held[0].device, held[0].dtype) != (like.device, like.dtype):
+            cells = enumerate(row[self.column].vectors for row in self.clock.masked.plan.cells)
+            arrays = {step: vectors for step, vectors in cells if vectors is not None}
+            self.vectors = dict(zip(arrays, on_channels(list(arrays.values()), like), strict=True))
+        return self.vectors[self.clock.step]
 
     def free(self, keeps: int) -> None:
         """Let go of all but the newest `keeps` values."""

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stepmask.errors import TraceError
+from stepmask.schedule.channels import Vectors, channel_axis
 from stepmask.schedule.graph import Reuse
 
 
@@ -79,4 +81,41 @@ def _mix(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     mixed = values[0] * weights[0]
     for weight, value in zip(weights[1:], values[1:], strict=False):
         mixed = torch.add(mixed, value, alpha=weight)
+    return mixed
+
+
+def on_channels(arrays: Sequence[Vectors], like: Tensor) -> list[tuple[Tensor, ...]]:
+    """Per-channel vectors where a stored tensor is and in its dtype, in shapes that meet its channels.
+
+    Args:
+        arrays: Each (reads + 1, channels), the biases last.
+        like: The tensor.
+
+    Returns:
+        For each array its rows, (channels,) or (channels, 1, 1): the weights of stored values, newest first, and the
+        biases. They are moved in one piece.
+    """
+    after = like.ndim - 1 - channel_axis(like.ndim)
+    with torch.inference_mode(False):  # a later run may need gradients through them
+        moved = torch.from_numpy(np.concatenate(arrays)).to(like.device, like.dtype)
+        rows = moved.reshape(*moved.shape, *[1] * after).unbind()
+    ends = np.cumsum([len(array) for array in arrays]).tolist()
+    return [rows[end - len(array) : end] for end, array in zip(ends, arrays, strict=True)]
+
+
+def forecast_channels(vectors: Sequence[Tensor], stored: Sequence[Any]) -> Any:
+    """Σ_i weights[i] · stored[i] + bias, channel by channel, newest first: one fused pass per stored value.
+
+    Args:
+        vectors: The weights of each stored value that is read, then the bias; all broadcast over the values.
+        stored: Values, newest first.
+    """
+    *weights, bias = vectors
+    return each(lambda *values: _mix_channels(weights, bias, values), *stored[: len(weights)])
+
+
+def _mix_channels(weights: Sequence[Tensor], bias: Tensor, values: Sequence[Tensor]) -> Tensor:
+    mixed = torch.addcmul(bias, weights[0], values[0])
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        mixed.addcmul_(weight, value)
     return mixed

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from stepmask.errors import MissingExtra
 from stepmask.files import write_whole
-from stepmask.schedule.rectify import lower
+from stepmask.schedule.rectify import Cell, lower
 from stepmask.schedule.schedule import MaskSchedule
 
 KINDS = ("compute", "reuse", "forecast", "dead")
@@ -21,7 +21,7 @@ def heat_map(schedule: MaskSchedule, path: str | Path) -> Path:
     """Draw the table: steps from top to bottom, blocks from left to right, and the MACs of each step beside it."""
     plot = _pyplot()
     plan = lower(schedule)
-    kinds = np.array([[_kind(cell.action, cell.weights) for cell in row] for row in plan.cells])
+    kinds = np.array([[_kind(cell) for cell in row] for row in plan.cells])
     height = max(3.0, 0.16 * schedule.steps + 1.6)
     figure, (table, share) = plot.subplots(
         1, 2, figsize=(max(6.0, 0.22 * len(schedule.graph)), height), width_ratios=(5, 1), sharey=True, layout="tight"
@@ -55,10 +55,8 @@ def side_by_side(images: Mapping[str, npt.NDArray[np.float32]], path: str | Path
     return _save(figure, path)
 
 
-def _kind(action: str, weights: tuple[float, ...]) -> int:
-    if action == "reuse" and len(weights) > 1:
-        return KINDS.index("forecast")
-    return KINDS.index(action)
+def _kind(cell: Cell) -> int:
+    return KINDS.index("forecast" if cell.is_forecast else cell.action)
 
 
 def _save(figure: Any, path: str | Path) -> Path:

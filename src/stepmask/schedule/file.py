@@ -1,47 +1,127 @@
-"""Schedules on disk: where they lie, and JSON with an item a line, so that a diff shows what changed."""
+"""Schedules on disk: JSON with an item a line, so that a diff shows what changed, and a tensor file for vectors."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+
 from stepmask.errors import InvalidScheduleFile
-from stepmask.files import write_whole
+from stepmask.files import write_together
+from stepmask.schedule.channels import Channels, Vectors, reads_of
 
 FORMAT = "stepmask/1"
 FILE_NAME = "stepmask.json"
+TENSORS_NAME = "stepmask.safetensors"
 
 
-def write(folder: str | Path, text: str) -> Path:
-    """Write `folder/stepmask.json` whole and return its path."""
-    return write_whole(Path(folder) / FILE_NAME, text)
+def write(folder: str | Path, text: str, tensors: bytes | None) -> Path:
+    """Write `folder/stepmask.json` after the tensor file it names, if any, and return its path."""
+    path = Path(folder) / FILE_NAME
+    beside = {} if tensors is None else {path.with_name(TENSORS_NAME): tensors}
+    write_together({**beside, path: text})
+    return path
 
 
-def read(source: str | Path, *, revision: str | None = None, token: str | None = None) -> str:
-    """The text of a schedule file: a path to it, its folder, or a hub repository.
+def read(source: str | Path, *, revision: str | None = None, token: str | None = None) -> tuple[str, bytes | None]:
+    """The text of a schedule file and the tensor file it names: by its path, its folder, or a hub repository.
 
     Raises:
-        InvalidScheduleFile: There is none, or it is no text.
+        InvalidScheduleFile: One of them is not there, or the text is no schedule's.
     """
     path = Path(source)
     if path.is_dir():
         path = path / FILE_NAME
-    if not path.is_file():
-        path = _from_hub(str(source), revision, token)
+    on_hub = not path.is_file()
+    if on_hub:
+        path = _from_hub(str(source), FILE_NAME, revision, token)
     try:
-        return path.read_text()
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise not_a_schedule(str(path), str(error)) from error
+    if (name := _tensor_file(text)) is None:
+        return text, None
+    beside = _from_hub(str(source), name, revision, token) if on_hub else path.with_name(name)
+    try:
+        return text, beside.read_bytes()
+    except (OSError, ValueError) as error:
+        raise not_a_schedule(str(path), f"its tensor file {name} cannot be read ({error})") from error
 
 
-def _from_hub(source: str, revision: str | None, token: str | None) -> Path:
+def _from_hub(source: str, name: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(source, FILE_NAME, revision=revision, token=token))
+        return Path(hf_hub_download(source, name, revision=revision, token=token))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise not_a_schedule(source, f"no such file, folder or hub repository ({reason})") from error
+        raise not_a_schedule(source, f"no such file, folder or hub repository with {name} ({reason})") from error
+
+
+def _tensor_file(text: str) -> str | None:
+    """The name of the tensor file beside a schedule file: a bare name, which leads to no other folder."""
+    named = from_text(text).get("tensors")
+    if named is None:
+        return None
+    name = named.get("file") if isinstance(named, dict) else None
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise not_a_schedule("the text", f"{named!r} names no tensor file beside it")
+    return name
+
+
+def pack(channels: Channels) -> bytes | None:
+    """The tensor file of per-channel vectors, a tensor "step.column" a cell; `None` where there are none."""
+    if not channels:
+        return None
+    return safetensors.save({f"{step}.{column}": vectors for (step, column), vectors in channels.items()})
+
+
+def name_tensors(tensors: bytes | None) -> dict[str, Any]:
+    """How a schedule's JSON names its tensor file; empty without one."""
+    if tensors is None:
+        return {}
+    return {"tensors": {"file": TENSORS_NAME, "sha256": hashlib.sha256(tensors).hexdigest()}}
+
+
+def unpack(
+    named: Mapping[str, str] | None, tensors: bytes | None, reads: Mapping[tuple[int, int], int]
+) -> dict[tuple[int, int], Vectors]:
+    """The per-channel vectors in a tensor file, which must be the one that a schedule's JSON names.
+
+    Args:
+        named: Name and hash in the JSON; `None` = it names no tensor file.
+        tensors: The file's bytes; `None` = there is none.
+        reads: How many stored values each per-channel cell reads, as the JSON has it.
+
+    Raises:
+        InvalidScheduleFile: The file is missing, not asked for, cut short, another, or holds other cells.
+    """
+    if named is not None and tensors is None:
+        raise not_a_schedule("the text", f"its per-channel forecasts are in {named['file']}, which was not given")
+    channels = {}
+    if tensors is not None:
+        if hashlib.sha256(tensors).hexdigest() != (named or {}).get("sha256"):
+            raise not_a_schedule("the text", "its tensor file is cut short, or is another than the one it names")
+        channels = _load(tensors)
+    if {cell: reads_of(vectors) for cell, vectors in channels.items()} != reads:
+        raise not_a_schedule("the text", "its per-channel cells are not those of its tensor file")
+    return channels
+
+
+def _load(tensors: bytes) -> dict[tuple[int, int], Vectors]:
+    try:
+        loaded = safetensors.load(tensors)
+    except SafetensorError as error:
+        raise not_a_schedule("the tensor file", str(error)) from error
+    cells = {}
+    for name, vectors in loaded.items():
+        step, _, column = name.partition(".")
+        cells[int(step), int(column)] = vectors
+    return cells
 
 
 def to_text(data: dict[str, Any]) -> str:
@@ -77,5 +157,5 @@ def not_a_schedule(source: str, problem: str) -> InvalidScheduleFile:
     return InvalidScheduleFile(
         given=f"{source}: {problem}",
         expected=f"a whole schedule in format {FORMAT}",
-        advice="Save schedules with save_pretrained, and copy the file again if it was cut short",
+        advice="Save schedules with save_pretrained, and copy all that it wrote again if a file was cut short",
     )

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from stepmask.schedule.channels import Vectors, bytes_of
 from stepmask.schedule.forecasts import PLAIN
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
@@ -28,11 +29,18 @@ class Cell(NamedTuple):
         action: "compute" runs it, "reuse" answers from the store, "dead" answers with a placeholder nobody reads.
         weights: Of the stored values, newest first, if it is reused.
         keeps: How many of its newest values the store holds after this step.
+        vectors: Of a per-channel forecast, which has no weights: (reads + 1, channels), the biases last.
     """
 
     action: Action
     weights: tuple[float, ...]
     keeps: int
+    vectors: Vectors | None = None
+
+    @property
+    def is_forecast(self) -> bool:
+        """Whether it answers with more than one stored value, or channel by channel."""
+        return len(self.weights) > 1 or self.vectors is not None
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,23 @@ class Plan:
                 peak = max(peak, size)
         return peak
 
+    @cached_property
+    def vector_bytes(self) -> int:
+        """Size of all per-channel weights and biases in the dtype of the traced values; they come on top of the store.
+
+        They are shared by the branches and stay for the whole run.
+        """
+        columns = zip(self.graph.blocks, zip(*self.cells, strict=True), strict=True)
+        return sum(bytes_of(cell.vectors, block) for block, cells in columns for cell in cells
+                   if cell.vectors is not None)  # fmt: skip
+
 
 def rectify(schedule: MaskSchedule) -> MaskSchedule:
     """Drop the computations that nothing reads. Samples stay the same; rows never gain a bit; step 0 stays whole."""
     live, _ = _liveness(schedule)
     weights = np.where(live[..., None], schedule.forecasts, PLAIN)
-    return schedule.with_rows(schedule.rows & live, weights, provenance=schedule.provenance)
+    channels = {cell: vectors for cell, vectors in schedule.channels.items() if live[cell]}
+    return schedule.with_rows(schedule.rows & live, weights, channels=channels, provenance=schedule.provenance)
 
 
 def lower(schedule: MaskSchedule) -> Plan:
@@ -102,6 +121,8 @@ def _cell(
         return Cell("dead", (), kept)
     if schedule.rows[step, column]:
         return Cell("compute", (), kept)
+    if (step, column) in schedule.channels:
+        return Cell("reuse", (), kept, schedule.channels[step, column])
     window = schedule.windows[step, column]
     return Cell("reuse", tuple(schedule.forecasts[step, column, :window].tolist()), kept)
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from stepmask.errors import InvalidSchedule, InvalidScheduleFile, ReuseBeforeCompute, ScheduleMismatch
 from stepmask.schedule import file
+from stepmask.schedule.channels import Channels, checked, reads_of
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 from stepmask.schedule.forecasts import PLAIN, WINDOW
 from stepmask.schedule.graph import BlockGraph, columns_of, span_of
@@ -22,7 +23,8 @@ class MaskSchedule:
     """One row per step, one column per block; a set bit computes the block, a cleared one answers from the store.
 
     A reused cell answers Σ_i weights[i] · (i-th newest computed value): (1) is plain reuse, (1+κ, −κ) a first-order
-    forecast. The weights of a computed cell mean nothing and are kept at plain reuse.
+    forecast. A cell in `channels` answers each channel c by itself: bias[c] + Σ_i w[i, c] · (i-th newest)[..., c].
+    The weights of a computed cell, and of one in `channels`, mean nothing and are kept at plain reuse.
 
     Args:
         graph: The blocks.
@@ -30,10 +32,14 @@ class MaskSchedule:
         denoiser: The denoiser it is for.
         sampler: The sampler it is for.
         weights: (steps, blocks, 3); `None` = plain reuse everywhere.
+        channels: Per-channel forecasts of reused cells by (step, column): arrays (reads + 1, channels), a row of
+            weights per stored value, newest first, then the biases. A value's channels lie along its second dimension
+            in 4-D and 5-D, else along its last.
         provenance: Where it comes from: plain JSON values, not interpreted.
 
     Raises:
-        InvalidSchedule: Shapes disagree with the graph or the sampler, or weights are not finite or all zero.
+        InvalidSchedule: Shapes disagree with the graph or the sampler, weights are not finite or all zero, or
+            a per-channel forecast is for a computed cell or for a block that says several tensors.
         ReuseBeforeCompute: A cell reads more values than were computed before it.
     """
 
@@ -42,6 +48,7 @@ class MaskSchedule:
     denoiser: DenoiserFingerprint
     sampler: SamplerFingerprint
     weights: npt.NDArray[np.float64] | None = None
+    channels: Channels = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,7 +58,11 @@ class MaskSchedule:
         weights = np.tile(PLAIN, (*rows.shape, 1)) if self.weights is None else np.array(self.weights, dtype=float)
         if weights.shape != (*rows.shape, WINDOW):
             raise _wrong_shape("weights", weights.shape, (*rows.shape, WINDOW))
+        channels = checked(self.channels, self.graph, rows)
         weights[rows] = PLAIN
+        for cell in channels:
+            weights[cell] = PLAIN
+        object.__setattr__(self, "channels", channels)
         for name, array in (("rows", rows), ("weights", weights)):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
@@ -89,6 +100,8 @@ class MaskSchedule:
         """How many stored values each reused cell reads, shape (steps, blocks); 0 where a cell is computed."""
         used = self.forecasts != 0
         reads: npt.NDArray[np.int64] = np.where(used.any(axis=2), WINDOW - np.argmax(used[..., ::-1], axis=2), 0)
+        for cell, vectors in self.channels.items():
+            reads[cell] = reads_of(vectors)
         return np.where(self.rows, 0, reads)
 
     @property
@@ -103,6 +116,8 @@ class MaskSchedule:
             (self.graph, self.denoiser, self.sampler) == (other.graph, other.denoiser, other.sampler)
             and np.array_equal(self.rows, other.rows)
             and np.array_equal(self.forecasts, other.forecasts)
+            and self.channels.keys() == other.channels.keys()
+            and all(np.array_equal(vectors, other.channels[cell]) for cell, vectors in self.channels.items())
             and dict(self.provenance) == dict(other.provenance)
         )
 
@@ -125,21 +140,30 @@ class MaskSchedule:
         rows: npt.NDArray[np.bool_],
         weights: npt.NDArray[np.float64] | None = None,
         *,
+        channels: Channels | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> "MaskSchedule":
-        """The same denoiser and sampler under another table; `provenance` replaces the old one."""
-        return replace(self, rows=rows, weights=weights, provenance=provenance or {})
+        """The same denoiser and sampler under another table. What is not given is plain: nothing is carried over."""
+        return replace(self, rows=rows, weights=weights, channels=channels or {}, provenance=provenance or {})
 
     def resample(self, sampler: SamplerFingerprint) -> "MaskSchedule":
         """This table for another sequence of steps, matched along log-SNR.
 
         Each new step takes the row of the old step whose log-SNR is nearest; the first row is computed. A forecast
         keeps its relative length: κ is scaled by the ratio of (age / gap), new over old. The result is a guess:
-        measure it before you trust it.
+        measure it before you trust it. Per-channel forecasts belong to the step that they were fitted for and cannot
+        be resampled.
 
         Raises:
-            ScheduleMismatch: One of the two samplers does not tell its log-SNR.
+            ScheduleMismatch: One of the two samplers does not tell its log-SNR, or the table has per-channel forecasts.
         """
+        if self.channels:
+            raise ScheduleMismatch(
+                given=f"a schedule with {len(self.channels)} per-channel forecasts, to be resampled",
+                expected="weights that mean something at another step; a channel's weights and bias do not",
+                advice="Learn a schedule for this sampler, or say that they may go: "
+                "schedule.with_rows(schedule.rows, schedule.forecasts).resample(...)",
+            )
         if not self.sampler.log_snr or not sampler.log_snr:
             raise ScheduleMismatch(
                 given="a sampler without log-SNR",
@@ -154,10 +178,12 @@ class MaskSchedule:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `folder/stepmask.json` and return its path.
 
+        Per-channel forecasts go to `folder/stepmask.safetensors`, which the JSON names with its hash.
+
         Raises:
             UnwritablePath: The folder cannot be written.
         """
-        return file.write(folder, self.to_json())
+        return file.write(folder, self.to_json(), self.to_safetensors())
 
     @classmethod
     def from_pretrained(
@@ -166,16 +192,19 @@ class MaskSchedule:
         """Read a schedule from a folder, a file, or a repository on the Hugging Face hub.
 
         Raises:
-            InvalidScheduleFile: The file is missing, truncated or not a schedule.
+            InvalidScheduleFile: The file is missing, truncated or not a schedule, or its tensor file is missing,
+                truncated or another.
         """
-        text = file.read(source, revision=revision, token=token)
         try:
-            return cls.from_json(text)
+            return cls.from_json(*file.read(source, revision=revision, token=token))
         except InvalidScheduleFile as error:
             raise file.not_a_schedule(str(source), error.parts["given"].removeprefix("the text: ")) from error
 
     def to_json(self) -> str:
-        """As readable JSON text: a block, a row and a forecast a line."""
+        """As readable JSON text: a block, a row and a forecast a line.
+
+        Of per-channel forecasts it says where they are and names `to_safetensors()`, which holds them, by its hash.
+        """
         return file.to_text(
             {
                 "denoiser": {"class": self.denoiser.class_name, "config": dict(self.denoiser.config)},
@@ -188,37 +217,51 @@ class MaskSchedule:
                 "blocks": self.graph.to_plain(),
                 "rows": ["".join("01"[int(bit)] for bit in row) for row in self.rows],
                 "forecasts": _forecasts_to_plain(self),
+                **file.name_tensors(self.to_safetensors()),
                 "provenance": dict(self.provenance),
             }
         )
 
+    def to_safetensors(self) -> bytes | None:
+        """The per-channel forecasts as a safetensors file; `None` if there are none."""
+        return file.pack(self.channels)
+
     @classmethod
-    def from_json(cls, text: str) -> "MaskSchedule":
-        """From what `to_json` gave.
+    def from_json(cls, text: str, tensors: bytes | None = None) -> "MaskSchedule":
+        """From what `to_json` and `to_safetensors` gave.
 
         Raises:
-            InvalidScheduleFile: The text is not JSON, not a schedule, or contradicts itself.
+            InvalidScheduleFile: The text is not JSON, not a schedule, or contradicts itself; or the tensors are not
+                those that it names.
         """
         data = file.from_text(text)
         try:
-            return _from_plain(data)
+            return _from_plain(data, tensors)
+        except InvalidScheduleFile:
+            raise
         except InvalidSchedule as error:
             raise file.not_a_schedule("the text", str(error)) from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise file.not_a_schedule("the text", f"{type(error).__name__}: {error}") from error
 
 
-def _from_plain(data: dict[str, Any]) -> MaskSchedule:
+def _from_plain(data: dict[str, Any], tensors: bytes | None) -> MaskSchedule:
     sampler = data["sampler"]
     rows = np.array([[{"0": False, "1": True}[bit] for bit in row] for row in data["rows"]], dtype=bool)
     weights = np.tile(PLAIN, (*rows.shape, 1))
+    reads: dict[tuple[int, int], int] = {}
     for item in data["forecasts"]:
+        columns = columns_of(item["blocks"])
+        if "channels" in item:
+            reads.update(((item["step"], column), item["channels"]) for column in columns)
+            continue
         cell = [float(weight) for weight in item["weights"]]
-        weights[item["step"], columns_of(item["blocks"])] = cell + [0.0] * (WINDOW - len(cell))
+        weights[item["step"], columns] = cell + [0.0] * (WINDOW - len(cell))
     return MaskSchedule(
         graph=BlockGraph.from_plain(data["blocks"]),
         rows=rows,
         weights=weights,
+        channels=file.unpack(data.get("tensors"), tensors, reads),
         denoiser=DenoiserFingerprint(data["denoiser"]["class"], data["denoiser"]["config"]),
         sampler=SamplerFingerprint(
             sampler["class"], tuple(sampler["timesteps"]), tuple(sampler["log_snr"]), sampler["branches"]
@@ -228,17 +271,24 @@ def _from_plain(data: dict[str, Any]) -> MaskSchedule:
 
 
 def _forecasts_to_plain(schedule: MaskSchedule) -> list[dict[str, Any]]:
-    """Cells with other weights than plain reuse; blocks of one step with equal weights share an entry."""
+    """Cells with other weights than plain reuse; blocks of one step with equal weights share an entry.
+
+    Of per-channel weights the entry says how many stored values they read.
+    """
     entries = []
     for step, row in enumerate(schedule.forecasts):
-        columns: dict[tuple[float, ...], list[int]] = {}
+        columns: dict[int | tuple[float, ...], list[int]] = {}
         for column, weights in enumerate(row.tolist()):
-            if tuple(weights) != PLAIN:
+            if (step, column) in schedule.channels:
+                columns.setdefault(int(schedule.windows[step, column]), []).append(column)
+            elif tuple(weights) != PLAIN:
                 columns.setdefault(tuple(weights[: schedule.windows[step, column]]), []).append(column)
-        entries += [
-            {"step": step, "blocks": span_of(where), "weights": list(weights)} for weights, where in columns.items()
-        ]
+        entries += [{"step": step, "blocks": span_of(where), **_weights_to_plain(w)} for w, where in columns.items()]
     return entries
+
+
+def _weights_to_plain(weights: int | tuple[float, ...]) -> dict[str, Any]:
+    return {"channels": weights} if isinstance(weights, int) else {"weights": list(weights)}
 
 
 def _wrong_shape(what: str, given: tuple[int, ...], expected: tuple[int, ...]) -> InvalidSchedule:
