@@ -17,8 +17,11 @@ from torch import Tensor
 import stepmask
 from stepmask import MaskSchedule, Trajectory
 from stepmask.denoiser.families import fingerprint_of
+from stepmask.denoiser.seam import attached
 from stepmask.denoiser.trajectory import Call
 from stepmask.errors import InvalidBudget, LearningError, RunError, UnwritablePath
+from stepmask.learning import chain, trained
+from stepmask.learning.chain import loss_and_gradient
 from stepmask.learning.guidance import Guidance, guidance_of
 from stepmask.learning.objective import (
     MeasuredGain,
@@ -32,6 +35,8 @@ from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.relax import Concrete, Sigmoid, StraightThrough
 from stepmask.learning.rounding import round_scores
 from stepmask.learning.step import StepJob, learn_step
+from stepmask.learning.trained import TrainedForecasts, calibration_error
+from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.rectify import lower, rectify
 
@@ -353,3 +358,135 @@ class TestLatent:
     def test_it_has_gradients_where_the_caller_asks_for_them(self, trajectory: Trajectory) -> None:
         trajectory.sampling.denoiser.requires_grad_(True)
         assert trajectory.sampling.latent().requires_grad
+
+
+def half_table(trajectory: Trajectory, order: int) -> MaskSchedule:
+    """Every other step of a `Drift` run forecast."""
+    graph = stepmask.trace(trajectory.sampling.pipe, trajectory, blocks={"still": "output", "moving": "output"})
+    full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+    return fixed_interval(full, 0.5, order=order)
+
+
+class TestChain:
+    def test_the_gradient_agrees_with_finite_differences(self) -> None:
+        denoiser = Drift()
+        trajectory = stepmask.record(denoiser, run=loop(denoiser, 6, 0.05))
+        schedule, generator = half_table(trajectory, 1), torch.Generator().manual_seed(0)
+
+        def loss(latent: Tensor) -> Tensor:
+            return (latent - trajectory.sampled.latent).square().sum() * 1e3
+
+        def at(weights: Tensor) -> tuple[float, Tensor]:
+            return loss_and_gradient(trajectory.sampling, schedule, weights, loss)
+
+        # at the last reused step: what earlier weights change in later stored values is left out on purpose
+        weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
+        direction = torch.zeros_like(weights)
+        direction[5, :2] = 1e-2 * torch.randn(2, 3, generator=generator) * (weights[5, :2] != 0)
+        slope = (at(weights + direction)[0] - at(weights - direction)[0]) / 2
+        assert float((at(weights)[1] * direction).sum()) == pytest.approx(slope, rel=0.02)
+
+    @pytest.mark.parametrize("make", [fixed_interval, whole_step])
+    def test_a_run_under_gradients_ends_where_a_masked_run_ends(
+        self, pipe: Any, trajectory: Trajectory, reference: MaskSchedule, make: Any
+    ) -> None:
+        schedule = make(reference, 0.6, order=2)
+        with stepmask.apply(pipe, schedule), torch.no_grad():
+            masked = trajectory.sampling.latent()
+        weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
+        distance, _ = loss_and_gradient(
+            trajectory.sampling, schedule, weights, lambda latent: (latent - masked).abs().max()
+        )
+        assert distance < 1e-4
+        assert not any(hasattr(type(module), "_seam_depth") for module in pipe.transformer.modules())
+
+    def test_values_made_again_give_the_gradient_of_values_that_are_held(
+        self, trajectory: Trajectory, reference: MaskSchedule, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        schedule = fixed_interval(reference, 0.6, order=2)
+        weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
+        _, made_again = loss_and_gradient(trajectory.sampling, schedule, weights, Tensor.sum)
+        monkeypatch.setattr(chain._Seat, "trim", lambda *_: None)
+        _, held = loss_and_gradient(trajectory.sampling, schedule, weights, Tensor.sum)
+        assert torch.allclose(made_again, held, rtol=1e-4, atol=1e-6)
+        assert held.abs().max() > 0.1
+
+    @pytest.mark.parametrize("steps", [8, 24])
+    def test_the_values_it_holds_do_not_grow_with_the_steps(self, steps: int) -> None:
+        denoiser, held = Drift(), list[int]()
+        trajectory = stepmask.record(denoiser, run=loop(denoiser, steps, 0.05))
+        schedule = half_table(trajectory, 1)
+        run = chain._Chain(schedule, torch.tensor(schedule.forecasts, dtype=torch.float32).requires_grad_())
+        seats: Any = dict(zip((denoiser.still, denoiser.moving), run.seats[:-1], strict=True))
+
+        def count(call: Any, args: Any, kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            held.append(len(run.seats[0].values))
+            return output
+
+        with attached(seats), attached({denoiser.moving: count}), attached({denoiser: run}):
+            trajectory.sampling.latent().sum().backward()
+        assert max(held) == 2
+        assert len(held) > steps  # forwards, and again on the way back
+
+    def test_a_loop_that_detaches_says_so(self) -> None:
+        denoiser = Drift()
+        trajectory = stepmask.record(denoiser, run=torch.no_grad()(loop(denoiser, 6, 0.05)))
+        schedule = half_table(trajectory, 1)
+        weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
+        with pytest.raises(LearningError, match=r"torch\.no_grad"):
+            loss_and_gradient(trajectory.sampling, schedule, weights, Tensor.sum)
+        assert type(denoiser.still) is Scale
+
+
+class Killed(BaseException):
+    pass
+
+
+class TestTrainedForecasts:
+    def test_never_worse_than_the_regular_table_it_starts_from(self, pipe: Any, trajectory: Trajectory) -> None:
+        schedule = stepmask.learn(pipe, trajectory, 0.6, learner=TrainedForecasts(iterations=4, trial=1))
+        assert schedule.provenance["calibration_error"] <= schedule.provenance["start_error"]
+        assert rectify(schedule) == schedule
+        assert Budget(0.6).allows(lower(schedule).macs_share)
+        assert calibration_error([trajectory], schedule) == pytest.approx(schedule.provenance["calibration_error"])
+
+    def test_two_values_are_all_it_reads_if_asked(self, pipe: Any, trajectory: Trajectory) -> None:
+        learner = TrainedForecasts(iterations=2, trial=1, window=2)
+        assert stepmask.learn(pipe, trajectory, 0.6, learner=learner).windows.max() <= 2
+
+    def test_it_beats_taylor_on_a_chain_that_is_no_polynomial(self) -> None:
+        denoiser = Drift()
+        trajectory = stepmask.record(denoiser, run=loop(denoiser, 8, 0.05))
+        learner = TrainedForecasts(iterations=30, rate=0.1)
+        schedule = stepmask.learn(denoiser, trajectory, 0.5, graph=half_table(trajectory, 1).graph, learner=learner)
+        assert schedule.provenance["calibration_error"] < 0.2 * schedule.provenance["start_error"]
+
+    def test_a_killed_run_goes_on_where_it_stopped(
+        self, pipe: Any, trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        learner, runs = TrainedForecasts(iterations=4, trial=2), 0
+        trajectories = [trajectory, stepmask.record(pipe, seed=1, class_labels=[3, 4], num_inference_steps=5)]
+        unbroken = stepmask.learn(pipe, trajectories, 0.6, learner=learner)
+
+        def counting(*args: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            if runs == 4:
+                raise Killed
+            return loss_and_gradient(*args)
+
+        monkeypatch.setattr(trained, "loss_and_gradient", counting)
+        with pytest.raises(Killed):
+            stepmask.learn(pipe, trajectories, 0.6, learner=learner, folder=tmp_path)
+        assert stepmask.learn(pipe, trajectories, 0.6, learner=learner, folder=tmp_path) == unbroken
+        assert runs == 1 + 2 + 2 + 2  # the one that was killed is run again
+
+    def test_trajectories_of_different_samplers_are_refused(self, pipe: Any, trajectory: Trajectory) -> None:
+        other = stepmask.record(pipe, class_labels=[1], num_inference_steps=4)
+        with pytest.raises(LearningError, match="several samplers"):
+            stepmask.learn(pipe, [trajectory, other])
+        with pytest.raises(LearningError, match="no trajectory"):
+            stepmask.learn(pipe, [])
+        with pytest.raises(LearningError, match="2 trajectories"):
+            stepmask.learn(pipe, [trajectory, trajectory], learner=QUICK)

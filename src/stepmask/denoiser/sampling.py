@@ -50,8 +50,9 @@ class Sampling:
         """The network that the sampler calls."""
         return denoiser_of(self.pipe)
 
+    @torch.no_grad()
     def __call__(self) -> Sampled:
-        """Run once.
+        """Run once, without gradients.
 
         Raises:
             RunError: A plain denoiser without `run`, a generator among the arguments, or a run without a step.

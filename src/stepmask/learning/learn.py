@@ -1,5 +1,6 @@
 """`learn`: from a recorded run to a schedule within a budget."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -7,7 +8,7 @@ from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
 from stepmask.learning.executors import Executor, LocalExecutor
-from stepmask.learning.per_timestep import PerTimestep
+from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
@@ -17,14 +18,19 @@ class Learner(Protocol):
     """A way to find a table within a budget."""
 
     def learn(
-        self, trajectory: Trajectory, reference: MaskSchedule, budget: Budget, executor: Executor, folder: Path | None
+        self,
+        trajectories: Sequence[Trajectory],
+        reference: MaskSchedule,
+        budget: Budget,
+        executor: Executor,
+        folder: Path | None,
     ) -> MaskSchedule:
         """The table."""
 
 
 def learn(
     pipe: Any,
-    trajectory: Trajectory,
+    trajectory: Trajectory | Sequence[Trajectory],
     budget: float | Budget = 0.5,
     *,
     graph: BlockGraph | None = None,
@@ -34,35 +40,49 @@ def learn(
 ) -> MaskSchedule:
     """Learn a schedule for a pipeline.
 
-        trajectory = stepmask.record(pipe, class_labels=[207, 360], num_inference_steps=20)
-        schedule = stepmask.learn(pipe, trajectory, budget=0.5)
+        labels = [[207, 360], [1, 17], [88, 279]]
+        trajectories = [stepmask.record(pipe, class_labels=few, num_inference_steps=20) for few in labels]
+        schedule = stepmask.learn(pipe, trajectories, budget=0.5)
 
     Args:
         pipe: The pipeline, or plain denoiser, that the trajectory was recorded from.
-        trajectory: The calibration run.
+        trajectory: The calibration run, or several of the same sampler. The default learner takes one of them per
+            iteration: many short ones are better than one long one.
         budget: Share of the reference's MACs that may be spent, in (0, 1].
         graph: The blocks to mask; `None` = `trace(pipe, trajectory)`.
-        learner: `None` = `PerTimestep()`, the paper's.
+        learner: `None` = `TrainedForecasts()`. `PerTimestep()` is the paper's.
         executor: Where independent jobs run; `None` = `LocalExecutor()`.
         folder: Finished jobs are kept here, and a killed run goes on where it stopped; `None` = nowhere.
 
     Raises:
         InvalidBudget: The budget is outside (0, 1], or cannot be reached.
-        LearningError: The trajectory is from another pipeline or has one step only, or the loss is not finite.
+        LearningError: A trajectory is from another pipeline or has one step only, they differ in their sampler, or the
+            loss is not finite.
     """
-    if trajectory.sampling.pipe is not pipe:
+    trajectories = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
+    _check(pipe, trajectories)
+    budget = Budget.of(budget)
+    graph = graph or trace(pipe, trajectories[0])
+    reference = MaskSchedule.all_compute(graph, trajectories[0].denoiser, trajectories[0].sampler)
+    return (learner or TrainedForecasts()).learn(
+        trajectories, reference, budget, executor or LocalExecutor(), Path(folder) if folder else None
+    )
+
+
+def _check(pipe: Any, trajectories: Sequence[Trajectory]) -> None:
+    if not trajectories or any(trajectory.sampling.pipe is not pipe for trajectory in trajectories):
         raise LearningError(
-            given="a trajectory of another pipeline",
-            expected="a trajectory recorded from this one",
+            given="no trajectory, or one of another pipeline",
+            expected="trajectories recorded from this one",
             advice="Call stepmask.record(pipe, ...) first",
         )
-    if trajectory.steps < 2:
+    if len({trajectory.sampler for trajectory in trajectories}) > 1:
+        raise LearningError(
+            given="trajectories of several samplers or step counts",
+            expected="the same for all",
+            advice="Record them with equal settings, and learn a schedule for each sampler",
+        )
+    if trajectories[0].steps < 2:
         raise LearningError(
             given="a run of one step", expected="at least two steps", advice="There is nothing to reuse in one step"
         )
-    budget = Budget.of(budget)
-    graph = graph or trace(pipe, trajectory)
-    reference = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
-    return (learner or PerTimestep()).learn(
-        trajectory, reference, budget, executor or LocalExecutor(), Path(folder) if folder else None
-    )

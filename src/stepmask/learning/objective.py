@@ -27,6 +27,12 @@ def relative_error(value: Any, target: Any) -> Tensor:
     return torch.as_tensor(difference) / torch.as_tensor(energy).clamp_min(1e-20)
 
 
+def sample_errors(latent: Tensor, reference: Tensor) -> Tensor:
+    """‖x_0 − x_0 ref‖² / ‖x_0 ref‖² of each sample, shape (rows,)."""
+    difference = (latent - reference).flatten(1).square().sum(1)
+    return difference / reference.flatten(1).square().sum(1).clamp_min(1e-20)
+
+
 @dataclass(frozen=True)
 class Objective:
     """w_k · (‖ε(s) − ε‖²/‖ε‖² + η · mean_b ‖y_b(s) − y_b‖²/‖y_b‖²) + λ · Σ_b c_b·s_b for the scores s of one row.

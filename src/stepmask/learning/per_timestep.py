@@ -1,5 +1,6 @@
 """`PerTimestep`: the paper's learner (arXiv 2603.19939). Every row on its own, step-aware weights, rounds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy.typing as npt
 
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.trajectory import Trajectory, record_sampling
+from stepmask.errors import LearningError
 from stepmask.learning.executors import Executor, learn_rows
 from stepmask.learning.guidance import guidance_of
 from stepmask.learning.objective import MeasuredGain, Objective, Scaling, relative_error, step_changes
@@ -52,17 +54,33 @@ class PerTimestep:
     seed: int = 0
 
     def learn(
-        self, trajectory: Trajectory, reference: MaskSchedule, budget: Budget, executor: Executor, folder: Path | None
+        self,
+        trajectories: Sequence[Trajectory],
+        reference: MaskSchedule,
+        budget: Budget,
+        executor: Executor,
+        folder: Path | None,
     ) -> MaskSchedule:
         """The best table of all rounds.
 
         Args:
-            trajectory: A reference run; its seeds are the calibration set.
+            trajectories: One reference run; its seeds are the calibration set.
             reference: The all-compute table.
             budget: Of the whole run.
             executor: Where rows are learned.
             folder: Where finished rows are kept; `None` = nowhere.
+
+        Raises:
+            LearningError: There are several trajectories, or a loss is not finite.
+            InvalidBudget: The budget cannot be reached with `max_age`.
         """
+        if len(trajectories) > 1:
+            raise LearningError(
+                given=f"{len(trajectories)} trajectories",
+                expected="one, whose samples are all of a row's batch",
+                advice="Record one run with all samples",
+            )
+        (trajectory,) = trajectories
         weights = self._weights(trajectory)
         shares = _shares(weights, trajectory, budget)
         under, table, price = trajectory, reference, self.price
