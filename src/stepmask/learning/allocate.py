@@ -1,6 +1,6 @@
 """From a profile to a table within a budget: exact shortest paths over ages, against the regular tables."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -189,7 +189,7 @@ def _families(profile: "Profile") -> Iterator[_Family]:
     cells = CellErrors.of(changes, offset)
     columns = np.arange(len(graph))
     blocks = CellErrors(cells.errors[:, :-1], cells.kappas[:, :-1])
-    own, saved = graph.costs, np.array([saves(graph, column) for column in columns])
+    own, saved = graph.costs, np.array([saves(graph, column) for column in range(len(graph))])
     adds_up = bool(np.allclose(own[:-1], saved[:-1]))
     alone, together = np.append(columns[:-1], -1), np.append(columns[:-1] * 0, -1)
     around = profile.around

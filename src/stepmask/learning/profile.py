@@ -1,4 +1,4 @@
-"""`Profile`: what a reverse sweep found out, as numbers: the effect of any table on the final sample, in microseconds."""
+"""`Profile`: what a reverse sweep found out, as numbers: the effect of any table on the final sample."""
 
 import hashlib
 import json
@@ -81,7 +81,7 @@ class Profile:
     @property
     def ages(self) -> int:
         """The oldest value whose effect is known, in steps."""
-        return self.inner.shape[3] - 1
+        return int(self.inner.shape[3]) - 1
 
     def __repr__(self) -> str:
         rows, steps, blocks, _ = self.inner.shape

@@ -96,7 +96,7 @@ def _run(tape: Tape, trajectory: Trajectory, *, reference: bool) -> Tensor:
         raise not_finite("a final latent")
     if not latent.requires_grad:
         raise detached("after the last evaluation")
-    error = float(relative_error(latent.detach(), trajectory.sampled.latent))
+    error = float(relative_error(latent.detach(), trajectory.sampled.latent.detach()))
     if reference and error > 1e-3:
         raise _another_run(f"a run whose final latent is {error:.2g} (relative squared error) away from the recorded")
     return latent
@@ -123,7 +123,7 @@ class _Measure:
         """The measurements of a trajectory; where decoding changes the number of rows, all rows are one sample."""
         decode = decode or (lambda latent: latent)
         with torch.no_grad():
-            target = decode(trajectory.sampled.latent)
+            target = decode(trajectory.sampled.latent.detach())
         latent_samples, output_samples = samples_of(trajectory)
         if len(target) != len(latent_samples):
             latent_samples, output_samples = np.zeros(len(target), np.int64), np.zeros_like(output_samples)
@@ -158,9 +158,7 @@ class _Measure:
 class _Readings:
     """Inner products of the gradients at each step with what the blocks said then and up to `ages` steps before."""
 
-    def __init__(
-        self, trajectory: Trajectory, graph: BlockGraph, samples: npt.NDArray[np.int64], ages: int
-    ) -> None:
+    def __init__(self, trajectory: Trajectory, graph: BlockGraph, samples: npt.NDArray[np.int64], ages: int) -> None:
         self.steps, self.graph, self.ages = trajectory.steps, graph, ages
         self.samples = torch.from_numpy(samples).reshape(trajectory.sampler.branches, -1)
         self.probes: list[npt.NDArray[np.float32]] = []
@@ -176,7 +174,9 @@ class _Readings:
         """Take in one evaluation; steps come last first."""
         self.kept[branch].append((step, gradients))
         for later, pulls in self.kept[branch]:
-            columns = [self._products(column, *pair, branch) for column, pair in enumerate(zip(pulls, values, strict=True))]
+            columns = [
+                self._products(column, *pair, branch) for column, pair in enumerate(zip(pulls, values, strict=True))
+            ]
             products = torch.stack(columns, dim=1).cpu().numpy()
             if not np.isfinite(products).all():
                 raise not_finite(f"a gradient at step {later}")
@@ -204,7 +204,9 @@ class _Readings:
 @contextmanager
 def frozen(pipe: Any) -> Iterator[None]:
     """No gradients for any weight of a pipeline while the context lasts."""
-    parts = [pipe] if isinstance(pipe, nn.Module) else [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
+    parts = (
+        [pipe] if isinstance(pipe, nn.Module) else [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
+    )
     weights = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
     try:
         for weight in weights:

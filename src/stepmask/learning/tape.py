@@ -63,6 +63,7 @@ class Tape(Behaviour):
         self.owed: dict[tuple[int, int, int], list[Tensor]] = {}  # gradients of what is stored
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One evaluation as a node of the autograd graph."""
         run, inputs = _as_function(call, args, kwargs)
         step, branch = divmod(self.evaluation, self.branches)
         self.evaluation += 1
@@ -70,7 +71,7 @@ class Tape(Behaviour):
         if step and not any(tensor.requires_grad for tensor in inputs):
             raise detached(f"between the evaluations of step {step - 1} and step {step}")
         evaluation = _Evaluation(self, step, branch, run)
-        outputs = iter(_Again.apply(evaluation, self.anchor, *inputs))
+        outputs = iter(_Again.apply(evaluation, self.anchor, *inputs))  # type: ignore[no-untyped-call]
         return each(lambda tensor: next(outputs) if tensor.is_floating_point() else tensor, evaluation.output)
 
     def forward(self, evaluation: "_Evaluation", inputs: Sequence[Tensor]) -> Any:
@@ -143,9 +144,7 @@ class Tape(Behaviour):
                 source = (step - int(age), branch, column)
                 before = self.owed.get(source) or [torch.zeros_like(gradient) for gradient in answer]
                 weight = float(self.answered[step, column, age])
-                self.owed[source] = [
-                    torch.add(old, new, alpha=weight) for old, new in zip(before, answer, strict=True)
-                ]
+                self.owed[source] = [torch.add(old, new, alpha=weight) for old, new in zip(before, answer, strict=True)]
 
 
 @dataclass
