@@ -23,6 +23,7 @@ from stepmask.errors import (
 )
 from stepmask.learning.allocate import CellErrors, joint_forecasts, saves, shortest_paths
 from stepmask.learning.guidance import samples_of
+from stepmask.learning.sweep import FIRST_SEED
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower, rectify
@@ -99,7 +100,7 @@ def true_effects(
     reference, latent = decode(trajectory.sampled.latent.detach()).flatten(1), decode(latent).flatten(1)
     rows = []
     for probe in range(probes):
-        v = torch.randn(reference.shape, generator=torch.Generator().manual_seed(probe))
+        v = torch.randn(reference.shape, generator=torch.Generator().manual_seed(FIRST_SEED + probe))
         rows.append((v * (latent - reference)).sum(1) / reference.norm(dim=1))
     return torch.cat(rows).numpy()
 
@@ -218,7 +219,7 @@ class TestGradients:
         trajectory = stepmask.record(pipe, class_labels=[1, 2], num_inference_steps=5, seed=4)
         profile = stepmask.sweep(pipe, trajectory, probes=1, ages=3)
         reference, size = trajectory.sampled.latent.double().flatten(1), 0.05
-        v = torch.randn(reference.shape, generator=torch.Generator().manual_seed(0)).double()
+        v = torch.randn(reference.shape, generator=torch.Generator().manual_seed(FIRST_SEED)).double()
         for step, block, age in [(1, 0, 1), (2, 3, 1), (3, 4, 3), (4, 5, 2)]:
             module = pipe.transformer.get_submodule(profile.graph.names[block])
             ends = [self.nudged(trajectory, module, Nudge(step, age, amount)) for amount in (size, -size)]

@@ -25,6 +25,9 @@ from stepmask.schedule.schedule import MaskSchedule
 
 Decode = Callable[[Tensor], Tensor]
 
+FIRST_SEED = 0x50524F42
+"""Probes must not be drawn like the noise that a run begins with: the final sample correlates with that."""
+
 
 def sweep(
     pipe: Any,
@@ -54,7 +57,7 @@ def sweep(
         around: Sweep the run under this table, gradients through its store included; `None` = the reference run.
         probes: Random measurements per sample.
         ages: The oldest value whose reuse is measured, in steps.
-        seed: Probe number p is drawn with seed + p, so that sweeps with other seeds can be merged.
+        seed: Probe number p is drawn with FIRST_SEED + seed + p, so that sweeps with other seeds can be merged.
         decode: From the final latent to where the error counts (pixels); `None` = the latent itself.
         checkpoint_blocks: Recompute block by block as well, for denoisers whose evaluation does not fit with gradients.
 
@@ -137,7 +140,7 @@ class _Measure:
     def probe(self, latent: Tensor, seed: int) -> tuple[Tensor, npt.NDArray[np.float64]]:
         """One measurement per sample: its gradient at the latent, and its value of x_0 − x_0 ref, shape (samples,)."""
         energy = self._by_sample(self.target, self.target).sqrt().clamp_min(1e-20)
-        v = torch.randn(self.target.shape, generator=torch.Generator().manual_seed(seed)).to(self.target.device)
+        v = torch.randn(self.target.shape, generator=torch.Generator().manual_seed(FIRST_SEED + seed)).to(self.target.device)
         scale = energy.float()[torch.from_numpy(self.latent_samples).to(energy.device)]
         v = v / scale.reshape(-1, *[1] * (v.ndim - 1))
         with torch.enable_grad():
