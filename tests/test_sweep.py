@@ -24,6 +24,7 @@ from stepmask.errors import (
 from stepmask.learning.allocate import CellErrors, joint_forecasts, saves, shortest_paths
 from stepmask.learning.guidance import samples_of
 from stepmask.learning.sweep import FIRST_SEED
+from stepmask.schedule.answers import answers
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower, rectify
@@ -48,8 +49,9 @@ class Linear(nn.Module):
         self.clock = Clock()
 
     def forward(self, x: Tensor, t: float) -> Tensor:
+        clock = self.clock(x, t)
         x = x + self.first(x)
-        return x + self.second(x * (1 + t / 10)) + self.clock(x, t)
+        return x + self.second(x * (1 + t / 10)) + clock
 
 
 BLOCKS: dict[str, Any] = {"first": "output", "second": "output", "clock": "output"}
@@ -126,6 +128,16 @@ class TestExact:
         cells = {1: (1.0,), 3: (2.0, -1.0), 4: (2.5, -1.5), 5: (0.5, 0.25)}
         schedule = with_cells(reference, {(step, "clock"): weights for step, weights in cells.items()})
         np.testing.assert_allclose(profile.effects(schedule), true_effects(trajectory, schedule, 3), atol=1e-5)
+
+    @pytest.mark.parametrize("names", [("first", "second"), ("first", "second", "clock")])
+    def test_several_cells_of_one_step(self, linear: Any, names: tuple[str, ...]) -> None:
+        denoiser, trajectory, reference = linear
+        profile = stepmask.sweep(denoiser, trajectory, graph=reference.graph, probes=3)
+        schedule = with_cells(reference, {(3, name): (1.75, -0.75) for name in names})
+        expected = true_effects(trajectory, schedule, 3)
+        np.testing.assert_allclose(profile.effects(schedule), expected, atol=1e-5)
+        naive = np.abs(profile.inner - profile.held)[:, 3, reference.graph.column("first")]
+        assert naive.max() > 0.1  # the second does not react to the first when both are reused
 
     def test_the_mean_over_probes_is_the_relative_error(self, linear: Any) -> None:
         denoiser, trajectory, reference = linear
@@ -286,12 +298,15 @@ def untouched(module: nn.Module) -> bool:
     return clean and all(weight.requires_grad and weight.grad is None for weight in module.parameters())
 
 
-def random_profile(graph: BlockGraph, steps: int, *, ages: int = 4, rows: int = 8, offset: float = 0.0) -> Profile:
+def random_profile(
+    graph: BlockGraph, steps: int, *, ages: int = 4, rows: int = 8, offset: float = 0.0, held: float = 1.0
+) -> Profile:
     """A profile of made-up numbers, in which values drift apart as they age."""
     draw = np.random.default_rng(5)
     drift = draw.normal(size=(rows, steps, len(graph), ages + 1)) * draw.uniform(0.1, 1, size=(1, steps, len(graph), 1))
     around = MaskSchedule.all_compute(graph, table(graph, "").denoiser, table(graph, *[""] * steps).sampler)
-    return Profile(around, np.cumsum(drift, axis=3), offset * draw.normal(size=rows))
+    inner = np.cumsum(drift, axis=3)
+    return Profile(around, inner, held * inner, offset * draw.normal(size=rows))
 
 
 def cell_error(profile: Profile, step: int, column: int, age: int, gap: int) -> float:
@@ -377,7 +392,7 @@ class TestAllocation:
         profile = random_profile(graph, 6, ages=5)
         inner = profile.inner * 100
         inner[:, :, graph.column("up0")] = 1.0
-        schedule = Profile(profile.around, inner, profile.offset).schedule(0.5)
+        schedule = Profile(profile.around, inner, inner, profile.offset).schedule(0.5)
         assert bits(schedule) == ["11111", *["00000"] * 5]
         assert schedule.rows[:, -1].all()
 
@@ -413,6 +428,13 @@ class TestAllocation:
         weights[cell] += np.array([by, -by, 0.0])
         return schedule.with_rows(schedule.rows, weights)
 
+    def test_a_cell_counts_in_between_where_half_of_what_is_downstream_is_computed(self) -> None:
+        # down1 reaches mid, up1 and up0. With mid and up1 reused, a third of them is computed, and down1 is dead
+        profile = random_profile(unet_graph(), 3, held=0.25)
+        share = profile.computed_downstream(answers(table(unet_graph(), "11111", "11001", "11111"), profile.ages))
+        assert share[1].tolist() == pytest.approx([1 / 4, 1 / 3, 1 / 2, 1, 1, 1])
+        np.testing.assert_allclose(profile.mixed(share)[:, 1, 1], profile.inner[:, 1, 1] * 0.5, rtol=1e-6)
+
     def test_a_strong_ridge_leaves_a_table_as_it_is(self) -> None:
         profile = random_profile(chain_graph(2, "delta"), 6, ages=5)
         own = fixed_interval(profile.around, 0.5, order=1)
@@ -433,7 +455,7 @@ class TestProfile:
             "ages": random_profile(unet_graph(), 6, ages=3),
             "blocks": random_profile(chain_graph(5, "output"), 6),
             "steps": random_profile(unet_graph(), 7),
-            "tables": Profile(fixed_interval(profile.around, 0.5), profile.inner, profile.offset),
+            "tables": Profile(fixed_interval(profile.around, 0.5), profile.inner, profile.held, profile.offset),
         }
         for what, other in others.items():
             with pytest.raises(InvalidProfile, match=what):
@@ -443,7 +465,9 @@ class TestProfile:
 
     def test_saved_and_loaded_allocates_the_same(self, tmp_path: Path) -> None:
         profile = random_profile(unet_graph(), 8, offset=0.1)
-        profile = Profile(fixed_interval(profile.around, 0.5, order=1), profile.inner, profile.offset, {"probes": 8})
+        profile = Profile(
+            fixed_interval(profile.around, 0.5, order=1), profile.inner, profile.held, profile.offset, {"probes": 8}
+        )
         profile.save_pretrained(tmp_path)
         loaded = Profile.from_pretrained(tmp_path)
         assert loaded.provenance == {"probes": 8}
@@ -478,12 +502,13 @@ class TestProfile:
 
     def test_numbers_that_make_no_profile_are_refused(self) -> None:
         profile = random_profile(unet_graph(), 5)
-        for inner, offset in [
-            (profile.inner[:, 1:], profile.offset), (profile.inner, profile.offset[1:]),
-            (profile.inner * np.nan, profile.offset), (profile.inner[:0], profile.offset[:0]),
+        inner, held, offset = profile.inner, profile.held, profile.offset
+        for arrays in [
+            (inner[:, 1:], held[:, 1:], offset), (inner, held[:, :, 1:], offset), (inner, held, offset[1:]),
+            (inner * np.nan, held, offset), (inner[:0], held[:0], offset[:0]),
         ]:  # fmt: skip
             with pytest.raises(InvalidProfile):
-                Profile(profile.around, inner, offset)
+                Profile(profile.around, *arrays)
 
     def test_a_schedule_that_the_profile_does_not_know_is_refused(self) -> None:
         profile = random_profile(unet_graph(), 8, ages=2)

@@ -38,7 +38,7 @@ def allocate(profile: "Profile", budget: Budget) -> MaskSchedule:
     Raises:
         InvalidBudget: No table with ages that the profile knows reaches the budget.
     """
-    families = [*_families(profile)]
+    families = [*_families(profile, budget)]
     found = [table for family in families if (table := family.within(budget)) is not None]
     candidates = [(profile.predicted_error(table), table) for table in found] + [*_regular(profile, budget)]
     if not candidates:
@@ -182,13 +182,11 @@ class _Family:
         return None if best is None else self.table(best)
 
 
-def _families(profile: "Profile") -> Iterator[_Family]:
-    graph, base = profile.graph, profile.base
-    inner, offset = profile.inner.astype(float), profile.offset.astype(float)
-    changes = inner - (inner * base).sum(axis=3, keepdims=True)
-    cells = CellErrors.of(changes, offset)
-    columns = np.arange(len(graph))
-    blocks = CellErrors(cells.errors[:, :-1], cells.kappas[:, :-1])
+def _families(profile: "Profile", budget: Budget) -> Iterator[_Family]:
+    graph, columns = profile.graph, np.arange(len(profile.graph))
+    offset = profile.offset.astype(float)
+    blocks = CellErrors.of(_changes(profile, budget.macs)[:, :, :-1], offset)  # the others are computed that often
+    cells = CellErrors.of(_changes(profile, 1.0), offset)
     own, saved = graph.costs, np.array([saves(graph, column) for column in range(len(graph))])
     adds_up = bool(np.allclose(own[:-1], saved[:-1]))
     alone, together = np.append(columns[:-1], -1), np.append(columns[:-1] * 0, -1)
@@ -196,12 +194,19 @@ def _families(profile: "Profile") -> Iterator[_Family]:
     yield _Family(around, "sweep, a path per block", blocks, alone, own[:-1], own[:-1] if adds_up else None)
     if not adds_up:
         yield _Family(around, "sweep, a path per block with what dies", blocks, alone, saved[:-1], None)
-    tied = CellErrors.of(changes[:, :, :-1].sum(axis=2, keepdims=True), offset)
+    tied = CellErrors.of(_changes(profile, 0.0)[:, :, :-1].sum(axis=2, keepdims=True), offset)
     yield _Family(around, "sweep, one path for all blocks", tied, together, np.ones(1), own[:-1].sum(keepdims=True))
     for column in np.flatnonzero((saved > own + 1e-12) | (columns == len(graph) - 1)):
         lone = CellErrors(cells.errors[:, [column]], cells.kappas[:, [column]])
         name = f"sweep, a path for {graph.blocks[column].label}"
         yield _Family(around, name, lone, np.where(columns == column, 0, -1), np.ones(1), saved[[column]])
+
+
+def _changes(profile: "Profile", share: float) -> Floats:
+    """Change of each measurement when a cell answers with the value of an age, by the share computed downstream."""
+    inner = profile.mixed(np.array([[share]]))
+    changes: Floats = inner - (inner * profile.base).sum(axis=3, keepdims=True)
+    return changes
 
 
 def saves(graph: BlockGraph, column: int) -> float:
@@ -261,7 +266,7 @@ def joint_forecasts(profile: "Profile", schedule: MaskSchedule, *, ridge: float 
     cells = [*_differences(schedule, profile.ages)]
     if not cells:
         return schedule
-    inner = profile.inner.astype(float)
+    inner = profile.mixed(profile.computed_downstream(answers(schedule, profile.ages)))
     columns = [inner[:, step, column][:, ages] @ DIFFERENCES[order, : len(ages)] for step, column, order, ages in cells]
     features = np.stack(columns, axis=1)  # (rows, differences)
     scale = np.sqrt(np.square(features).mean(axis=0))

@@ -33,11 +33,16 @@ class Profile:
     `inner[p, k, b, j]` = ⟨G_p[k, b], y[k−j, b]⟩: the gradient of the p-th random measurement of the final sample with
     respect to what block b answers at step k, times what the block said j steps earlier; 0 where k − j < 0. A
     measurement is ⟨v, x_0⟩ / ‖x_0 ref‖ of one sample with v ~ N(0, 1), so that the mean over p of the square of a
-    change estimates ‖Δx_0‖² / ‖x_0 ref‖² (design: reverse sweep; cf. Hutchinson's estimator).
+    change estimates ‖Δx_0‖² / ‖x_0 ref‖² (Hutchinson's estimator).
+
+    A reused block does not react to what others answer at its step, so a cell's gradient depends on who else is reused.
+    It is known where every other block of the step answers as in the swept run (`inner`) and where they all hold their
+    answers (`held`); in between it is taken in proportion to how many of the blocks downstream are computed.
 
     Args:
         around: The table of the run that was swept; all-compute for the reference run.
         inner: (rows, steps, blocks, ages + 1), float32; rows = probes × samples.
+        held: As `inner`, for the gradient with all other blocks of the step holding their answers.
         offset: (rows,), float32: the measurements of x_0 − x_0 ref in the run that was swept; 0 for the reference.
         provenance: Where it comes from: plain JSON values, not interpreted.
 
@@ -47,19 +52,22 @@ class Profile:
 
     around: MaskSchedule
     inner: npt.NDArray[np.float32]
+    held: npt.NDArray[np.float32]
     offset: npt.NDArray[np.float32]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        inner, offset = np.array(self.inner, dtype=np.float32), np.array(self.offset, dtype=np.float32)
+        inner, held, offset = (np.array(array, dtype=np.float32) for array in (self.inner, self.held, self.offset))
         steps, blocks = self.around.rows.shape
         if inner.ndim != 4 or inner.shape[1:3] != (steps, blocks) or inner.shape[3] < 2:
             raise _invalid(f"inner products of shape {inner.shape}", f"(rows, {steps}, {blocks}, ages + 1)")
+        if held.shape != inner.shape:
+            raise _invalid(f"held inner products of shape {held.shape}", f"{inner.shape}, as the others")
         if offset.shape != inner.shape[:1] or not len(offset):
             raise _invalid(f"an offset of shape {offset.shape}", f"({len(inner)},), one number a row, at least one")
-        if not (np.isfinite(inner).all() and np.isfinite(offset).all()):
+        if not all(np.isfinite(array).all() for array in (inner, held, offset)):
             raise _invalid("numbers that are not finite", "finite inner products")
-        for name, array in (("inner", inner), ("offset", offset)):
+        for name, array in (("inner", inner), ("held", held), ("offset", offset)):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
 
@@ -92,9 +100,29 @@ class Profile:
         """What each cell answers in the swept run, as weights by age, shape (steps, blocks, ages + 1)."""
         return swept_answers(self.around, self.ages)
 
-    @cached_property
-    def _flat(self) -> Floats:
-        return self.inner.reshape(len(self.inner), -1).astype(float)
+    def mixed(self, share: Floats) -> Floats:
+        """Inner products where a share of the blocks downstream is computed, shape as `inner`.
+
+        Args:
+            share: (steps, blocks), or anything that broadcasts to it; 1 = all that the swept run computes, 0 = none.
+        """
+        mixed: Floats = self.held + (self.inner - self.held) * np.asarray(share, dtype=float)[..., None]
+        return mixed
+
+    def computed_downstream(self, answered: Floats) -> Floats:
+        """Of the blocks that a cell's answer reaches and the swept run computes, the share that a table computes.
+
+        Args:
+            answered: What each cell answers, shape (steps, blocks, ages + 1).
+
+        Returns:
+            (steps, blocks); 1 where there are none.
+        """
+        before, now = self.base[..., 0] == 1, answered[..., 0] == 1
+        reach = _reach(self.graph)
+        reached = before @ reach
+        shares: Floats = np.where(reached > 0, (before & now) @ reach / np.maximum(reached, 1), 1.0)
+        return shares
 
     def effects(self, schedule: MaskSchedule) -> Floats:
         """First-order change of every measurement from the swept run to a schedule's, shape (rows,).
@@ -115,7 +143,8 @@ class Profile:
             )
         answered = answers(schedule, self.ages)
         change = np.where(answered.any(axis=2, keepdims=True), answered - self.base, 0.0)
-        effects: Floats = self._flat @ change.ravel()
+        inner = self.mixed(self.computed_downstream(answered))
+        effects: Floats = inner.reshape(len(inner), -1) @ change.ravel()
         return effects
 
     def predicted_error(self, schedule: MaskSchedule) -> float:
@@ -161,6 +190,7 @@ class Profile:
         return cls(
             first.around,
             np.concatenate([profile.inner for profile in profiles]),
+            np.concatenate([profile.held for profile in profiles]),
             np.concatenate([profile.offset for profile in profiles]),
             {"merged": [dict(profile.provenance) for profile in profiles]},
         )
@@ -176,7 +206,7 @@ class Profile:
         """
         from safetensors.numpy import save
 
-        arrays = save({"inner": np.ascontiguousarray(self.inner), "offset": self.offset.copy()})
+        arrays = save({name: np.ascontiguousarray(getattr(self, name)) for name in ("inner", "held", "offset")})
         data = {
             "format": FORMAT,
             "arrays_sha256": hashlib.sha256(arrays).hexdigest(),
@@ -205,7 +235,7 @@ class Profile:
                 raise _invalid(f"{folder}: arrays that are cut short or of another profile", "both files of one save")
             arrays = load(content)
             around = MaskSchedule.from_json(json.dumps(data["around"]))
-            return cls(around, arrays["inner"], arrays["offset"], data["provenance"])
+            return cls(around, arrays["inner"], arrays["held"], arrays["offset"], data["provenance"])
         except InvalidProfile:
             raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, StepmaskError) as error:
@@ -217,6 +247,15 @@ def swept_answers(around: MaskSchedule, ages: int) -> Floats:
     answered = answers(around, ages)
     answered[~answered.any(axis=2), 0] = 1.0
     return answered
+
+
+def _reach(graph: BlockGraph) -> Floats:
+    """Shape (blocks, blocks); 1 where the answer of a column's block reaches a row's, the denoiser aside."""
+    reads = graph.reads.copy()
+    reads[-1] = False
+    for column in range(len(graph)):
+        reads[column] |= reads[reads[column]].any(axis=0)  # readers come after what they read
+    return reads.astype(float)
 
 
 def _wiring(graph: BlockGraph) -> list[tuple[object, ...]]:

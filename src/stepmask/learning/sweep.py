@@ -19,7 +19,7 @@ from stepmask.errors import LearningError
 from stepmask.learning.guidance import samples_of
 from stepmask.learning.objective import relative_error
 from stepmask.learning.profile import Profile, swept_answers
-from stepmask.learning.tape import Tape, detached, not_finite
+from stepmask.learning.tape import Blocks, Tape, detached, not_finite
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -82,7 +82,8 @@ def sweep(
             readings.begin()
             torch.autograd.grad(latent, tape.anchor, pull, retain_graph=left > 0)
     provenance = {"probes": probes, "seed": seed, "samples": measure.samples, "decoded": decode is not None}
-    return Profile(around, np.concatenate(readings.probes), np.concatenate(offsets), provenance)
+    inner, held = np.concatenate(readings.probes, axis=1)
+    return Profile(around, inner, held, np.concatenate(offsets), provenance)
 
 
 def _run(tape: Tape, trajectory: Trajectory, *, reference: bool) -> Tensor:
@@ -140,9 +141,9 @@ class _Measure:
     def probe(self, latent: Tensor, seed: int) -> tuple[Tensor, npt.NDArray[np.float64]]:
         """One measurement per sample: its gradient at the latent, and its value of x_0 − x_0 ref, shape (samples,)."""
         energy = self._by_sample(self.target, self.target).sqrt().clamp_min(1e-20)
-        v = torch.randn(self.target.shape, generator=torch.Generator().manual_seed(FIRST_SEED + seed)).to(self.target.device)
+        v = torch.randn(self.target.shape, generator=torch.Generator().manual_seed(FIRST_SEED + seed))
         scale = energy.float()[torch.from_numpy(self.latent_samples).to(energy.device)]
-        v = v / scale.reshape(-1, *[1] * (v.ndim - 1))
+        v = v.to(scale.device) / scale.reshape(-1, *[1] * (v.ndim - 1))
         with torch.enable_grad():
             leaf = latent.requires_grad_()
             decoded = self.decode(leaf)
@@ -165,30 +166,32 @@ class _Readings:
         self.steps, self.graph, self.ages = trajectory.steps, graph, ages
         self.samples = torch.from_numpy(samples).reshape(trajectory.sampler.branches, -1)
         self.probes: list[npt.NDArray[np.float32]] = []
-        self.kept: dict[int, deque[tuple[int, list[list[Tensor]]]]] = {}
+        self.kept: dict[int, deque[tuple[int, Blocks, Blocks]]] = {}
 
     def begin(self) -> None:
         """The next probe."""
-        shape = (int(self.samples.max()) + 1, self.steps, len(self.graph), self.ages + 1)
+        shape = (2, int(self.samples.max()) + 1, self.steps, len(self.graph), self.ages + 1)
         self.probes.append(np.zeros(shape, np.float32))
         self.kept = {branch: deque(maxlen=self.ages + 1) for branch in range(len(self.samples))}
 
-    def __call__(self, step: int, branch: int, gradients: list[list[Tensor]], values: list[list[Tensor]]) -> None:
+    def __call__(self, step: int, branch: int, gradients: Blocks, held: Blocks, values: Blocks) -> None:
         """Take in one evaluation; steps come last first."""
-        self.kept[branch].append((step, gradients))
-        for later, pulls in self.kept[branch]:
-            columns = [
-                self._products(column, *pair, branch) for column, pair in enumerate(zip(pulls, values, strict=True))
-            ]
-            products = torch.stack(columns, dim=1).cpu().numpy()
+        self.kept[branch].append((step, gradients, held))
+        for later, *both in self.kept[branch]:
+            products = torch.stack([self._by_sample(pulls, values, branch) for pulls in both]).cpu().numpy()
             if not np.isfinite(products).all():
                 raise not_finite(f"a gradient at step {later}")
-            self.probes[-1][:, later, :, later - step] += products
+            self.probes[-1][:, :, later, :, later - step] += products
+
+    def _by_sample(self, pulls: Blocks, values: Blocks, branch: int) -> Tensor:
+        """⟨gradient, value⟩ of every block, shape (samples, blocks)."""
+        pairs = enumerate(zip(pulls, values, strict=True))
+        return torch.stack([self._products(column, *pair, branch) for column, pair in pairs], dim=1)
 
     def _products(self, column: int, gradient: list[Tensor], value: list[Tensor], branch: int) -> Tensor:
         """⟨gradient, value⟩ of one block by sample, shape (samples,)."""
         samples = self.samples[branch]
-        total = torch.zeros(len(self.probes[-1]), device=gradient[0].device)
+        total = torch.zeros(self.probes[-1].shape[1], device=gradient[0].device)
         for pull, said in zip(gradient, value, strict=True):
             rows = torch.linalg.vecdot(pull.flatten(1).float(), said.flatten(1).float())
             if len(rows) % len(samples):

@@ -25,13 +25,23 @@ from stepmask.errors import LearningError
 from stepmask.schedule.graph import Block, BlockGraph
 
 Floats = npt.NDArray[np.float64]
+Blocks = list[list[Tensor]]
+"""Tensors by block; the last is the denoiser."""
 
 
 class Reader(Protocol):
     """Who reads the gradients and values of every evaluation, last step first."""
 
-    def __call__(self, step: int, branch: int, gradients: list[list[Tensor]], values: list[list[Tensor]]) -> None:
-        """Tensors by block: the gradient of what it answered, and what it says when computed, as it is stored."""
+    def __call__(self, step: int, branch: int, gradients: Blocks, held: Blocks, values: Blocks) -> None:
+        """Take in one evaluation.
+
+        Args:
+            step: Which.
+            branch: Which.
+            gradients: Of what each block answered.
+            held: The same, were all other blocks of the step to hold their answers whatever they are given.
+            values: What each block says when computed, as it is stored.
+        """
 
 
 class Tape(Behaviour):
@@ -89,23 +99,40 @@ class Tape(Behaviour):
         _check_finite(tensors(output), f"an output at step {step}")
         return output
 
-    def backward(self, evaluation: "_Evaluation", inputs: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def backward(self, evaluation: "_Evaluation", inputs: Sequence[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """The evaluation once more, with gradients: those of its inputs; the reader gets the rest."""
         step, branch = evaluation.step, evaluation.branch
         self._tell(step, branch)
         with torch.enable_grad(), self._seated():
             self._finish(evaluation.run(inputs))
         ends, pulls = self._ends(step, branch, grads)
-        answers = [floats(seat.said) for seat in self.seats[:-1]]
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        got = iter(_pull(ends, [*wanted, *(tensor for answer in answers for tensor in answer)], pulls))
-        input_grads = [next(got) for _ in wanted]
-        gradients = [[next(got) for _ in answer] for answer in answers] + [grads]
+        said = [tensor for seat in self.seats[:-1] for tensor in floats(seat.said)]
+        pulled = _pull(ends, [*wanted, *said], pulls)
+        gradients = [*self._by_block(pulled[len(wanted) :]), grads]
         self._owe(step, branch, gradients)
-        self.reader(step, branch, gradients, [[t.detach() for t in floats(seat.value)] for seat in self.seats])
+        values = [[tensor.detach() for tensor in floats(seat.value)] for seat in self.seats]
+        self.reader(step, branch, gradients, self._held(evaluation, inputs, grads), values)
         for seat in self.seats:
             seat.clear()
-        return input_grads
+        return pulled[: len(wanted)]
+
+    def _held(self, evaluation: "_Evaluation", inputs: Sequence[Tensor], grads: list[Tensor]) -> Blocks:
+        """Gradients of the answers with all blocks holding them: only the denoiser's own glue is computed again."""
+        skipped = self.seats[-1].told is not None
+        for seat in self.seats[:-1]:
+            seat.hold()
+        with torch.enable_grad(), self._seated():
+            output = evaluation.run([tensor.detach() for tensor in inputs])
+        ends = [(end, grad) for end, grad in zip(floats(output), grads, strict=True) if end.requires_grad]
+        said = [tensor for seat in self.seats[:-1] for tensor in floats(seat.said)]
+        pulled = _pull([] if skipped else [end for end, _ in ends], said, [grad for _, grad in ends])
+        return [*self._by_block(pulled), grads]
+
+    def _by_block(self, gradients: Sequence[Tensor]) -> Blocks:
+        """Gradients of all answers, sorted into blocks."""
+        rest = iter(gradients)
+        return [[next(rest) for _ in floats(seat.said)] for seat in self.seats[:-1]]
 
     def _tell(self, step: int, branch: int) -> None:
         """Give the seats of reused cells what they answer."""
@@ -135,7 +162,7 @@ class Tape(Behaviour):
         pairs = [(end, pull) for end, pull in pairs if end.requires_grad]
         return [end for end, _ in pairs], [pull for _, pull in pairs]
 
-    def _owe(self, step: int, branch: int, gradients: list[list[Tensor]]) -> None:
+    def _owe(self, step: int, branch: int, gradients: Blocks) -> None:
         """Hand the gradients of reused answers on to the steps whose values they were made from."""
         for column, (seat, answer) in enumerate(zip(self.seats, gradients, strict=True)):
             if seat.told is None:
@@ -203,6 +230,13 @@ class _Seat(Behaviour):
 
     def clear(self) -> None:
         self.told = self.value = self.said = None
+        self.holds = False
+
+    def hold(self) -> None:
+        """From now on answer what was answered."""
+        self.holds = True
+        if self.told is None:
+            self.told = each(torch.Tensor.detach, self.value)
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = partial(call, *args, **kwargs)
@@ -210,7 +244,7 @@ class _Seat(Behaviour):
             output = checkpoint(run, use_reentrant=False) if self.checkpointed and torch.is_grad_enabled() else run()
             self.value = to_store(self.block.reuse, output, args, kwargs)
         else:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not self.holds:
                 with torch.no_grad():
                     self.value = to_store(self.block.reuse, run(), args, kwargs)
             output = from_store(self.block.reuse, self.told, args, kwargs)
