@@ -538,6 +538,16 @@ class TestRefused:
         with pytest.raises(LearningError, match="0 probes"):
             stepmask.sweep(pipe, trajectory, probes=0)
 
+    def test_a_graph_that_is_not_the_tables(self, pipe: Any, trajectory: Trajectory, reference: MaskSchedule) -> None:
+        whole_blocks = stepmask.trace(pipe, trajectory, granularity="block")
+        with pytest.raises(ScheduleMismatch, match="not the same"):
+            stepmask.sweep(pipe, trajectory, graph=whole_blocks, around=reference)
+
+    def test_a_table_with_older_values_than_the_sweep(self, linear: Any) -> None:
+        denoiser, trajectory, reference = linear
+        with pytest.raises(InvalidSchedule, match="2 steps old"):
+            stepmask.sweep(denoiser, trajectory, around=fixed_interval(reference, 1 / 3), ages=1)
+
     def test_another_run(self, pipe: Any, trajectory: Trajectory) -> None:
         from diffusers import DDIMScheduler
 

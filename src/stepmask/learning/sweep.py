@@ -15,7 +15,7 @@ from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.seam import attached, refuse_if_taken
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
-from stepmask.errors import LearningError
+from stepmask.errors import LearningError, ScheduleMismatch
 from stepmask.learning.guidance import samples_of
 from stepmask.learning.objective import relative_error
 from stepmask.learning.profile import Profile, swept_answers
@@ -65,11 +65,13 @@ def sweep(
         LearningError: The trajectory is another pipeline's, the pipeline cuts the gradient, numbers are not finite,
             the denoiser is in half precision on a CPU, or the run is not the one that was recorded.
         AlreadyApplied: The denoiser is masked, or cached by diffusers, already.
+        ScheduleMismatch: `around` is for another denoiser, sampler or graph.
         InvalidSchedule: `around` reuses values that are older than `ages`.
     """
     _check(pipe, trajectory, probes, ages)
     graph = graph or (around.graph if around else trace(pipe, trajectory))
     around = around or MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+    _check_graphs(graph, around.graph)
     around.denoiser.check(trajectory.denoiser)
     around.sampler.check(trajectory.sampler)
     with frozen(pipe):
@@ -241,6 +243,15 @@ def _check(pipe: Any, trajectory: Trajectory, probes: int, ages: int) -> None:
             given="a denoiser in float16 on a CPU",
             expected="float32 or bfloat16, whose gradients do not overflow there",
             advice="Call pipe.to(torch.float32), or move the pipeline to an accelerator",
+        )
+
+
+def _check_graphs(graph: BlockGraph, swept: BlockGraph) -> None:
+    if graph != swept:
+        raise ScheduleMismatch(
+            given=f"a graph of {len(graph)} blocks and a table over {len(swept)} that are not the same",
+            expected="the graph of the table that is swept around",
+            advice="Leave graph out",
         )
 
 
