@@ -10,8 +10,8 @@ import stepmask
 from stepmask import errors
 
 PUBLIC = {
-    "Block", "BlockGraph", "Budget", "LocalExecutor", "MaskSchedule", "Report", "StepmaskError", "Trajectory",
-    "apply", "evaluate", "learn", "record", "trace",
+    "Block", "BlockGraph", "Budget", "LocalExecutor", "MaskSchedule", "Profile", "Report", "StepmaskError",
+    "Trajectory", "apply", "evaluate", "learn", "record", "sweep", "trace",
 }  # fmt: skip
 
 
@@ -27,6 +27,7 @@ def test_public_names_are_these_and_no_others() -> None:
     [
         ("import stepmask", ["torch", "diffusers", "matplotlib"]),
         ("from stepmask import MaskSchedule, BlockGraph, Budget", ["torch", "diffusers", "huggingface_hub"]),
+        ("from stepmask import Profile", ["torch", "diffusers", "huggingface_hub"]),
         ("import stepmask.cli", ["torch", "diffusers", "matplotlib"]),
         ("from stepmask import record, trace, learn, apply, evaluate", ["diffusers", "matplotlib", "skimage"]),
     ],

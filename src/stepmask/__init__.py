@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _HOME = {
     "record": "stepmask.denoiser.trajectory",
     "trace": "stepmask.denoiser.trace",
+    "sweep": "stepmask.learning.sweep",
     "learn": "stepmask.learning.learn",
     "apply": "stepmask.denoiser.runtime",
     "evaluate": "stepmask.evaluation.compare",
@@ -15,6 +16,7 @@ _HOME = {
     "BlockGraph": "stepmask.schedule.graph",
     "MaskSchedule": "stepmask.schedule.schedule",
     "Trajectory": "stepmask.denoiser.trajectory",
+    "Profile": "stepmask.learning.profile",
     "Budget": "stepmask.schedule.budget",
     "Report": "stepmask.evaluation.report",
     "LocalExecutor": "stepmask.learning.executors",
@@ -27,6 +29,7 @@ __all__ = [
     "Budget",
     "LocalExecutor",
     "MaskSchedule",
+    "Profile",
     "Report",
     "StepmaskError",
     "Trajectory",
@@ -34,6 +37,7 @@ __all__ = [
     "evaluate",
     "learn",
     "record",
+    "sweep",
     "trace",
 ]
 
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
     from stepmask.evaluation.report import Report
     from stepmask.learning.executors import LocalExecutor
     from stepmask.learning.learn import learn
+    from stepmask.learning.profile import Profile
+    from stepmask.learning.sweep import sweep
     from stepmask.schedule.budget import Budget
     from stepmask.schedule.graph import Block, BlockGraph
     from stepmask.schedule.schedule import MaskSchedule

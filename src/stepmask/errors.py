@@ -5,6 +5,7 @@
     x InvalidSchedule         a table that contradicts itself or its graph
         + InvalidScheduleFile a file that is not a schedule, or only half of one
         + ReuseBeforeCompute  a cell that reads values which were never computed
+    x InvalidProfile          a sweep's profile that is damaged, or profiles that do not belong together
     x ScheduleMismatch        a schedule for another denoiser, sampler, step count or block list
     x TraceError              a denoiser whose blocks cannot be masked as asked
         + NoSuchBlock         a pattern or a name that matches no block
@@ -50,6 +51,10 @@ class InvalidScheduleFile(InvalidSchedule):
 
 class ReuseBeforeCompute(InvalidSchedule):
     """A reused cell that reads more stored values than were computed before it."""
+
+
+class InvalidProfile(StepmaskError, ValueError):
+    """A profile that is damaged, or profiles that do not belong together."""
 
 
 class ScheduleMismatch(StepmaskError, ValueError):

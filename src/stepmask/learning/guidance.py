@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -54,3 +56,21 @@ def _rows(outputs: Sequence[Any], channels: int) -> Tensor:
     """The outputs of all branches below each other, shape (rows, elements)."""
     firsts = [next(tensors(output)) for output in outputs]
     return torch.cat([first[:, :channels] if first.ndim > 1 else first for first in firsts]).flatten(1).float()
+
+
+def samples_of(trajectory: Trajectory) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Which sample each row belongs to: rows of the final latent, and rows of a step's outputs, all branches.
+
+    Rows belong to one sample if what the scheduler is handed in one depends on the other: the connected parts of the
+    guidance weights, the median over the steps. Where the final latent has other rows than the scheduler is handed,
+    all rows are one sample.
+    """
+    weights = np.median([guidance_of(trajectory, step).weights.abs().numpy() for step in range(trajectory.steps)], 0)
+    links = weights > 0.05 * weights.max()
+    if len(trajectory.sampled.latent) != len(links):
+        return np.zeros(len(trajectory.sampled.latent), dtype=np.int64), np.zeros(links.shape[1], dtype=np.int64)
+    joined = links @ links.T | np.eye(len(links), dtype=bool)
+    for _ in range(len(links).bit_length()):
+        joined = joined @ joined
+    _, latent_rows = np.unique(joined.argmax(axis=1), return_inverse=True)
+    return latent_rows, latent_rows[links.argmax(axis=0)]

@@ -1,0 +1,290 @@
+"""From a profile to a table within a budget: exact shortest paths over ages, against the regular tables."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from stepmask.errors import InvalidBudget, InvalidSchedule
+from stepmask.schedule.answers import answers
+from stepmask.schedule.baselines import fixed_interval, whole_step
+from stepmask.schedule.budget import Budget
+from stepmask.schedule.forecasts import DIFFERENCES, PLAIN
+from stepmask.schedule.graph import BlockGraph
+from stepmask.schedule.rectify import lower, rectify
+from stepmask.schedule.schedule import MaskSchedule
+
+if TYPE_CHECKING:
+    from stepmask.learning.profile import Profile
+
+BISECTIONS = 30
+PRICES = (1e-14, 1e8)
+"""Of computing the whole denoiser once, in relative squared error of the final sample: lowest and highest."""
+
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+def allocate(profile: "Profile", budget: Budget) -> MaskSchedule:
+    """The candidate within a budget whose predicted error is smallest.
+
+    Candidates: shortest paths of every block on its own, of all blocks tied together, of each block whose reuse lets
+    others die (the denoiser itself among them) alone, and the regular tables.
+
+    Raises:
+        InvalidBudget: No table with ages that the profile knows reaches the budget.
+    """
+    families = [*_families(profile, budget)]
+    found = [table for family in families if (table := family.within(budget)) is not None]
+    candidates = [(profile.predicted_error(table), table) for table in found] + [*_regular(profile, budget)]
+    if not candidates:
+        least = min(family.least for family in families)
+        raise InvalidBudget(
+            given=f"budget {budget.macs:g}",
+            expected=f"at least {least:.4f}, the least that values up to {profile.ages} steps old allow",
+            advice="Spend more, or sweep with more ages",
+        )
+    error, best = min(candidates, key=lambda candidate: candidate[0])
+    origin = {"sweep": dict(profile.provenance), "budget": {"macs": budget.macs}, "predicted_error": error}
+    return rectify(best.with_rows(best.rows, best.forecasts, provenance={**best.provenance, **origin}))
+
+
+@dataclass(frozen=True)
+class CellErrors:
+    """The error that each cell adds, were it alone, by the age of the value it reuses and the gap to the one before.
+
+    Args:
+        errors: (steps, columns, ages + 1, ages + 1), [age, gap]: mean of (offset + change)² − offset²; age 0 computes,
+            gap 0 reuses the newest value as it is.
+        kappas: As `errors`: the length of the forecast C + κ·(C − C′) that makes the error smallest.
+    """
+
+    errors: Floats
+    kappas: Floats
+
+    @classmethod
+    def of(cls, changes: Floats, offset: Floats) -> "CellErrors":
+        """In closed form: κ = −mean((s + offset)·d) / mean(d²) with s the change and d that of C − C′.
+
+        Args:
+            changes: (rows, steps, columns, ages + 1): change of each measurement when a cell answers with the value
+                of an age.
+            offset: (rows,).
+        """
+        ages = changes.shape[-1] - 1
+        by_cell = changes.transpose(1, 2, 0, 3)  # (steps, columns, rows, ages + 1)
+        second = by_cell.swapaxes(2, 3) @ by_cell / len(offset)  # (steps, columns, ages + 1, ages + 1)
+        first = np.tensordot(by_cell, offset, axes=(2, 0)) / len(offset)  # (steps, columns, ages + 1)
+        plain = np.einsum("kbaa->kba", second) + 2 * first
+        errors, kappas = np.repeat(plain[..., None], ages + 1, axis=3), np.zeros(second.shape)
+        for age in range(1, ages):
+            for gap in range(1, ages - age + 1):
+                old = age + gap
+                energy = second[..., age, age] - 2 * second[..., age, old] + second[..., old, old]
+                slope = second[..., age, age] - second[..., age, old] + first[..., age] - first[..., old]
+                safe = np.where(energy > 1e-30, energy, np.inf)
+                kappas[..., age, gap] = -slope / safe
+                errors[..., age, gap] -= slope**2 / safe
+        return cls(errors, kappas)
+
+
+def shortest_paths(errors: Floats, prices: Floats) -> Bools:
+    """For every column the rows that minimise Σ error + price · (times computed), exactly; shape (steps, columns).
+
+    Dynamic programming over states (age of the newest value, gap to the value before), O(steps · ages²) a column.
+
+    Args:
+        errors: (steps, columns, ages + 1, ages + 1), as in `CellErrors`.
+        prices: (columns,), of one computation.
+    """
+    steps, columns, width, _ = errors.shape
+    cost = np.full((columns, width, width), np.inf)
+    cost[:, 0, 0] = prices  # step 0 is computed
+    came = np.zeros((steps, columns, width), dtype=np.int64)  # the gap from which an age was left to compute
+    for step in range(1, steps):
+        came[step] = cost.argmin(axis=2)
+        leave = cost.min(axis=2) + errors[step, :, 0, :1] + prices[:, None]  # (columns, ages + 1)
+        cost[:, 1:] = cost[:, :-1] + errors[step, :, 1:]
+        cost[:, 0, 1:] = leave[:, :-1]
+        cost[:, 0, 0] = leave[:, -1]  # the value before is too old for a forecast
+    return _walk_back(cost, came)
+
+
+def _walk_back(cost: Floats, came: Ints) -> Bools:
+    steps, columns, width = came.shape
+    each = np.arange(columns)
+    age, gap = np.unravel_index(cost.reshape(columns, -1).argmin(axis=1), (width, width))
+    rows = np.zeros((steps, columns), dtype=bool)
+    for step in reversed(range(steps)):
+        rows[step] = age == 0
+        before = np.where(gap == 0, width - 1, gap - 1)  # the age that was left to compute
+        gap = np.where(age == 0, came[step, each, before], gap)
+        age = np.where(age == 0, before, age - 1)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Tables made of shortest paths of some columns; everything else is computed.
+
+    Args:
+        reference: Any table of the denoiser and sampler.
+        name: For the provenance.
+        cells: By path.
+        members: Path of each block, shape (blocks,); −1 = always computed.
+        prices: (paths,), MACs that a computation costs, as a share of the denoiser's.
+        saved: (paths,), the share that reusing a path saves at a step; `None` where savings do not add up.
+    """
+
+    reference: MaskSchedule
+    name: str
+    cells: CellErrors
+    members: Ints
+    prices: Floats
+    saved: Floats | None
+
+    def table(self, paths: Bools) -> MaskSchedule:
+        """The table of some paths, shape (steps, paths)."""
+        rows = np.ones(self.reference.rows.shape, dtype=bool)
+        weights = np.tile(PLAIN, (*rows.shape, 1))
+        blocks = np.flatnonzero(self.members >= 0)
+        rows[:, blocks] = paths[:, self.members[blocks]]
+        weights[:, blocks] = _forecasts(paths, self.cells.kappas)[:, self.members[blocks]]
+        return self.reference.with_rows(rows, weights, provenance={"table": self.name})
+
+    def share(self, paths: Bools) -> float:
+        """Share of the MACs that the table of some paths computes after rectification."""
+        if self.saved is None:
+            return lower(self.table(paths)).macs_share
+        return float(1 - (~paths * self.saved).sum() / len(paths))
+
+    @property
+    def least(self) -> float:
+        """The smallest share that any table of the family computes."""
+        return self.share(shortest_paths(self.cells.errors, PRICES[1] * self.prices))
+
+    def within(self, budget: Budget) -> MaskSchedule | None:
+        """The table at the lowest price that meets a budget; `None` where none does."""
+        best, (low, high) = None, np.log(PRICES)
+        for _ in range(BISECTIONS):
+            price = high if best is None else (low + high) / 2
+            paths = shortest_paths(self.cells.errors, np.exp(price) * self.prices)
+            if budget.allows(self.share(paths)):
+                best, high = paths, price
+            elif best is None:
+                return None
+            else:
+                low = price
+        return None if best is None else self.table(best)
+
+
+def _families(profile: "Profile", budget: Budget) -> Iterator[_Family]:
+    graph, columns = profile.graph, np.arange(len(profile.graph))
+    offset = profile.offset.astype(float)
+    blocks = CellErrors.of(_changes(profile, budget.macs)[:, :, :-1], offset)  # the others are computed that often
+    cells = CellErrors.of(_changes(profile, 1.0), offset)
+    own, saved = graph.costs, np.array([saves(graph, column) for column in range(len(graph))])
+    adds_up = bool(np.allclose(own[:-1], saved[:-1]))
+    alone, together = np.append(columns[:-1], -1), np.append(columns[:-1] * 0, -1)
+    around = profile.around
+    yield _Family(around, "sweep, a path per block", blocks, alone, own[:-1], own[:-1] if adds_up else None)
+    if not adds_up:
+        yield _Family(around, "sweep, a path per block with what dies", blocks, alone, saved[:-1], None)
+    tied = CellErrors.of(_changes(profile, 0.0)[:, :, :-1].sum(axis=2, keepdims=True), offset)
+    yield _Family(around, "sweep, one path for all blocks", tied, together, np.ones(1), own[:-1].sum(keepdims=True))
+    for column in np.flatnonzero((saved > own + 1e-12) | (columns == len(graph) - 1)):
+        lone = CellErrors(cells.errors[:, [column]], cells.kappas[:, [column]])
+        name = f"sweep, a path for {graph.blocks[column].label}"
+        yield _Family(around, name, lone, np.where(columns == column, 0, -1), np.ones(1), saved[[column]])
+
+
+def _changes(profile: "Profile", share: float) -> Floats:
+    """Change of each measurement when a cell answers with the value of an age, by the share computed downstream."""
+    inner = profile.mixed(np.array([[share]]))
+    changes: Floats = inner - (inner * profile.base).sum(axis=3, keepdims=True)
+    return changes
+
+
+def saves(graph: BlockGraph, column: int) -> float:
+    """Share of the denoiser's MACs that a step saves when one block is reused, with the blocks that die of it."""
+    wanted = np.zeros(len(graph), dtype=bool)
+    wanted[-1] = True
+    for reader in reversed(range(len(graph))):
+        if wanted[reader] and (reader != column or graph.blocks[reader].reuse == "delta"):
+            wanted |= graph.reads[reader]
+    wanted[column] = False
+    return float(graph.costs[~wanted].sum())
+
+
+def _forecasts(rows: Bools, kappas: Floats) -> Floats:
+    """Weights (1 + κ, −κ, 0) of every reused cell, shape (steps, columns, 3)."""
+    weights = np.tile(PLAIN, (*rows.shape, 1))
+    newest, before = np.zeros(rows.shape[1], dtype=np.int64), np.full(rows.shape[1], -kappas.shape[2])
+    each = np.arange(rows.shape[1])
+    for step in range(1, len(rows)):
+        age, gap = step - newest, newest - before
+        inside = (age < kappas.shape[2]) & (age + gap < kappas.shape[2])
+        kappa = np.where(inside, kappas[step, each, age * inside, gap * inside], 0.0)
+        weights[step, :, 0], weights[step, :, 1] = 1 + kappa, -kappa
+        before, newest = np.where(rows[step], newest, before), np.where(rows[step], step, newest)
+    return weights
+
+
+def _regular(profile: "Profile", budget: Budget) -> Iterator[tuple[float, MaskSchedule]]:
+    """The baselines that fit a budget with their predicted errors, as far as the profile knows their ages."""
+    glue = profile.graph.costs[-1]
+    within_glue = (budget.macs - glue) / max(1 - glue, 1e-9)  # fixed intervals compute the glue at every step
+    for baseline, share in ((fixed_interval, within_glue), (whole_step, budget.macs)):
+        for order in range(3):
+            with suppress(InvalidBudget, InvalidSchedule):
+                table = baseline(profile.around, min(max(share, 1e-9), 1.0), order=order)
+                yield profile.predicted_error(table), table
+
+
+def joint_forecasts(profile: "Profile", schedule: MaskSchedule, *, ridge: float = 0.1) -> MaskSchedule:
+    """The same table with the differences in its forecasts fitted together to the predicted error.
+
+    Every reused cell that can read two values gets a first difference, and one that reads three keeps a second.
+    Minimises mean over rows of (offset + effect)² + ridge · Σ_i (x_i − own_i)² · mean(f_i²), x_i the weight of a
+    difference, own_i what the table has, f_i its effect on each row: ridge regression, shrunk towards the table.
+
+    Args:
+        profile: Of the same denoiser and sampler.
+        schedule: The table; its bits stay.
+        ridge: Strength of the shrinkage; 0 = least squares.
+
+    Raises:
+        ScheduleMismatch: As `Profile.effects`.
+        InvalidSchedule: As `Profile.effects`.
+    """
+    schedule = rectify(schedule)
+    residual = profile.offset + profile.effects(schedule)
+    cells = [*_differences(schedule, profile.ages)]
+    if not cells:
+        return schedule
+    inner = profile.mixed(profile.computed_downstream(answers(schedule, profile.ages)))
+    columns = [inner[:, step, column][:, ages] @ DIFFERENCES[order, : len(ages)] for step, column, order, ages in cells]
+    features = np.stack(columns, axis=1)  # (rows, differences)
+    scale = np.sqrt(np.square(features).mean(axis=0))
+    features = features / np.where(scale > 0, scale, np.inf)
+    gram = features @ features.T + ridge * len(residual) * np.eye(len(residual))
+    moves = -features.T @ np.linalg.lstsq(gram, residual, rcond=None)[0] / np.where(scale > 0, scale, np.inf)
+    weights = schedule.forecasts.copy()
+    for (step, column, order, _), move in zip(cells, moves, strict=True):
+        weights[step, column] += move * DIFFERENCES[order]
+    provenance = {**schedule.provenance, "forecasts": f"joint, ridge {ridge:g}"}
+    return schedule.with_rows(schedule.rows, weights, provenance=provenance)
+
+
+def _differences(schedule: MaskSchedule, ages: int) -> Iterator[tuple[int, int, int, list[int]]]:
+    """The differences that may be fitted: step, column, order, and the ages of the values it is made of."""
+    live = answers(schedule, ages).any(axis=2)
+    for step, column in np.argwhere(~schedule.rows & live):
+        values = (step - np.flatnonzero(schedule.rows[:step, column])[::-1]).tolist()
+        for order in range(1, max(2, int(schedule.windows[step, column]))):
+            if len(values) > order and values[order] <= ages:
+                yield int(step), int(column), order, values[: order + 1]

@@ -1,0 +1,285 @@
+"""`Profile`: what a reverse sweep found out, as numbers: the effect of any table on the final sample."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepmask.errors import InvalidProfile, ScheduleMismatch, StepmaskError
+from stepmask.files import write_whole
+from stepmask.learning.allocate import allocate
+from stepmask.schedule.answers import answers
+from stepmask.schedule.budget import Budget
+from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
+from stepmask.schedule.graph import BlockGraph
+from stepmask.schedule.schedule import MaskSchedule
+
+FORMAT = "stepmask-profile/1"
+JSON_NAME, ARRAYS_NAME = "profile.json", "profile.safetensors"
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """First-order effects on the final sample of answering any cell of a table with any older value.
+
+    `inner[p, k, b, j]` = ⟨G_p[k, b], y[k−j, b]⟩: the gradient of the p-th random measurement of the final sample with
+    respect to what block b answers at step k, times what the block said j steps earlier; 0 where k − j < 0. A
+    measurement is ⟨v, x_0⟩ / ‖x_0 ref‖ of one sample with v ~ N(0, 1), so that the mean over p of the square of a
+    change estimates ‖Δx_0‖² / ‖x_0 ref‖² (Hutchinson's estimator).
+
+    A reused block does not react to what others answer at its step, so a cell's gradient depends on who else is reused.
+    It is known where every other block of the step answers as in the swept run (`inner`) and where they all hold their
+    answers (`held`); in between it is taken in proportion to how many of the blocks downstream are computed.
+
+    Args:
+        around: The table of the run that was swept; all-compute for the reference run.
+        inner: (rows, steps, blocks, ages + 1), float32; rows = probes × samples.
+        held: As `inner`, for the gradient with all other blocks of the step holding their answers.
+        offset: (rows,), float32: the measurements of x_0 − x_0 ref in the run that was swept; 0 for the reference.
+        provenance: Where it comes from: plain JSON values, not interpreted.
+
+    Raises:
+        InvalidProfile: Shapes disagree, or numbers are not finite.
+    """
+
+    around: MaskSchedule
+    inner: npt.NDArray[np.float32]
+    held: npt.NDArray[np.float32]
+    offset: npt.NDArray[np.float32]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        inner, held, offset = (np.array(array, dtype=np.float32) for array in (self.inner, self.held, self.offset))
+        steps, blocks = self.around.rows.shape
+        if inner.ndim != 4 or inner.shape[1:3] != (steps, blocks) or inner.shape[3] < 2:
+            raise _invalid(f"inner products of shape {inner.shape}", f"(rows, {steps}, {blocks}, ages + 1)")
+        if held.shape != inner.shape:
+            raise _invalid(f"held inner products of shape {held.shape}", f"{inner.shape}, as the others")
+        if offset.shape != inner.shape[:1] or not len(offset):
+            raise _invalid(f"an offset of shape {offset.shape}", f"({len(inner)},), one number a row, at least one")
+        if not all(np.isfinite(array).all() for array in (inner, held, offset)):
+            raise _invalid("numbers that are not finite", "finite inner products")
+        for name, array in (("inner", inner), ("held", held), ("offset", offset)):
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+
+    @property
+    def graph(self) -> BlockGraph:
+        """The blocks."""
+        return self.around.graph
+
+    @property
+    def denoiser(self) -> DenoiserFingerprint:
+        """The denoiser that was swept."""
+        return self.around.denoiser
+
+    @property
+    def sampler(self) -> SamplerFingerprint:
+        """The sampler that was swept."""
+        return self.around.sampler
+
+    @property
+    def ages(self) -> int:
+        """The oldest value whose effect is known, in steps."""
+        return int(self.inner.shape[3]) - 1
+
+    def __repr__(self) -> str:
+        rows, steps, blocks, _ = self.inner.shape
+        return f"Profile({rows} rows, {steps} steps × {blocks} blocks, ages up to {self.ages})"
+
+    @cached_property
+    def base(self) -> Floats:
+        """What each cell answers in the swept run, as weights by age, shape (steps, blocks, ages + 1)."""
+        return swept_answers(self.around, self.ages)
+
+    def mixed(self, share: Floats) -> Floats:
+        """Inner products where a share of the blocks downstream is computed, shape as `inner`.
+
+        Args:
+            share: (steps, blocks), or anything that broadcasts to it; 1 = all that the swept run computes, 0 = none.
+        """
+        mixed: Floats = self.held + (self.inner - self.held) * np.asarray(share, dtype=float)[..., None]
+        return mixed
+
+    def computed_downstream(self, answered: Floats) -> Floats:
+        """Of the blocks that a cell's answer reaches and the swept run computes, the share that a table computes.
+
+        Args:
+            answered: What each cell answers, shape (steps, blocks, ages + 1).
+
+        Returns:
+            (steps, blocks); 1 where there are none.
+        """
+        before, now = self.base[..., 0] == 1, answered[..., 0] == 1
+        reach = _reach(self.graph)
+        reached = before @ reach
+        shares: Floats = np.where(reached > 0, (before & now) @ reach / np.maximum(reached, 1), 1.0)
+        return shares
+
+    def effects(self, schedule: MaskSchedule) -> Floats:
+        """First-order change of every measurement from the swept run to a schedule's, shape (rows,).
+
+        Cells that nobody reads under the schedule change nothing.
+
+        Raises:
+            ScheduleMismatch: The schedule is for another denoiser, sampler or other blocks.
+            InvalidSchedule: It reuses a value that is older than the profile knows.
+        """
+        self.denoiser.check(schedule.denoiser)
+        self.sampler.check(schedule.sampler)
+        if _wiring(schedule.graph) != _wiring(self.graph):
+            raise ScheduleMismatch(
+                given="a schedule over other blocks",
+                expected=f"the {len(self.graph)} blocks of the profile",
+                advice="Sweep with the graph of the schedule: sweep(pipe, trajectory, graph=schedule.graph)",
+            )
+        answered = answers(schedule, self.ages)
+        change = np.where(answered.any(axis=2, keepdims=True), answered - self.base, 0.0)
+        inner = self.mixed(self.computed_downstream(answered))
+        effects: Floats = inner.reshape(len(inner), -1) @ change.ravel()
+        return effects
+
+    def predicted_error(self, schedule: MaskSchedule) -> float:
+        """‖x_0 − x_0 ref‖² / ‖x_0 ref‖² under a schedule, to first order around the swept run.
+
+        Raises:
+            ScheduleMismatch: As `effects`.
+            InvalidSchedule: As `effects`.
+        """
+        return float(np.square(self.offset + self.effects(schedule)).mean())
+
+    def schedule(self, budget: float | Budget) -> MaskSchedule:
+        """The table within a budget that predicts the smallest error, among exact paths and regular tables.
+
+        Raises:
+            InvalidBudget: The budget is outside (0, 1], or no table with ages that the profile knows reaches it.
+        """
+        return allocate(self, Budget.of(budget))
+
+    def pareto(
+        self, budgets: Sequence[float | Budget] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    ) -> list[tuple[MaskSchedule, float]]:
+        """A schedule per budget with its predicted error.
+
+        Raises:
+            InvalidBudget: As `schedule`.
+        """
+        schedules = [self.schedule(budget) for budget in budgets]
+        return [(schedule, self.predicted_error(schedule)) for schedule in schedules]
+
+    @classmethod
+    def merge(cls, *profiles: "Profile") -> "Profile":
+        """One profile with the rows of several sweeps of the same pipeline around the same table.
+
+        Raises:
+            InvalidProfile: They are of different denoisers, samplers, blocks, tables or ages, or there is none.
+        """
+        if not profiles:
+            raise _invalid("no profile", "at least one")
+        first = profiles[0]
+        for other in profiles[1:]:
+            _check_same(first, other)
+        return cls(
+            first.around,
+            np.concatenate([profile.inner for profile in profiles]),
+            np.concatenate([profile.held for profile in profiles]),
+            np.concatenate([profile.offset for profile in profiles]),
+            {"merged": [dict(profile.provenance) for profile in profiles]},
+        )
+
+    def __add__(self, other: "Profile") -> "Profile":
+        return Profile.merge(self, other)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `folder/profile.safetensors` and `folder/profile.json`; return the path of the latter.
+
+        Raises:
+            UnwritablePath: The folder cannot be written.
+        """
+        from safetensors.numpy import save
+
+        arrays = save({name: np.ascontiguousarray(getattr(self, name)) for name in ("inner", "held", "offset")})
+        data = {
+            "format": FORMAT,
+            "arrays_sha256": hashlib.sha256(arrays).hexdigest(),
+            "provenance": dict(self.provenance),
+            "around": json.loads(self.around.to_json()),
+        }
+        write_whole(Path(folder) / ARRAYS_NAME, arrays)
+        return write_whole(Path(folder) / JSON_NAME, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Profile":
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            InvalidProfile: A file is missing, cut short, or the two do not belong together.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            data = json.loads((Path(folder) / JSON_NAME).read_text())
+            content = (Path(folder) / ARRAYS_NAME).read_bytes()
+            if data["format"] != FORMAT:
+                raise _invalid(f"{folder}: format {data['format']!r}", f"format {FORMAT}")
+            if hashlib.sha256(content).hexdigest() != data["arrays_sha256"]:
+                raise _invalid(f"{folder}: arrays that are cut short or of another profile", "both files of one save")
+            arrays = load(content)
+            around = MaskSchedule.from_json(json.dumps(data["around"]))
+            return cls(around, arrays["inner"], arrays["held"], arrays["offset"], data["provenance"])
+        except InvalidProfile:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, StepmaskError) as error:
+            raise _invalid(f"{folder}: {type(error).__name__}: {error}", "a whole profile") from error
+
+
+def swept_answers(around: MaskSchedule, ages: int) -> Floats:
+    """What each cell answers in the run that is swept: as `answers`, but what nobody reads is computed."""
+    answered = answers(around, ages)
+    answered[~answered.any(axis=2), 0] = 1.0
+    return answered
+
+
+def _reach(graph: BlockGraph) -> Floats:
+    """Shape (blocks, blocks); 1 where the answer of a column's block reaches a row's, the denoiser aside."""
+    reads = graph.reads.copy()
+    reads[-1] = False
+    for column in range(len(graph)):
+        reads[column] |= reads[reads[column]].any(axis=0)  # readers come after what they read
+    return reads.astype(float)
+
+
+def _wiring(graph: BlockGraph) -> list[tuple[object, ...]]:
+    """What must agree between graphs; costs and shapes depend on the traced batch."""
+    return [(block.name, block.reads, block.reuse) for block in graph.blocks]
+
+
+def _check_same(first: Profile, other: Profile) -> None:
+    try:
+        first.denoiser.check(other.denoiser)
+        first.sampler.check(other.sampler)
+    except ScheduleMismatch as error:
+        raise _invalid(f"profiles that differ: {error.parts['given']}", error.parts["expected"]) from error
+    same = {
+        "blocks": _wiring(first.graph) == _wiring(other.graph),
+        "ages": first.ages == other.ages,
+        "tables": np.array_equal(first.around.rows, other.around.rows)
+        and np.array_equal(first.around.forecasts, other.around.forecasts),
+    }
+    if differs := [name for name, equal in same.items() if not equal]:
+        raise _invalid(f"profiles of different {differs[0]}", f"the same {differs[0]} in all of them")
+
+
+def _invalid(given: str, expected: str) -> InvalidProfile:
+    return InvalidProfile(
+        given=given, expected=expected, advice="Make profiles with stepmask.sweep and save them with save_pretrained"
+    )

@@ -1,0 +1,263 @@
+"""`sweep`: what every (step, block, age) costs the final sample, measured backwards at one step's memory."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from stepmask.denoiser.families import denoiser_of
+from stepmask.denoiser.seam import attached, refuse_if_taken
+from stepmask.denoiser.trace import trace
+from stepmask.denoiser.trajectory import Trajectory
+from stepmask.errors import LearningError, ScheduleMismatch
+from stepmask.learning.guidance import samples_of
+from stepmask.learning.objective import relative_error
+from stepmask.learning.profile import Profile, swept_answers
+from stepmask.learning.tape import Blocks, Tape, detached, not_finite
+from stepmask.schedule.graph import BlockGraph
+from stepmask.schedule.schedule import MaskSchedule
+
+Decode = Callable[[Tensor], Tensor]
+
+FIRST_SEED = 0x50524F42
+"""Probes must not be drawn like the noise that a run begins with: the final sample correlates with that."""
+
+
+def sweep(
+    pipe: Any,
+    trajectory: Trajectory,
+    *,
+    graph: BlockGraph | None = None,
+    around: MaskSchedule | None = None,
+    probes: int = 4,
+    ages: int = 6,
+    seed: int = 0,
+    decode: Decode | None = None,
+    checkpoint_blocks: bool = False,
+) -> Profile:
+    """Measure to first order what reusing any value of any block at any step does to the final sample.
+
+        profile = stepmask.sweep(pipe, trajectory)
+        schedule = profile.schedule(0.5)
+
+    The run is repeated once, and then swept backwards once per probe, an evaluation at a time: about three
+    evaluations per step and probe. Memory is that of one evaluation with gradients, and of the gradients of all blocks
+    at `ages` steps; around another table than all-compute also of all values that it reuses.
+
+    Args:
+        pipe: The pipeline, or plain denoiser, that the trajectory was recorded from.
+        trajectory: A reference run. Rows of a plain denoiser's latent are taken for independent samples.
+        graph: The blocks; `None` = those of `around`, or `trace(pipe, trajectory)`.
+        around: Sweep the run under this table, gradients through its store included; `None` = the reference run.
+        probes: Random measurements per sample.
+        ages: The oldest value whose reuse is measured, in steps.
+        seed: Probe number p is drawn with FIRST_SEED + seed + p, so that sweeps with other seeds can be merged.
+        decode: From the final latent to where the error counts (pixels); `None` = the latent itself.
+        checkpoint_blocks: Recompute block by block as well, for denoisers whose evaluation does not fit with gradients.
+
+    Raises:
+        LearningError: The trajectory is another pipeline's, the pipeline cuts the gradient, numbers are not finite,
+            the denoiser is in half precision on a CPU, or the run is not the one that was recorded.
+        AlreadyApplied: The denoiser is masked, or cached by diffusers, already.
+        ScheduleMismatch: `around` is for another denoiser, sampler or graph.
+        InvalidSchedule: `around` reuses values that are older than `ages`.
+    """
+    _check(pipe, trajectory, probes, ages)
+    graph = graph or (around.graph if around else trace(pipe, trajectory))
+    around = around or MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+    _check_graphs(graph, around.graph)
+    around.denoiser.check(trajectory.denoiser)
+    around.sampler.check(trajectory.sampler)
+    with frozen(pipe):
+        measure = _Measure.of(trajectory, decode)
+        readings = _Readings(trajectory, graph, measure.output_samples, ages)
+        tape = Tape(trajectory, graph, swept_answers(around, ages), readings, checkpoint_blocks=checkpoint_blocks)
+        latent = _run(tape, trajectory, reference=bool(around.rows.all()))
+        pulls, offsets = zip(*(measure.probe(latent.detach(), seed + probe) for probe in range(probes)), strict=True)
+        for left, pull in zip(reversed(range(probes)), pulls, strict=True):
+            readings.begin()
+            torch.autograd.grad(latent, tape.anchor, pull, retain_graph=left > 0)
+    provenance = {"probes": probes, "seed": seed, "samples": measure.samples, "decoded": decode is not None}
+    inner, held = np.concatenate(readings.probes, axis=1)
+    return Profile(around, inner, held, np.concatenate(offsets), provenance)
+
+
+def _run(tape: Tape, trajectory: Trajectory, *, reference: bool) -> Tensor:
+    """The final latent, with the tape behind it.
+
+    Raises:
+        LearningError: It is cut off from the tape, or not what was recorded.
+    """
+    with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad():
+        latent = trajectory.sampling.latent()
+    if tape.evaluation != len(trajectory.calls) or latent.shape != trajectory.sampled.latent.shape:
+        raise _another_run(f"a run of {tape.evaluation} evaluations that ends with shape {tuple(latent.shape)}")
+    if not torch.isfinite(latent).all():
+        raise not_finite("a final latent")
+    if not latent.requires_grad:
+        raise detached("after the last evaluation")
+    error = float(relative_error(latent.detach(), trajectory.sampled.latent.detach()))
+    if reference and error > 1e-3:
+        raise _another_run(f"a run whose final latent is {error:.2g} (relative squared error) away from the recorded")
+    return latent
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Random measurements of a final latent: ⟨v, decoded⟩ / ‖decoded ref‖ per sample, v ~ N(0, 1).
+
+    Args:
+        target: What the reference run ended with, decoded.
+        decode: From a latent to where the error counts.
+        latent_samples: Sample of each row of the latent.
+        output_samples: Sample of each row of a step's outputs, all branches below each other.
+    """
+
+    target: Tensor
+    decode: Decode
+    latent_samples: npt.NDArray[np.int64]
+    output_samples: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, decode: Decode | None) -> "_Measure":
+        """The measurements of a trajectory; where decoding changes the number of rows, all rows are one sample."""
+        decode = decode or (lambda latent: latent)
+        with torch.no_grad():
+            target = decode(trajectory.sampled.latent.detach())
+        latent_samples, output_samples = samples_of(trajectory)
+        if len(target) != len(latent_samples):
+            latent_samples, output_samples = np.zeros(len(target), np.int64), np.zeros_like(output_samples)
+        return cls(target, decode, latent_samples, output_samples)
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+        return int(self.latent_samples.max()) + 1
+
+    def probe(self, latent: Tensor, seed: int) -> tuple[Tensor, npt.NDArray[np.float64]]:
+        """One measurement per sample: its gradient at the latent, and its value of x_0 − x_0 ref, shape (samples,)."""
+        energy = self._by_sample(self.target, self.target).sqrt().clamp_min(1e-20)
+        v = torch.randn(self.target.shape, generator=torch.Generator().manual_seed(FIRST_SEED + seed))
+        scale = energy.float()[torch.from_numpy(self.latent_samples).to(energy.device)]
+        v = v.to(scale.device) / scale.reshape(-1, *[1] * (v.ndim - 1))
+        with torch.enable_grad():
+            leaf = latent.requires_grad_()
+            decoded = self.decode(leaf)
+            (pull,) = torch.autograd.grad(decoded, leaf, v.to(decoded.dtype))
+        if not torch.isfinite(pull).all():
+            raise not_finite("a gradient of decode")
+        return pull, self._by_sample(v, decoded.detach() - self.target).cpu().numpy()
+
+    def _by_sample(self, a: Tensor, b: Tensor) -> Tensor:
+        """Inner products per sample, shape (samples,)."""
+        rows = (a.double() * b.double()).flatten(1).sum(1)
+        index = torch.from_numpy(self.latent_samples).to(rows.device)
+        return torch.zeros(self.samples, dtype=rows.dtype, device=rows.device).index_add(0, index, rows)
+
+
+class _Readings:
+    """Inner products of the gradients at each step with what the blocks said then and up to `ages` steps before."""
+
+    def __init__(self, trajectory: Trajectory, graph: BlockGraph, samples: npt.NDArray[np.int64], ages: int) -> None:
+        self.steps, self.graph, self.ages = trajectory.steps, graph, ages
+        self.samples = torch.from_numpy(samples).reshape(trajectory.sampler.branches, -1)
+        self.probes: list[npt.NDArray[np.float32]] = []
+        self.kept: dict[int, deque[tuple[int, Blocks, Blocks]]] = {}
+
+    def begin(self) -> None:
+        """The next probe."""
+        shape = (2, int(self.samples.max()) + 1, self.steps, len(self.graph), self.ages + 1)
+        self.probes.append(np.zeros(shape, np.float32))
+        self.kept = {branch: deque(maxlen=self.ages + 1) for branch in range(len(self.samples))}
+
+    def __call__(self, step: int, branch: int, gradients: Blocks, held: Blocks, values: Blocks) -> None:
+        """Take in one evaluation; steps come last first."""
+        self.kept[branch].append((step, gradients, held))
+        for later, *both in self.kept[branch]:
+            products = torch.stack([self._by_sample(pulls, values, branch) for pulls in both]).cpu().numpy()
+            if not np.isfinite(products).all():
+                raise not_finite(f"a gradient at step {later}")
+            self.probes[-1][:, :, later, :, later - step] += products
+
+    def _by_sample(self, pulls: Blocks, values: Blocks, branch: int) -> Tensor:
+        """⟨gradient, value⟩ of every block, shape (samples, blocks)."""
+        pairs = enumerate(zip(pulls, values, strict=True))
+        return torch.stack([self._products(column, *pair, branch) for column, pair in pairs], dim=1)
+
+    def _products(self, column: int, gradient: list[Tensor], value: list[Tensor], branch: int) -> Tensor:
+        """⟨gradient, value⟩ of one block by sample, shape (samples,)."""
+        samples = self.samples[branch]
+        total = torch.zeros(self.probes[-1].shape[1], device=gradient[0].device)
+        for pull, said in zip(gradient, value, strict=True):
+            rows = torch.linalg.vecdot(pull.flatten(1).float(), said.flatten(1).float())
+            if len(rows) % len(samples):
+                raise self._mixed_rows(column, len(rows), len(samples))
+            total.index_add_(0, samples.repeat_interleave(len(rows) // len(samples)).to(rows.device), rows)
+        return total
+
+    def _mixed_rows(self, column: int, rows: int, expected: int) -> LearningError:
+        return LearningError(
+            given=f"block {self.graph.blocks[column].label!r}, whose output has {rows} rows",
+            expected=f"a multiple of {expected}, the rows of the denoiser's output",
+            advice="Leave this block out of the graph",
+        )
+
+
+@contextmanager
+def frozen(pipe: Any) -> Iterator[None]:
+    """No gradients for any weight of a pipeline while the context lasts."""
+    parts = (
+        [pipe] if isinstance(pipe, nn.Module) else [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
+    )
+    weights = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def _check(pipe: Any, trajectory: Trajectory, probes: int, ages: int) -> None:
+    if trajectory.sampling.pipe is not pipe:
+        raise LearningError(
+            given="a trajectory of another pipeline",
+            expected="a trajectory recorded from this one",
+            advice="Call stepmask.record(pipe, ...) first",
+        )
+    if probes < 1 or ages < 1:
+        raise LearningError(
+            given=f"{probes} probes and ages up to {ages}", expected="at least one of each", advice="Leave the defaults"
+        )
+    denoiser = denoiser_of(pipe)
+    refuse_if_taken(denoiser)
+    if any(weight.dtype == torch.float16 and weight.device.type == "cpu" for weight in denoiser.parameters()):
+        raise LearningError(
+            given="a denoiser in float16 on a CPU",
+            expected="float32 or bfloat16, whose gradients do not overflow there",
+            advice="Call pipe.to(torch.float32), or move the pipeline to an accelerator",
+        )
+
+
+def _check_graphs(graph: BlockGraph, swept: BlockGraph) -> None:
+    if graph != swept:
+        raise ScheduleMismatch(
+            given=f"a graph of {len(graph)} blocks and a table over {len(swept)} that are not the same",
+            expected="the graph of the table that is swept around",
+            advice="Leave graph out",
+        )
+
+
+def _another_run(given: str) -> LearningError:
+    return LearningError(
+        given=given,
+        expected="the recorded run",
+        advice="Record again: the scheduler, the weights or the arguments have changed since",
+    )
