@@ -583,3 +583,12 @@ class TestRefused:
         with pytest.raises(LearningError, match=said):
             stepmask.sweep(denoiser, trajectory, graph=stepmask.trace(denoiser, trajectory, blocks=BLOCKS))
         assert untouched(denoiser)
+
+    def test_a_table_that_forecasts_channel_by_channel(self, pipe: Any, trajectory: Trajectory) -> None:
+        graph = stepmask.trace(pipe, trajectory)
+        full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+        rows, channels = full.rows.copy(), graph.blocks[0].shapes[0][-1]
+        rows[1, 0] = False
+        vectors = np.ones((2, channels), np.float32)
+        with pytest.raises(InvalidSchedule, match="per-channel"):
+            answers(full.with_rows(rows, channels={(1, 0): vectors}), 3)

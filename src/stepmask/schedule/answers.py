@@ -15,8 +15,14 @@ def answers(schedule: MaskSchedule, ages: int) -> npt.NDArray[np.float64]:
     that nobody reads is all zeros.
 
     Raises:
-        InvalidSchedule: A cell reads a value older than `ages`.
+        InvalidSchedule: A cell reads a value older than `ages`, or forecasts channel by channel.
     """
+    if schedule.channels:
+        raise InvalidSchedule(
+            given=f"a table with {len(schedule.channels)} per-channel forecasts",
+            expected="one weight per stored value, which is what a sweep can tell the effect of",
+            advice="Measure this table by running it: stepmask.evaluate",
+        )
     plan = lower(schedule)
     weights = np.zeros((*plan.computed.shape, ages + 1))
     weights[plan.computed, 0] = 1.0
