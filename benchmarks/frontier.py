@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import fmean, geometric_mean, median
 from typing import Any
 
-import torch
-
 import stepmask
 from results import FOLDER, save
 from stepmask import MaskSchedule, Trajectory, zoo
@@ -27,6 +25,7 @@ from stepmask.schedule.rectify import lower
 
 RIVALS = ("fewer steps", "interval, order 0", "interval, order 1", "interval, order 2", "per-timestep")
 LEARNED = "trained forecasts"
+AGES = 9
 RUNS = Path("runs") / "frontier"
 
 
@@ -42,6 +41,9 @@ class Setting:
         graph = stepmask.trace(pipe, self.trajectories[0])
         first = self.trajectories[0]
         self.full = MaskSchedule.all_compute(graph, first.denoiser, first.sampler)
+        started = time.perf_counter()
+        self.profile = stepmask.sweep(pipe, first, graph=graph, ages=AGES)
+        self.sweep_s = time.perf_counter() - started
 
     def record(self, count: int, seed: int) -> Trajectory:
         """A reference run of `count` samples."""
@@ -59,20 +61,26 @@ class Setting:
             started = time.perf_counter()
             learned[name] = learn()
             cost[name] = (time.perf_counter() - started) / self.reference_s
+        learned["one sweep"] = self.profile.schedule(self.budget(share))
+        cost["one sweep"] = self.sweep_s / self.reference_s
         rivals = {name: table for name, table in {**learned, **self.baselines(share)}.items() if name != LEARNED}
         report = evaluate(self.pipe, learned[LEARNED], rivals=rivals, repeats=1, **self.call(self.samples, 1))
         return {
             "steps": self.steps,
             "guidance": self.guidance,
             "share": share,
-            "learning_cost": cost,
+            "reference_samplings_of_16": cost,
             "table": learned[LEARNED].provenance["table"],
             "rows": rows(report),
         }
 
+    def budget(self, share: float) -> float:
+        """What the fixed interval at a share of computed steps spends, glue included: every learner may as well."""
+        return lower(fixed_interval(self.full, share)).macs_share
+
     def learners(self, share: float) -> dict[str, Callable[[], MaskSchedule]]:
-        """Each may spend what the fixed interval at this share of computed steps spends, glue included."""
-        budget = lower(fixed_interval(self.full, share)).macs_share
+        """The learners to compare, ready to go."""
+        budget = self.budget(share)
         return {
             LEARNED: lambda: stepmask.learn(self.pipe, self.trajectories, budget, learner=TrainedForecasts()),
             "per-timestep": lambda: stepmask.learn(self.pipe, self.trajectories[0], budget, learner=PerTimestep()),
@@ -149,7 +157,6 @@ def main() -> None:
     arguments.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35, 0.25])
     arguments.add_argument("--samples", type=int, default=32)
     asked = arguments.parse_args()
-    torch.set_grad_enabled(False)
     found = list(cells(asked))
     plot(found, FOLDER / "frontier.png")
     ratios = {f"{c['steps']} steps, guidance {c['guidance']:g}, {c['share']:g}": round(ratio(c), 3) for c in found}

@@ -49,7 +49,7 @@ def demo(
     from stepmask.evaluation.compare import evaluate as measure
 
     pipe = _load(pipeline)
-    schedule = _learn(pipe, steps, budget, 4, 0, {}, out / "rows")
+    schedule = _learn(pipe, steps, budget, (8, 4), 0, {}, out / "training")
     folder = schedule.save_pretrained(out).parent
     report = measure(
         pipe,
@@ -98,14 +98,15 @@ def learn(
     out: Out,
     budget: Annotated[float, typer.Option(help="Share of the MACs, in (0, 1]")] = 0.5,
     steps: Steps = 20,
-    samples: Samples = 4,
-    seed: Annotated[int, typer.Option(help="Of the calibration run")] = 0,
+    samples: Samples = 8,
+    batches: Annotated[int, typer.Option(help="Calibration runs of that many samples each")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the first calibration run")] = 0,
     call: CallJson = "{}",
     as_json: Json = False,
 ) -> None:
     """Learn a schedule and write it to a folder. A killed run, started again, goes on where it stopped."""
     pipe = _load(pipeline)
-    schedule = _learn(pipe, steps, budget, samples, seed, _json_object(call), out / "rows")
+    schedule = _learn(pipe, steps, budget, (samples, batches), seed, _json_object(call), out / "training")
     path = schedule.save_pretrained(out)
     _print_schedule(schedule, as_json)
     _say(f"\nwrote {path}", as_json)
@@ -183,16 +184,19 @@ def _load(source: str) -> Any:
 
 
 def _learn(
-    pipe: Any, steps: int, budget: float, samples: int, seed: int, call: dict[str, Any], rows: Path
+    pipe: Any, steps: int, budget: float, calibration: tuple[int, int], seed: int, call: dict[str, Any], folder: Path
 ) -> "MaskSchedule":
     from stepmask.denoiser.families import example_call
     from stepmask.denoiser.trajectory import record
     from stepmask.learning.learn import learn as learn_schedule
     from stepmask.schedule.budget import Budget
 
-    checked = Budget(macs=budget)
-    call = {**(call or example_call(pipe, samples, seed)), "num_inference_steps": steps}
-    return learn_schedule(pipe, record(pipe, seed=seed, **call), checked, folder=rows)
+    checked, (samples, batches) = Budget(macs=budget), calibration
+    trajectories = [
+        record(pipe, seed=number, **(call or example_call(pipe, samples, number)), num_inference_steps=steps)
+        for number in range(seed, seed + batches)
+    ]
+    return learn_schedule(pipe, trajectories, checked, folder=folder)
 
 
 def _rivals(schedule: "MaskSchedule", budget: float) -> dict[str, "MaskSchedule | int"]:

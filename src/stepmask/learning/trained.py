@@ -35,19 +35,19 @@ class TrainedForecasts:
 
     The best fixed interval and the best whole-step table within the budget, by Taylor order, both start. The weights
     of every reused cell are then trained on masked runs, by the gradient of the final latent's distance to the
-    reference through the pipeline's own sampler, with stored values held constant. After `trial` iterations the better
-    of the two goes on alone. Each iteration takes the next trajectory: several trajectories of a few samples cost no
-    more per iteration than one, and overfit less.
+    reference through the pipeline's own sampler, with stored values held constant. Both are trained to the end of a
+    short trial; the better of the two goes on alone. Each iteration takes the next trajectory: several trajectories of
+    a few samples cost no more per iteration than one, and overfit less.
 
     Args:
-        iterations: Of Adam; each costs about two masked runs of one trajectory, with their gradients.
+        iterations: Of Adam, the trial included; each costs about two masked runs of a trajectory, with gradients.
         trial: Iterations that both starts get.
-        rate: Learning rate, falling linearly.
+        rate: Learning rate; it falls linearly to zero in the trial, and once more after it.
         window: How many stored values a forecast may read, 2 or 3: the memory of the store.
     """
 
-    iterations: int = 48
-    trial: int = 8
+    iterations: int = 32
+    trial: int = 10
     rate: float = 0.04
     window: int = WINDOW
 
@@ -78,7 +78,7 @@ class TrainedForecasts:
         ]
         trainings = [_Training(self, start, trajectories, folder) for start in starts]
         for training in trainings:
-            training.run(self.trial if len(trainings) > 1 else self.iterations)
+            training.run(self.trial)
         chosen = min(trainings, key=lambda training: calibration_error(trajectories, training.table()))
         chosen.run(self.iterations)
         start_error, error = (calibration_error(trajectories, table) for table in (chosen.start, chosen.table()))
@@ -91,6 +91,11 @@ class TrainedForecasts:
             "start_error": start_error,
         }
         return rectify(best.with_rows(best.rows, best.forecasts, provenance=provenance))
+
+    def rate_at(self, iteration: int) -> float:
+        """The learning rate of an iteration."""
+        first, last = (0, self.trial) if iteration < self.trial else (self.trial, self.iterations)
+        return self.rate * (1 - (iteration - first) / (last - first + 1))
 
 
 def regular_tables(reference: MaskSchedule, budget: Budget, window: int) -> list[list[MaskSchedule]]:
@@ -149,9 +154,8 @@ class _Training:
                     write_whole(self.path, self._state())
 
     def _step(self, trajectory: Trajectory) -> None:
-        remaining = 1 - self.iteration / (self.learner.iterations + 1)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.learner.rate * remaining
+            group["lr"] = self.learner.rate_at(self.iteration)
         weights = self._weights()
         _, gradient = loss_and_gradient(
             trajectory.sampling, self.reading, weights, lambda latent: _mean_distance(latent, trajectory)
