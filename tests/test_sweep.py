@@ -382,9 +382,9 @@ class TestAllocation:
     def test_what_reuse_saves_counts_what_dies_of_it(self) -> None:
         # five equal blocks. up1 alone needs mid, and with it down1; up0 alone needs all others
         graph = unet_graph()
-        assert [round(5 * saves(graph, column)) for column in range(6)] == [1, 1, 1, 3, 5, 5]
+        assert [round(5 * saves(graph, column, graph.costs)) for column in range(6)] == [1, 1, 1, 3, 5, 5]
         deltas = chain_graph(4, "delta")
-        assert [round(4 * saves(deltas, column)) for column in range(5)] == [1, 1, 1, 1, 4]
+        assert [round(4 * saves(deltas, column, deltas.costs)) for column in range(5)] == [1, 1, 1, 1, 4]
 
     def test_a_cheap_block_that_silences_others_is_reused_for_it(self) -> None:
         # reusing up0 costs nothing and reusing anything else costs much: the budget is met by up0 alone

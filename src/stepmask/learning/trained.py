@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +20,7 @@ from stepmask.learning.chain import loss_and_gradient
 from stepmask.learning.executors import Executor
 from stepmask.learning.objective import sample_errors
 from stepmask.schedule.baselines import fixed_interval, whole_step
-from stepmask.schedule.budget import Budget
+from stepmask.schedule.budget import Budget, too_small_a_store
 from stepmask.schedule.forecasts import DIFFERENCES, WINDOW
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
@@ -43,7 +43,8 @@ class TrainedForecasts:
         iterations: Of Adam; each costs about two masked runs of one trajectory, with their gradients.
         trial: Iterations that both starts get.
         rate: Learning rate, falling linearly.
-        window: How many stored values a forecast may read, 2 or 3: the memory of the store.
+        window: How many stored values a forecast may read, 1 to 3: the memory of the store. Fewer are read where the
+            budget's store has no room for as many.
     """
 
     iterations: int = 48
@@ -64,19 +65,19 @@ class TrainedForecasts:
         Args:
             trajectories: Reference runs; their seeds are the calibration set.
             reference: The all-compute table.
-            budget: Share of the MACs, the denoiser's glue at every step included.
+            budget: Of the whole run, the denoiser's glue at every step included.
             executor: Not used: one gradient step needs the one before it.
             folder: Training is kept here after every iteration, to go on from; `None` = nowhere.
 
         Raises:
-            InvalidBudget: Not even one computed step fits.
+            InvalidBudget: Not even one computed step fits, the store is too small for every regular table, or the
+                budget is in time and the graph was not timed.
             LearningError: A run is not finite, or the pipeline detaches its latents.
         """
-        starts = [
-            min(tables, key=partial(calibration_error, trajectories[:1]))
-            for tables in regular_tables(reference, budget, self.window)
-        ]
-        trainings = [_Training(self, start, trajectories, folder) for start in starts]
+        trainings = []
+        for tables in regular_tables(reference, budget, self.window):
+            start = min(tables, key=partial(calibration_error, trajectories[:1]))
+            trainings.append(_Training(replace(self, window=len(tables)), start, trajectories, folder))
         for training in trainings:
             training.run(self.trial if len(trainings) > 1 else self.iterations)
         chosen = min(trainings, key=lambda training: calibration_error(trajectories, training.table()))
@@ -86,7 +87,7 @@ class TrainedForecasts:
         provenance = {
             "table": f"trained forecasts on {chosen.start.provenance['table']}",
             "learner": repr(self),
-            "budget": {"macs": budget.macs},
+            "budget": budget.to_plain(),
             "calibration_error": min(error, start_error),
             "start_error": start_error,
         }
@@ -94,18 +95,27 @@ class TrainedForecasts:
 
 
 def regular_tables(reference: MaskSchedule, budget: Budget, window: int) -> list[list[MaskSchedule]]:
-    """Fixed intervals, and whole-step tables, with the most computed steps that fit a budget; by Taylor order.
+    """Fixed intervals, and whole-step tables, with the most computed steps that fit a budget.
+
+    Returns:
+        For each of the two, unless not one fits, its tables by Taylor order from 0 to window − 1; fewer where the store
+        has no room for the values that higher orders read.
 
     Raises:
-        InvalidBudget: Not even one computed step fits.
+        InvalidBudget: Not even one computed step fits, or the store is too small for every table.
+        NotTimed: The budget is in time, and the blocks were not timed.
     """
-    found = []
+    found, peaks = [], []
+    most = int(whole_step(reference, budget.share).rows.any(axis=1).sum())  # raises if not even one step fits
     for make in (fixed_interval, whole_step):
-        most = int(whole_step(reference, budget).rows.any(axis=1).sum())  # raises if not even one step fits
         shares = [count / reference.steps for count in range(most, 0, -1)]
-        fitting = [share for share in shares if budget.allows(lower(make(reference, share)).macs_share)]
-        found += [[make(reference, fitting[0], order=order) for order in range(window)]] if fitting else []
-    return found
+        covered = [share for share in shares if budget.covers(budget.spent(lower(make(reference, share))))][:1]
+        tables = [make(reference, share, order=order) for share in covered for order in range(window)]
+        found.append([table for table in tables if budget.stores(lower(table))])
+        peaks += [lower(table).peak_bytes for table in tables]
+    if not any(found):
+        raise too_small_a_store(budget, min(peaks))
+    return [tables for tables in found if tables]
 
 
 @torch.no_grad()
