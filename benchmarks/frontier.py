@@ -35,6 +35,7 @@ class Setting:
     def __init__(self, pipe: Any, steps: int, guidance: float, samples: int) -> None:
         self.pipe, self.steps, self.guidance, self.samples = pipe, steps, guidance, samples
         self.trajectories = [self.record(8, seed) for seed in range(100, 108)]
+        self.few = self.record(4, 0)
         started = time.perf_counter()
         self.record(16, 99)
         self.reference_s = time.perf_counter() - started
@@ -83,7 +84,7 @@ class Setting:
         budget = self.budget(share)
         return {
             LEARNED: lambda: stepmask.learn(self.pipe, self.trajectories, budget, learner=TrainedForecasts()),
-            "per-timestep": lambda: stepmask.learn(self.pipe, self.trajectories[0], budget, learner=PerTimestep()),
+            "per-timestep": lambda: stepmask.learn(self.pipe, self.few, budget, learner=PerTimestep(iterations=10)),
         }
 
     def baselines(self, share: float) -> dict[str, MaskSchedule | int]:

@@ -38,6 +38,10 @@ def test_blocks(folder: str) -> None:
     assert "transformer_blocks.2.ff" in run("blocks", folder)
     listed = json.loads(run("blocks", folder, "--granularity", "block", "--json"))
     assert [block["name"] for block in listed] == [*(f"transformer_blocks.{i}" for i in range(3)), ""]
+    assert all(block["ms"] == 0 for block in listed)
+    took = json.loads(run("blocks", folder, "--time", "--json"))
+    assert all(block["ms"] > 0 for block in took)
+    assert " ms  " in run("blocks", folder, "--time")
     assert json.loads(run("blocks", folder, "--pattern", "transformer_blocks.*.ff", "--json"))[0]["reuse"] == "delta"
 
 
@@ -58,6 +62,14 @@ def test_learn_show_sample_evaluate(folder: str, learned: str, tmp_path: Path) -
     assert (tmp_path / "report.json").exists()
 
 
+def test_a_budget_in_time_with_a_small_store(folder: str, tmp_path: Path) -> None:
+    made = run("learn", folder, "--out", str(tmp_path / "fast"), "--steps", "4", "--samples", "1",
+               "--time", "0.6", "--store-mib", "1")  # fmt: skip
+    assert "of the measured time" in made
+    schedule = MaskSchedule.from_pretrained(tmp_path / "fast")
+    assert schedule.provenance["budget"] == {"time": 0.6, "store_bytes": 2**20}
+
+
 def test_sampling_without_a_schedule(folder: str, tmp_path: Path) -> None:
     assert "wrote 1 images" in run(
         "sample", folder, "--out", str(tmp_path / "png"), "--samples", "1", "--steps", "2")  # fmt: skip
@@ -70,6 +82,8 @@ def test_sampling_without_a_schedule(folder: str, tmp_path: Path) -> None:
         (["blocks", "zoo:nothing"], "zoo:dit-emoji"),
         (["blocks", "/nowhere/at/all"], "a diffusers folder"),
         (["learn", "{folder}", "--out", "x", "--budget", "1.5"], "(0, 1]"),
+        (["learn", "{folder}", "--out", "x", "--budget", "0.5", "--time", "0.5"], "one of them"),
+        (["learn", "{folder}", "--out", "x", "--store-mib", "0"], "positive whole number"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_exit_code_1(

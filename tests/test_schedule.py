@@ -68,7 +68,10 @@ def test_any_table_survives_the_file(schedule: MaskSchedule) -> None:
 def test_the_file_has_a_block_and_a_row_a_line() -> None:
     lines = forecasting().to_json().splitlines()
     assert '  "100011",' in lines
-    assert '  {"name": "up1", "reuse": "output", "macs": 1, "shapes": [[1]], "bytes": 4, "reads": "1-2"},' in lines
+    assert (
+        '  {"name": "up1", "reuse": "output", "macs": 1, "shapes": [[1]], "bytes": 4, "ms": 0.0, "reads": "1-2"},'
+        in lines
+    )
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])

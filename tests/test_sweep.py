@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import stepmask
-from stepmask import MaskSchedule, Profile, Trajectory
+from stepmask import Budget, MaskSchedule, Profile, Trajectory
 from stepmask.errors import (
     AlreadyApplied,
     InvalidBudget,
     InvalidProfile,
     InvalidSchedule,
     LearningError,
+    NotTimed,
     ScheduleMismatch,
 )
 from stepmask.learning.allocate import CellErrors, joint_forecasts, saves, shortest_paths
@@ -29,7 +30,7 @@ from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower, rectify
 
-from toys import bits, chain_graph, table, tiny_unet, unet_graph
+from toys import bits, chain_graph, table, timed, tiny_unet, unet_graph
 
 
 class Clock(nn.Module):
@@ -382,9 +383,9 @@ class TestAllocation:
     def test_what_reuse_saves_counts_what_dies_of_it(self) -> None:
         # five equal blocks. up1 alone needs mid, and with it down1; up0 alone needs all others
         graph = unet_graph()
-        assert [round(5 * saves(graph, column)) for column in range(6)] == [1, 1, 1, 3, 5, 5]
+        assert [round(5 * saves(graph, column, graph.costs)) for column in range(6)] == [1, 1, 1, 3, 5, 5]
         deltas = chain_graph(4, "delta")
-        assert [round(4 * saves(deltas, column)) for column in range(5)] == [1, 1, 1, 1, 4]
+        assert [round(4 * saves(deltas, column, deltas.costs)) for column in range(5)] == [1, 1, 1, 1, 4]
 
     def test_a_cheap_block_that_silences_others_is_reused_for_it(self) -> None:
         # reusing up0 costs nothing and reusing anything else costs much: the budget is met by up0 alone
@@ -406,6 +407,37 @@ class TestAllocation:
         with pytest.raises(InvalidBudget, match=r"at least 0\.2000"):
             profile.schedule(0.15)
         assert lower(profile.schedule(0.2)).macs_share == pytest.approx(0.2)
+
+    def test_time_is_spent_like_macs_where_it_is_like_them(self) -> None:
+        graph = unet_graph()
+        like_macs = timed(graph, *graph.macs)
+        by_macs = random_profile(graph, 10, ages=8).schedule(0.5)
+        by_time = random_profile(like_macs, 10, ages=8).schedule(Budget(time=0.5))
+        assert np.array_equal(by_macs.rows, by_time.rows)
+        assert by_time.provenance["budget"] == {"time": 0.5}
+
+    @pytest.mark.parametrize("graph", [chain_graph(4, "delta"), unet_graph()])
+    def test_a_budget_in_time_is_met_in_time(self, graph: BlockGraph) -> None:
+        profile = random_profile(timed(graph, 9, *[1] * (len(graph) - 1)), 10, ages=8)
+        schedule = profile.schedule(Budget(time=0.5))
+        assert lower(schedule).time_share <= 0.5 + 1e-9
+        with pytest.raises(InvalidBudget, match=r"measured time") as refused:
+            profile.schedule(Budget(time=0.12))
+        least = float(str(refused.value).partition("at least ")[2][:6])
+        assert lower(profile.schedule(Budget(time=least + 1e-4))).time_share == pytest.approx(least, abs=1e-4)
+
+    def test_a_budget_in_time_needs_times(self) -> None:
+        with pytest.raises(NotTimed, match="time_blocks"):
+            random_profile(unet_graph(), 6).schedule(Budget(time=0.5))
+
+    def test_a_small_store_forces_fewer_reads(self) -> None:
+        profile = random_profile(unet_graph(), 10, ages=8)
+        for size in (4, 8, 12):
+            schedule = profile.schedule(Budget(0.5, store_bytes=size))
+            assert lower(schedule).peak_bytes <= size
+            assert schedule.windows.max() <= size // 4
+        with pytest.raises(InvalidBudget, match="at least 4 bytes"):
+            profile.schedule(Budget(0.5, store_bytes=3))
 
     def test_joint_forecasts_are_ridge_regression(self) -> None:
         profile = random_profile(chain_graph(2, "delta"), 6, ages=5, rows=40, offset=0.5)

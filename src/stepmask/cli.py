@@ -18,6 +18,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from stepmask.evaluation.report import Report
+    from stepmask.schedule.budget import Budget
     from stepmask.schedule.schedule import MaskSchedule
 
 app = typer.Typer(
@@ -47,9 +48,10 @@ def demo(
     from stepmask.denoiser.families import example_call
     from stepmask.evaluation import plots
     from stepmask.evaluation.compare import evaluate as measure
+    from stepmask.schedule.budget import Budget
 
     pipe = _load(pipeline)
-    schedule = _learn(pipe, steps, budget, (8, 4), 0, {}, out / "training")
+    schedule = _learn(pipe, steps, Budget(macs=budget), (8, 4), 0, {}, out / "training")
     folder = schedule.save_pretrained(out).parent
     report = measure(
         pipe,
@@ -72,23 +74,28 @@ def blocks(
     pipeline: Pipeline,
     granularity: Annotated[str, typer.Option(help="sublayer or block")] = "sublayer",
     pattern: Annotated[str, typer.Option(help="Name pattern of the blocks, for unknown denoisers")] = "",
+    time: Annotated[bool, typer.Option("--time", help="Measure how long each block takes")] = False,
     call: CallJson = "{}",
     as_json: Json = False,
 ) -> None:
     """List a denoiser's blocks with their MACs, the way they are reused, and who reads whom."""
+    from stepmask.denoiser.timing import time_blocks
     from stepmask.denoiser.trace import trace
     from stepmask.denoiser.trajectory import record
 
     pipe = _load(pipeline)
     trajectory = record(pipe, **_call(pipe, 1, 0, call), num_inference_steps=2)
     graph = trace(pipe, trajectory, granularity=_one_of(granularity, "sublayer", "block"), blocks=pattern or None)
+    if time:
+        graph = time_blocks(pipe, trajectory, graph)
     if as_json:
-        keys = ("name", "reuse", "macs", "shapes", "bytes", "reads")
+        keys = ("name", "reuse", "macs", "shapes", "bytes", "ms", "reads")
         return print(json.dumps([{key: getattr(block, key) for key in keys} for block in graph.blocks]))
     width = max(len(block.label) for block in graph.blocks)
     for block, cost in zip(graph.blocks, graph.costs, strict=True):
         shapes = " ".join("×".join(map(str, shape)) for shape in block.shapes)
-        print(f"{block.label:{width}}  {block.reuse:6}  {block.macs / 1e6:9.2f} MMACs  {cost:6.2%}  {shapes}")
+        ms = f"{block.ms:9.3f} ms  " if time else ""
+        print(f"{block.label:{width}}  {block.reuse:6}  {block.macs / 1e6:9.2f} MMACs  {cost:6.2%}  {ms}{shapes}")
     return None
 
 
@@ -96,7 +103,9 @@ def blocks(
 def learn(
     pipeline: Pipeline,
     out: Out,
-    budget: Annotated[float, typer.Option(help="Share of the MACs, in (0, 1]")] = 0.5,
+    budget: Annotated[float | None, typer.Option(help="Share of the MACs, in (0, 1]; 0.5 if no --time")] = None,
+    time: Annotated[float | None, typer.Option(help="Share of the blocks' measured time, instead of MACs")] = None,
+    store_mib: Annotated[int | None, typer.Option(help="Largest size of the store in MiB, at --samples")] = None,
     steps: Steps = 20,
     samples: Samples = 8,
     batches: Annotated[int, typer.Option(help="Calibration runs of that many samples each")] = 4,
@@ -105,8 +114,12 @@ def learn(
     as_json: Json = False,
 ) -> None:
     """Learn a schedule and write it to a folder. A killed run, started again, goes on where it stopped."""
+    from stepmask.schedule.budget import Budget
+
+    macs = 0.5 if budget is None and time is None else budget
+    limits = Budget(macs, time, None if store_mib is None else store_mib * 2**20)
     pipe = _load(pipeline)
-    schedule = _learn(pipe, steps, budget, (samples, batches), seed, _json_object(call), out / "training")
+    schedule = _learn(pipe, steps, limits, (samples, batches), seed, _json_object(call), out / "training")
     path = schedule.save_pretrained(out)
     _print_schedule(schedule, as_json)
     _say(f"\nwrote {path}", as_json)
@@ -184,19 +197,18 @@ def _load(source: str) -> Any:
 
 
 def _learn(
-    pipe: Any, steps: int, budget: float, calibration: tuple[int, int], seed: int, call: dict[str, Any], folder: Path
+    pipe: Any, steps: int, budget: "Budget", calibration: tuple[int, int], seed: int, call: dict[str, Any], folder: Path
 ) -> "MaskSchedule":
     from stepmask.denoiser.families import example_call
     from stepmask.denoiser.trajectory import record
     from stepmask.learning.learn import learn as learn_schedule
-    from stepmask.schedule.budget import Budget
 
-    checked, (samples, batches) = Budget(macs=budget), calibration
+    samples, batches = calibration
     trajectories = [
         record(pipe, seed=number, **(call or example_call(pipe, samples, number)), num_inference_steps=steps)
         for number in range(seed, seed + batches)
     ]
-    return learn_schedule(pipe, trajectories, checked, folder=folder)
+    return learn_schedule(pipe, trajectories, budget, folder=folder)
 
 
 def _rivals(schedule: "MaskSchedule", budget: float) -> dict[str, "MaskSchedule | int"]:

@@ -2,6 +2,7 @@
 
 * StepmaskError
     x InvalidBudget           a budget outside (0, 1], or one that cannot be reached
+        + NotTimed            a budget in time for blocks that were never timed
     x InvalidSchedule         a table that contradicts itself or its graph
         + InvalidScheduleFile a file that is not a schedule, or only half of one
         + ReuseBeforeCompute  a cell that reads values which were never computed
@@ -39,6 +40,10 @@ def _rebuild(kind: type[StepmaskError], parts: dict[str, str]) -> StepmaskError:
 
 class InvalidBudget(StepmaskError, ValueError):
     """A budget outside (0, 1], or one that no valid schedule reaches."""
+
+
+class NotTimed(InvalidBudget):
+    """A budget in time for blocks that were never timed."""
 
 
 class InvalidSchedule(StepmaskError, ValueError):

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from stepmask.denoiser.clock import now
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import attached
 from stepmask.errors import RunError
-from stepmask.evaluation.measure import Stopwatch, machine, now, peak_memory
+from stepmask.evaluation.measure import Stopwatch, machine, peak_memory
 from stepmask.evaluation.metrics import images_of, latent_errors, psnr, ssim
 from stepmask.evaluation.report import Report, Row
 from stepmask.schedule.rectify import lower

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from stepmask.denoiser.clock import now
 from stepmask.denoiser.seam import Behaviour
 
 
@@ -34,13 +34,6 @@ class Stopwatch(Behaviour):
         self.seconds += now() - started
         self.calls += 1
         return output
-
-
-def now() -> float:
-    """Seconds on a monotonic clock, once the accelerator has done what it was told."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 class Peak:

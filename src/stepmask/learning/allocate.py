@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from stepmask.errors import InvalidBudget, InvalidSchedule
 from stepmask.schedule.answers import answers
 from stepmask.schedule.baselines import fixed_interval, whole_step
-from stepmask.schedule.budget import Budget
+from stepmask.schedule.budget import Budget, too_small_a_share, too_small_a_store
 from stepmask.schedule.forecasts import DIFFERENCES, PLAIN
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower, rectify
@@ -33,23 +34,25 @@ def allocate(profile: "Profile", budget: Budget) -> MaskSchedule:
     """The candidate within a budget whose predicted error is smallest.
 
     Candidates: shortest paths of every block on its own, of all blocks tied together, of each block whose reuse lets
-    others die (the denoiser itself among them) alone, and the regular tables.
+    others die (the denoiser itself among them) alone, and the regular tables. Where the store is limited, the same
+    paths with plain reuse too, which reads one stored value instead of two.
 
     Raises:
-        InvalidBudget: No table with ages that the profile knows reaches the budget.
+        InvalidBudget: No table with ages that the profile knows reaches the share, or all that do need a larger store.
+        NotTimed: The budget is in time, and the blocks were not timed.
     """
     families = [*_families(profile, budget)]
     found = [table for family in families if (table := family.within(budget)) is not None]
     candidates = [(profile.predicted_error(table), table) for table in found] + [*_regular(profile, budget)]
     if not candidates:
+        why = f"the least that values up to {profile.ages} steps old allow"
         least = min(family.least for family in families)
-        raise InvalidBudget(
-            given=f"budget {budget.macs:g}",
-            expected=f"at least {least:.4f}, the least that values up to {profile.ages} steps old allow",
-            advice="Spend more, or sweep with more ages",
-        )
-    error, best = min(candidates, key=lambda candidate: candidate[0])
-    origin = {"sweep": dict(profile.provenance), "budget": {"macs": budget.macs}, "predicted_error": error}
+        raise too_small_a_share(budget, least, why=why, instead="sweep with more ages")
+    stored = [candidate for candidate in candidates if budget.stores(lower(candidate[1]))]
+    if not stored:
+        raise too_small_a_store(budget, min(lower(table).peak_bytes for _, table in candidates))
+    error, best = min(stored, key=lambda candidate: candidate[0])
+    origin = {"sweep": dict(profile.provenance), "budget": budget.to_plain(), "predicted_error": error}
     return rectify(best.with_rows(best.rows, best.forecasts, provenance={**best.provenance, **origin}))
 
 
@@ -90,6 +93,11 @@ class CellErrors:
                 kappas[..., age, gap] = -slope / safe
                 errors[..., age, gap] -= slope**2 / safe
         return cls(errors, kappas)
+
+    @property
+    def plain(self) -> "CellErrors":
+        """The same with plain reuse alone: no forecast reads the value before the newest."""
+        return CellErrors(np.broadcast_to(self.errors[..., :1], self.errors.shape), np.zeros_like(self.kappas))
 
 
 def shortest_paths(errors: Floats, prices: Floats) -> Bools:
@@ -136,7 +144,8 @@ class _Family:
         name: For the provenance.
         cells: By path.
         members: Path of each block, shape (blocks,); −1 = always computed.
-        prices: (paths,), MACs that a computation costs, as a share of the denoiser's.
+        costs: (blocks,), of each block as a share of an evaluation, in the budget's currency.
+        prices: (paths,), what a computation is taken to cost, as a share of an evaluation.
         saved: (paths,), the share that reusing a path saves at a step; `None` where savings do not add up.
     """
 
@@ -144,6 +153,7 @@ class _Family:
     name: str
     cells: CellErrors
     members: Ints
+    costs: Floats
     prices: Floats
     saved: Floats | None
 
@@ -157,9 +167,9 @@ class _Family:
         return self.reference.with_rows(rows, weights, provenance={"table": self.name})
 
     def share(self, paths: Bools) -> float:
-        """Share of the MACs that the table of some paths computes after rectification."""
+        """Share that the table of some paths computes after rectification."""
         if self.saved is None:
-            return lower(self.table(paths)).macs_share
+            return lower(self.table(paths)).share(self.costs)
         return float(1 - (~paths * self.saved).sum() / len(paths))
 
     @property
@@ -173,7 +183,7 @@ class _Family:
         for _ in range(BISECTIONS):
             price = high if best is None else (low + high) / 2
             paths = shortest_paths(self.cells.errors, np.exp(price) * self.prices)
-            if budget.allows(self.share(paths)):
+            if budget.covers(self.share(paths)):
                 best, high = paths, price
             elif best is None:
                 return None
@@ -183,23 +193,32 @@ class _Family:
 
 
 def _families(profile: "Profile", budget: Budget) -> Iterator[_Family]:
+    for family in _forecasting_families(profile, budget):
+        yield family
+        if budget.store_bytes is not None:
+            yield replace(family, name=f"{family.name}, plain reuse", cells=family.cells.plain)
+
+
+def _forecasting_families(profile: "Profile", budget: Budget) -> Iterator[_Family]:
     graph, columns = profile.graph, np.arange(len(profile.graph))
     offset = profile.offset.astype(float)
-    blocks = CellErrors.of(_changes(profile, budget.macs)[:, :, :-1], offset)  # the others are computed that often
+    blocks = CellErrors.of(_changes(profile, budget.share)[:, :, :-1], offset)  # the others are computed that often
     cells = CellErrors.of(_changes(profile, 1.0), offset)
-    own, saved = graph.costs, np.array([saves(graph, column) for column in range(len(graph))])
+    own = budget.costs(graph)
+    saved = np.array([saves(graph, column, own) for column in range(len(graph))])
     adds_up = bool(np.allclose(own[:-1], saved[:-1]))
     alone, together = np.append(columns[:-1], -1), np.append(columns[:-1] * 0, -1)
-    around = profile.around
-    yield _Family(around, "sweep, a path per block", blocks, alone, own[:-1], own[:-1] if adds_up else None)
+    make = partial(_Family, profile.around, costs=own)
+    yield make("sweep, a path per block", blocks, alone, prices=own[:-1], saved=own[:-1] if adds_up else None)
     if not adds_up:
-        yield _Family(around, "sweep, a path per block with what dies", blocks, alone, saved[:-1], None)
+        yield make("sweep, a path per block with what dies", blocks, alone, prices=saved[:-1], saved=None)
     tied = CellErrors.of(_changes(profile, 0.0)[:, :, :-1].sum(axis=2, keepdims=True), offset)
-    yield _Family(around, "sweep, one path for all blocks", tied, together, np.ones(1), own[:-1].sum(keepdims=True))
+    total = own[:-1].sum(keepdims=True)
+    yield make("sweep, one path for all blocks", tied, together, prices=np.ones(1), saved=total)
     for column in np.flatnonzero((saved > own + 1e-12) | (columns == len(graph) - 1)):
         lone = CellErrors(cells.errors[:, [column]], cells.kappas[:, [column]])
         name = f"sweep, a path for {graph.blocks[column].label}"
-        yield _Family(around, name, lone, np.where(columns == column, 0, -1), np.ones(1), saved[[column]])
+        yield make(name, lone, np.where(columns == column, 0, -1), prices=np.ones(1), saved=saved[[column]])
 
 
 def _changes(profile: "Profile", share: float) -> Floats:
@@ -209,15 +228,15 @@ def _changes(profile: "Profile", share: float) -> Floats:
     return changes
 
 
-def saves(graph: BlockGraph, column: int) -> float:
-    """Share of the denoiser's MACs that a step saves when one block is reused, with the blocks that die of it."""
+def saves(graph: BlockGraph, column: int, costs: Floats) -> float:
+    """The share of `costs`, (blocks,), that a step saves when one block is reused, with the blocks that die of it."""
     wanted = np.zeros(len(graph), dtype=bool)
     wanted[-1] = True
     for reader in reversed(range(len(graph))):
         if wanted[reader] and (reader != column or graph.blocks[reader].reuse == "delta"):
             wanted |= graph.reads[reader]
     wanted[column] = False
-    return float(graph.costs[~wanted].sum())
+    return float(costs[~wanted].sum())
 
 
 def _forecasts(rows: Bools, kappas: Floats) -> Floats:
@@ -236,9 +255,9 @@ def _forecasts(rows: Bools, kappas: Floats) -> Floats:
 
 def _regular(profile: "Profile", budget: Budget) -> Iterator[tuple[float, MaskSchedule]]:
     """The baselines that fit a budget with their predicted errors, as far as the profile knows their ages."""
-    glue = profile.graph.costs[-1]
-    within_glue = (budget.macs - glue) / max(1 - glue, 1e-9)  # fixed intervals compute the glue at every step
-    for baseline, share in ((fixed_interval, within_glue), (whole_step, budget.macs)):
+    glue = budget.costs(profile.graph)[-1]
+    within_glue = (budget.share - glue) / max(1 - glue, 1e-9)  # fixed intervals compute the glue at every step
+    for baseline, share in ((fixed_interval, within_glue), (whole_step, budget.share)):
         for order in range(3):
             with suppress(InvalidBudget, InvalidSchedule):
                 table = baseline(profile.around, min(max(share, 1e-9), 1.0), order=order)

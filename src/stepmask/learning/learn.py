@@ -1,12 +1,17 @@
 """`learn`: from a recorded run to a schedule within a budget."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
+from stepmask.denoiser.timing import time_blocks
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
+from stepmask.files import write_whole
 from stepmask.learning.executors import Executor, LocalExecutor
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.budget import Budget
@@ -48,8 +53,10 @@ def learn(
         pipe: The pipeline, or plain denoiser, that the trajectory was recorded from.
         trajectory: The calibration run, or several of the same sampler. The default learner takes one of them per
             iteration: many short ones are better than one long one.
-        budget: Share of the reference's MACs that may be spent, in (0, 1].
-        graph: The blocks to mask; `None` = `trace(pipe, trajectory)`.
+        budget: Share of the reference's MACs that may be spent, in (0, 1]; or a `Budget`, of MACs or of measured time,
+            with or without a limit to the store.
+        graph: The blocks to mask; `None` = `trace(pipe, trajectory)`. For a budget in time the blocks are timed here
+            and now, and the provenance says so, unless this graph has their times (`time_blocks`).
         learner: `None` = `TrainedForecasts()`. `PerTimestep()` is the paper's.
         executor: Where independent jobs run; `None` = `LocalExecutor()`.
         folder: Finished jobs are kept here, and a killed run goes on where it stopped; `None` = nowhere.
@@ -62,11 +69,27 @@ def learn(
     trajectories = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
     _check(pipe, trajectories)
     budget = Budget.of(budget)
-    graph = graph or trace(pipe, trajectories[0])
+    graph, folder = graph or trace(pipe, trajectories[0]), Path(folder) if folder else None
+    timed_here = budget.time is not None and not graph.is_timed
+    if timed_here:
+        graph = _timed(pipe, trajectories[0], graph, folder)
     reference = MaskSchedule.all_compute(graph, trajectories[0].denoiser, trajectories[0].sampler)
-    return (learner or TrainedForecasts()).learn(
-        trajectories, reference, budget, executor or LocalExecutor(), Path(folder) if folder else None
-    )
+    learner, executor = learner or TrainedForecasts(), executor or LocalExecutor()
+    schedule = learner.learn(trajectories, reference, budget, executor, folder)
+    if not timed_here:
+        return schedule
+    times = {"timed_by": "stepmask.learn", "denoiser_ms": sum(block.ms for block in graph.blocks)}
+    return replace(schedule, provenance={**schedule.provenance, "times": times})
+
+
+def _timed(pipe: Any, trajectory: Trajectory, graph: BlockGraph, folder: Path | None) -> BlockGraph:
+    """The graph with its blocks' times; kept in the folder, for a run that goes on must go on with the same times."""
+    if folder is None:
+        return time_blocks(pipe, trajectory, graph)
+    path = folder / f"times-{sha256(json.dumps(graph.to_plain()).encode()).hexdigest()[:24]}.json"
+    if not path.exists():
+        write_whole(path, json.dumps(time_blocks(pipe, trajectory, graph).to_plain()))
+    return BlockGraph.from_plain(json.loads(path.read_text()))
 
 
 def _check(pipe: Any, trajectories: Sequence[Trajectory]) -> None:

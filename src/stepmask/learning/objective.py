@@ -54,8 +54,8 @@ class Objective:
         return self.weight * fidelity + self.price * cost
 
 
-def expected_cost(scores: Tensor, graph: BlockGraph) -> Tensor:
-    """Share of the denoiser's MACs that a row of scores computes after rectification: Σ_b c_b · s_b · live_b.
+def expected_cost(scores: Tensor, graph: BlockGraph, costs: Floats) -> Tensor:
+    """Share of the denoiser's cost that a row of scores computes after rectification: Σ_b c_b · s_b · live_b.
 
     A block is live as far as someone reads it: live_b = max over its readers r of live_r · s_r, or of live_r where r is
     reused by delta and reads in any case; the denoiser is live. On bits this is the plan's cost of the row, so that a
@@ -64,14 +64,14 @@ def expected_cost(scores: Tensor, graph: BlockGraph) -> Tensor:
     Args:
         scores: (blocks,), in [0, 1].
         graph: The blocks.
+        costs: c, of each block as a share of an evaluation, shape (blocks,).
     """
     live: list[Tensor] = [torch.ones(())] * len(graph)
     for column in reversed(range(len(graph) - 1)):
         readers = np.flatnonzero(graph.reads[:, column])
         asks = [live[r] if graph.blocks[r].reuse == "delta" else live[r] * scores[r] for r in readers]
         live[column] = torch.stack(asks).max() if asks else torch.zeros(())
-    costs = torch.tensor(graph.costs, dtype=scores.dtype)
-    return (costs * scores * torch.stack(live)).sum()
+    return (torch.tensor(costs, dtype=scores.dtype) * scores * torch.stack(live)).sum()
 
 
 class Scaling(Protocol):

@@ -72,7 +72,7 @@ class PerTimestep:
 
         Raises:
             LearningError: There are several trajectories, or a loss is not finite.
-            InvalidBudget: The budget cannot be reached with `max_age`.
+            InvalidBudget: The budget cannot be reached with `max_age`, or is in time and the graph was not timed.
         """
         if len(trajectories) > 1:
             raise LearningError(
@@ -81,18 +81,18 @@ class PerTimestep:
                 advice="Record one run with all samples",
             )
         (trajectory,) = trajectories
-        weights = self._weights(trajectory)
+        weights, costs = self._weights(trajectory), budget.costs(reference.graph)
         shares = _shares(weights, trajectory, budget)
         under, table, price = trajectory, reference, self.price
         tried: list[tuple[float, MaskSchedule]] = []
         for _ in range(self.rounds):
-            jobs = self._jobs(under, table, weights, price, shares)
+            jobs = self._jobs(under, table, costs, weights, price, shares)
             scores = learn_rows(jobs, trajectory.sampling.denoiser, executor, folder)
             scores = np.vstack([np.ones(scores.shape[1]), scores])
             if not self.whole_steps:
                 scores[:, -1] = np.inf
             table = round_scores(scores, reference, budget, max_age=self.max_age)
-            price *= float(np.clip(self._natural_share(scores, reference) / budget.macs, 0.25, 4.0))
+            price *= float(np.clip(_natural_share(scores, costs) / budget.share, 0.25, 4.0))
             under = self._record_under(trajectory, table)
             tried.append((float(relative_error(under.sampled.latent, trajectory.sampled.latent)), table))
         error, best = min(tried, key=lambda pair: pair[0])
@@ -105,7 +105,7 @@ class PerTimestep:
         return gains / max(float(harm[1:].mean()) if len(harm) > 1 else 1.0, 1e-20)
 
     def _jobs(
-        self, under: Trajectory, table: MaskSchedule, weights: Floats, price: float, shares: Floats
+        self, under: Trajectory, table: MaskSchedule, costs: Floats, weights: Floats, price: float, shares: Floats
     ) -> list[StepJob]:
         whole = [int(step) for step in np.flatnonzero(table.rows.all(axis=1))]
         jobs = []
@@ -118,6 +118,7 @@ class PerTimestep:
                     calls=tuple(zip(*windows, strict=True)),
                     rows=table.rows[first:step],
                     graph=table.graph,
+                    costs=costs,
                     guidance=guidance_of(under, step),
                     objective=Objective(float(weights[step]), self.feature, price),
                     relaxation=self.relaxation,
@@ -129,11 +130,6 @@ class PerTimestep:
             )
         return jobs
 
-    def _natural_share(self, scores: Floats, reference: MaskSchedule) -> float:
-        """What the scores themselves would spend, cut at one half."""
-        kept = (scores > 0.5) & (scores[:, -1:] > 0.5)
-        return float((kept * reference.graph.costs).sum() / len(scores))
-
     def _record_under(self, trajectory: Trajectory, table: MaskSchedule) -> Trajectory:
         with apply(trajectory.sampling.pipe, table):
             return record_sampling(trajectory.sampling)
@@ -142,10 +138,16 @@ class PerTimestep:
         return {
             "table": "per-timestep",
             "learner": repr(self),
-            "budget": {"macs": budget.macs},
+            "budget": budget.to_plain(),
             "calibration_error": error,
             "error_by_round": errors,
         }
+
+
+def _natural_share(scores: Floats, costs: Floats) -> float:
+    """What the scores themselves would spend, cut at one half."""
+    kept = (scores > 0.5) & (scores[:, -1:] > 0.5)
+    return float((kept * costs).sum() / len(scores))
 
 
 def _shares(weights: Floats, trajectory: Trajectory, budget: Budget) -> Floats:
@@ -156,7 +158,7 @@ def _shares(weights: Floats, trajectory: Trajectory, budget: Budget) -> Floats:
     """
     harm = np.maximum((weights * step_changes(trajectory))[1:], 1e-12)
     steps = len(harm)
-    reused = min(steps, (1 - budget.macs) * (steps + 1))  # total of r over the steps after the first
+    reused = min(steps, (1 - budget.share) * (steps + 1))  # total of r over the steps after the first
     low, high = 0.0, float(harm.max() * steps)
     for _ in range(80):
         level = (low + high) / 2

@@ -160,7 +160,9 @@ class Profile:
         """The table within a budget that predicts the smallest error, among exact paths and regular tables.
 
         Raises:
-            InvalidBudget: The budget is outside (0, 1], or no table with ages that the profile knows reaches it.
+            InvalidBudget: The budget is outside (0, 1], no table with ages that the profile knows reaches it, or all
+                that do need a larger store.
+            NotTimed: The budget is in time, and the profile's graph was not timed.
         """
         return allocate(self, Budget.of(budget))
 

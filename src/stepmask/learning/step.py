@@ -30,10 +30,11 @@ class StepJob:
             one up to this one.
         rows: The rows of the steps before this one in `calls`, shape (len(calls[0]) − 1, blocks): they fill the store.
         graph: The blocks.
+        costs: Of each block, as a share of an evaluation, shape (blocks,).
         guidance: How the outputs of all branches become what the scheduler is handed: there fidelity is measured.
         objective: What the scores are trained for.
         relaxation: How bits become scores.
-        share: Budget of this row, as a share of the denoiser's MACs, for relaxations that have a hard one.
+        share: Budget of this row, as a share of an evaluation's cost, for relaxations that have a hard one.
         whole_steps: Whether the denoiser itself may be reused; if not, its score stays 1.
         iterations: Training steps.
         seed: Of the relaxation's noise.
@@ -43,6 +44,7 @@ class StepJob:
     calls: tuple[tuple[Call, ...], ...]
     rows: npt.NDArray[np.bool_]
     graph: BlockGraph
+    costs: npt.NDArray[np.float64]
     guidance: Guidance
     objective: Objective
     relaxation: Relaxation
@@ -65,7 +67,7 @@ class StepJob:
             self.seed,
             self.graph,
         )
-        digest.update(repr(settings).encode() + self.rows.tobytes())
+        digest.update(repr(settings).encode() + self.rows.tobytes() + self.costs.tobytes())
         calls = [(call.args, call.kwargs) for branch in self.calls for call in branch]
         for tensor in tensors([calls, self.guidance.weights]):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -84,7 +86,7 @@ def learn_step(job: StepJob, denoiser: nn.Module) -> npt.NDArray[np.float64]:
         LearningError: The loss is not finite.
     """
     generator = torch.Generator().manual_seed(job.seed)
-    costs = torch.tensor(job.graph.costs, dtype=torch.float32)
+    costs = torch.tensor(job.costs, dtype=torch.float32)
     parameter = job.relaxation.start(len(costs)).requires_grad_()
     optimiser = torch.optim.Adam([parameter], lr=job.relaxation.rate)
     branches = [_Branch(Bench(denoiser, job.graph), calls, job.rows) for calls in job.calls]
@@ -125,9 +127,8 @@ def _loss(job: StepJob, branches: Sequence[_Branch], target: Tensor, scores: Ten
         scores = torch.cat([scores[:-1], scores.new_ones(1)])
     pairs = [branch.blend(scores) for branch in branches]
     error = relative_error(job.guidance([output for output, _ in pairs]), target)
-    return job.objective(
-        error, [feature for _, features in pairs for feature in features], expected_cost(scores, job.graph)
-    )
+    cost = expected_cost(scores, job.graph, job.costs)
+    return job.objective(error, [feature for _, features in pairs for feature in features], cost)
 
 
 def _not_finite(job: StepJob) -> LearningError:

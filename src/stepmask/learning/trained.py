@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -19,11 +19,14 @@ from stepmask.files import write_whole
 from stepmask.learning.chain import loss_and_gradient
 from stepmask.learning.executors import Executor
 from stepmask.learning.objective import sample_errors
-from stepmask.schedule.baselines import fixed_interval, whole_step
+from stepmask.learning.starts import families
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.forecasts import DIFFERENCES, WINDOW
-from stepmask.schedule.rectify import lower, rectify
+from stepmask.schedule.rectify import rectify
 from stepmask.schedule.schedule import MaskSchedule
+
+TRIED = 2
+"""How many families of regular tables get a trial."""
 
 PACE = (0.05, 1.0, 1.0)
 """Relative learning rates of a forecast's scale and its first and second difference; the scale is the stiff one."""
@@ -33,17 +36,19 @@ PACE = (0.05, 1.0, 1.0)
 class TrainedForecasts:
     """A regular table, and then better forecasts than Taylor's.
 
-    The best fixed interval and the best whole-step table within the budget, by Taylor order, both start. The weights
-    of every reused cell are then trained on masked runs, by the gradient of the final latent's distance to the
-    reference through the pipeline's own sampler, with stored values held constant. Both are trained to the end of a
-    short trial; the better of the two goes on alone. Each iteration takes the next trajectory: several trajectories of
-    a few samples cost no more per iteration than one, and overfit less.
+    The best regular tables start: of fixed intervals, of whole-step tables, and of intervals with partial evaluations
+    between the whole ones, the best by true runs; the two best kinds go on. The weights of every reused cell are then
+    trained on masked runs, by the gradient of the final latent's distance to the reference through the pipeline's own
+    sampler, with stored values held constant. Both are trained to the end of a short trial; the better goes on alone.
+    Each iteration takes the next trajectory: several trajectories of a few samples cost no more per iteration than one,
+    and overfit less.
 
     Args:
         iterations: Of Adam, the trial included; each costs about two masked runs of a trajectory, with gradients.
         trial: Iterations that both starts get.
         rate: Learning rate; it falls linearly to zero in the trial, and once more after it.
-        window: How many stored values a forecast may read, 2 or 3: the memory of the store.
+        window: How many stored values a forecast may read, 1 to 3: the memory of the store. Fewer are read where the
+            budget's store has no room for as many.
     """
 
     iterations: int = 32
@@ -59,58 +64,56 @@ class TrainedForecasts:
         executor: Executor,
         folder: Path | None,
     ) -> MaskSchedule:
-        """The table with the smallest mean error on the calibration seeds; never worse there than where it started.
+        """The table with the smallest mean error on the calibration seeds; never worse there than the starts.
 
         Args:
             trajectories: Reference runs; their seeds are the calibration set.
             reference: The all-compute table.
-            budget: Share of the MACs, the denoiser's glue at every step included.
+            budget: Of the whole run, the denoiser's glue at every step included.
             executor: Not used: one gradient step needs the one before it.
             folder: Training is kept here after every iteration, to go on from; `None` = nowhere.
 
         Raises:
-            InvalidBudget: Not even one computed step fits.
+            InvalidBudget: Not even one computed step fits, the store is too small for every regular table, or the
+                budget is in time and the graph was not timed.
             LearningError: A run is not finite, or the pipeline detaches its latents.
         """
-        starts = [
-            min(tables, key=partial(calibration_error, trajectories[:1]))
-            for tables in regular_tables(reference, budget, self.window)
+        trainings = [
+            _Training(replace(self, window=window), start, trajectories, folder)
+            for start, window in self._starts(trajectories, reference, budget)
         ]
-        trainings = [_Training(self, start, trajectories, folder) for start in starts]
         for training in trainings:
             training.run(self.trial)
-        chosen = min(trainings, key=lambda training: calibration_error(trajectories, training.table()))
+        judge = partial(_Judged.of, trajectories)
+        tried = [judge(training.table(), training) for training in trainings]
+        started = [judge(training.start, training) for training in trainings]
+        chosen = min(tried, key=lambda judged: judged.error).training
         chosen.run(self.iterations)
-        start_error, error = (calibration_error(trajectories, table) for table in (chosen.start, chosen.table()))
-        best = chosen.table() if error < start_error else chosen.start
+        best = min([*started, *tried, judge(chosen.table(), chosen)], key=lambda judged: judged.error)
         provenance = {
-            "table": f"trained forecasts on {chosen.start.provenance['table']}",
+            "table": f"trained forecasts on {best.training.start.provenance['table']}",
             "learner": repr(self),
-            "budget": {"macs": budget.macs},
-            "calibration_error": min(error, start_error),
-            "start_error": start_error,
+            "budget": budget.to_plain(),
+            "calibration_error": best.error,
+            "start_error": min(judged.error for judged in started),
         }
-        return rectify(best.with_rows(best.rows, best.forecasts, provenance=provenance))
+        return rectify(best.table.with_rows(best.table.rows, best.table.forecasts, provenance=provenance))
+
+    def _starts(
+        self, trajectories: Sequence[Trajectory], reference: MaskSchedule, budget: Budget
+    ) -> list[tuple[MaskSchedule, int]]:
+        """The best table of each of the two best families, by true runs of the first trajectory, with its window."""
+        judged = []
+        for family in tqdm(families(reference, budget, self.window), "regular tables", disable=None):
+            errors = [calibration_error(trajectories[:1], table) for table in family.tables]
+            judged.append((min(errors), family.tables[int(np.argmin(errors))], family.window))
+        judged.sort(key=lambda found: found[0])
+        return [(table, window) for _, table, window in judged[:TRIED]]
 
     def rate_at(self, iteration: int) -> float:
         """The learning rate of an iteration."""
         first, last = (0, self.trial) if iteration < self.trial else (self.trial, self.iterations)
         return self.rate * (1 - (iteration - first) / (last - first + 1))
-
-
-def regular_tables(reference: MaskSchedule, budget: Budget, window: int) -> list[list[MaskSchedule]]:
-    """Fixed intervals, and whole-step tables, with the most computed steps that fit a budget; by Taylor order.
-
-    Raises:
-        InvalidBudget: Not even one computed step fits.
-    """
-    found = []
-    for make in (fixed_interval, whole_step):
-        most = int(whole_step(reference, budget).rows.any(axis=1).sum())  # raises if not even one step fits
-        shares = [count / reference.steps for count in range(most, 0, -1)]
-        fitting = [share for share in shares if budget.allows(lower(make(reference, share)).macs_share)]
-        found += [[make(reference, fitting[0], order=order) for order in range(window)]] if fitting else []
-    return found
 
 
 @torch.no_grad()
@@ -192,6 +195,19 @@ class _Training:
         for trajectory in self.trajectories:
             digest.update(trajectory.sampled.latent.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A table, where it comes from, and its error on the calibration seeds."""
+
+    error: float
+    table: MaskSchedule
+    training: _Training
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory], table: MaskSchedule, training: _Training) -> "_Judged":
+        return cls(calibration_error(trajectories, table), table, training)
 
 
 def _mean_distance(latent: Tensor, trajectory: Trajectory) -> Tensor:

@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import InvalidBudget, InvalidSchedule
-from stepmask.schedule.budget import Budget
+from stepmask.schedule.budget import Budget, too_small_a_store
 from stepmask.schedule.forecasts import WINDOW, taylor_weights
+from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
 
 
@@ -19,11 +20,11 @@ def fixed_interval(reference: MaskSchedule, budget: float | Budget, *, order: in
 
     Args:
         reference: Any table of the denoiser and sampler; only its fingerprints are used.
-        budget: Share of the steps that are computed, rounded down.
+        budget: Its share, of whatever, is that of the steps that are computed, rounded down.
         order: Of the forecast, 0 to 2.
 
     Raises:
-        InvalidBudget: Not even one computed step fits.
+        InvalidBudget: Not even one computed step fits, or the store is too small for the table.
         InvalidSchedule: The order is not 0, 1 or 2.
     """
     return _spread(reference, Budget.of(budget), order, skip_denoiser=False)
@@ -42,17 +43,20 @@ def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoise
         raise InvalidSchedule(
             given=f"order {order}", expected="0 (reuse), 1 or 2", advice="Choose one of these Taylor orders"
         )
-    count = math.floor(budget.macs * reference.steps + 1e-9)
+    count = math.floor(budget.share * reference.steps + 1e-9)
     kind = "whole-step" if skip_denoiser else "fixed-interval"
     if count < 1:
         raise InvalidBudget(
-            given=f"budget {budget.macs:g} for a {kind} table over {reference.steps} steps",
+            given=f"{budget} for a {kind} table over {reference.steps} steps",
             expected=f"at least {1 / reference.steps:g}, the share of one computed step",
             advice="Spend more, or sample with more steps",
         )
     rows, weights = _table(reference, _even_steps(reference.steps, count), order, skip_denoiser)
     answer = "reuse" if order == 0 else f"Taylor {order}"
-    return reference.with_rows(rows, weights, provenance={"table": f"{kind}, {answer}"})
+    table = reference.with_rows(rows, weights, provenance={"table": f"{kind}, {answer}"})
+    if not budget.stores(plan := lower(table)):
+        raise too_small_a_store(budget, plan.peak_bytes)
+    return table
 
 
 def _even_steps(steps: int, count: int) -> list[int]:

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from math import isfinite
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from stepmask.errors import InvalidSchedule, NoSuchBlock
+from stepmask.errors import InvalidSchedule, NoSuchBlock, NotTimed
 
 Reuse = Literal["output", "delta"]
 """How a reused block answers: with its stored output, or with its input plus its stored (output − input)."""
@@ -28,6 +29,8 @@ class Block:
         macs: Multiply-accumulates per evaluation at the traced shape, blocks inside it not counted.
         shapes: Of the tensors it returns, as traced.
         bytes: Size of one stored value, as traced.
+        ms: Milliseconds per evaluation at the traced shape, blocks inside it not counted, on the machine that
+            measured; 0 = not measured.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Block:
     macs: int = 0
     shapes: tuple[tuple[int, ...], ...] = ()
     bytes: int = 0
+    ms: float = 0.0
 
     @property
     def label(self) -> str:
@@ -48,8 +52,8 @@ class BlockGraph:
     """The blocks of a denoiser in call order; the last is the denoiser itself, whose reads are what its output needs.
 
     Raises:
-        InvalidSchedule: Two blocks share a name, a block reads one that is not called before it, or the denoiser
-            is not the last block.
+        InvalidSchedule: Two blocks share a name, a block reads one that is not called before it, a time is negative
+            or not finite, or the denoiser is not the last block.
     """
 
     blocks: tuple[Block, ...]
@@ -59,6 +63,8 @@ class BlockGraph:
         for block in self.blocks:
             if block.name in seen or not seen.issuperset(block.reads) or block.reuse not in get_args(Reuse):
                 raise _inconsistent(f"block {block.label!r} with reads {block.reads} and reuse {block.reuse!r}")
+            if block.ms < 0 or not isfinite(block.ms):
+                raise _inconsistent(f"block {block.label!r} with {block.ms} ms")
             seen.add(block.name)
         if not self.blocks or self.blocks[-1].name != DENOISER:
             raise _inconsistent("a graph whose last block is not the denoiser")
@@ -81,6 +87,28 @@ class BlockGraph:
         """Share of the denoiser's MACs per block, shape (blocks,); sums to 1."""
         return self.macs / max(int(self.macs.sum()), 1)
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether the blocks' times were measured."""
+        return any(block.ms for block in self.blocks)
+
+    @cached_property
+    def times(self) -> npt.NDArray[np.float64]:
+        """Share of the denoiser's measured time per block, shape (blocks,); sums to 1.
+
+        Raises:
+            NotTimed: The times were not measured.
+        """
+        if not self.is_timed:
+            raise NotTimed(
+                given="a graph whose blocks were not timed",
+                expected="milliseconds per block",
+                advice="Call stepmask.denoiser.timing.time_blocks(pipe, trajectory, graph), and use its graph from the "
+                "start: trace, time, then sweep or learn",
+            )
+        ms = np.array([block.ms for block in self.blocks])
+        return np.asarray(ms / ms.sum())
+
     @cached_property
     def reads(self) -> npt.NDArray[np.bool_]:
         """Shape (blocks, blocks); `reads[b, a]` says that block b reads block a."""
@@ -99,6 +127,7 @@ class BlockGraph:
                 "macs": block.macs,
                 "shapes": [list(shape) for shape in block.shapes],
                 "bytes": block.bytes,
+                "ms": block.ms,
                 "reads": span_of(np.flatnonzero(reads).tolist()),
             }
             for block, reads in zip(self.blocks, self.reads, strict=True)
@@ -117,6 +146,7 @@ class BlockGraph:
                     macs=int(item["macs"]),
                     shapes=tuple(tuple(shape) for shape in item["shapes"]),
                     bytes=int(item["bytes"]),
+                    ms=float(item.get("ms", 0.0)),
                 )
                 for item in items
             )
@@ -155,6 +185,7 @@ def columns_of(span: str) -> list[int]:
 def _inconsistent(what: str) -> InvalidSchedule:
     return InvalidSchedule(
         given=what,
-        expected="unique names, reads of earlier blocks only, reuse 'output' or 'delta', and the denoiser last",
+        expected="unique names, reads of earlier blocks only, reuse 'output' or 'delta', finite times of 0 or more, "
+        "and the denoiser last",
         advice="Use stepmask.trace to build a graph from a denoiser",
     )

@@ -68,7 +68,24 @@ class Plan:
     @property
     def macs_share(self) -> float:
         """MACs of the run over those of the reference."""
-        return float((self.computed * self.graph.costs).sum() / len(self.cells))
+        return self.share(self.graph.costs)
+
+    @property
+    def time_share(self) -> float:
+        """Measured time of the computed blocks over that of the reference; what reuse itself takes is not in it.
+
+        Raises:
+            NotTimed: The blocks' times were not measured.
+        """
+        return self.share(self.graph.times)
+
+    def share(self, costs: npt.NDArray[np.float64]) -> float:
+        """What the run computes over what the reference does.
+
+        Args:
+            costs: Of each block as a share of an evaluation, shape (blocks,).
+        """
+        return float((self.computed * costs).sum() / len(self.cells))
 
     @cached_property
     def peak_bytes(self) -> int:

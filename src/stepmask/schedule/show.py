@@ -29,12 +29,13 @@ def summary(schedule: MaskSchedule) -> str:
     how = " and ".join(f"{count} by {kind}" for kind, count in reuses.items() if count)
     table = schedule.provenance.get("table", "a table")
     vectors = f", and {plan.vector_bytes / 2**20:.2f} MiB of per-channel weights" if plan.vector_bytes else ""
+    time = f"{plan.time_share:.1%} of the measured time, " if graph.is_timed else ""
     return (
         f"{table} for {schedule.denoiser.class_name} with {schedule.sampler.class_name or 'a plain loop'}, "
         f"{schedule.steps} steps\n"
         f"{len(graph) - 1} blocks, reused {how}\n"
         f"computes {plan.macs_share:.1%} of the MACs ({1 / plan.macs_share:.2f}× fewer), "
-        f"{np.mean(plan.computed[:, :-1]):.0%} of the cells\n"
+        f"{time}{np.mean(plan.computed[:, :-1]):.0%} of the cells\n"
         f"stores at most {plan.peak_bytes / 2**20:.2f} MiB at the traced batch size{vectors}"
     )
 

@@ -1,0 +1,115 @@
+"""Where a learner may start: regular tables that fit a budget, in families by how they spend it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stepmask.schedule.baselines import fixed_interval, whole_step
+from stepmask.schedule.budget import Budget, too_small_a_store
+from stepmask.schedule.forecasts import taylor_weights
+from stepmask.schedule.graph import BlockGraph
+from stepmask.schedule.rectify import lower
+from stepmask.schedule.schedule import MaskSchedule
+
+FEWER = (1, 2)
+"""How many whole evaluations a refreshed interval gives up for partial ones."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tables that spend a budget in the same way, by Taylor order and detail.
+
+    Args:
+        tables: At least one.
+        window: How many stored values a forecast may read, from 1; fewer where the budget's store has no room for more.
+    """
+
+    tables: tuple[MaskSchedule, ...]
+    window: int
+
+
+def families(reference: MaskSchedule, budget: Budget, window: int) -> list[Family]:
+    """Fixed intervals, whole-step tables and refreshed intervals, those that fit a budget.
+
+    Raises:
+        InvalidBudget: Not even one computed step fits, or the store is too small for every table.
+        NotTimed: The budget is in time, and the blocks were not timed.
+    """
+    most = int(whole_step(reference, budget.share).rows.any(axis=1).sum())  # raises if not even one step fits
+    kinds = [_regular(fixed_interval, reference, budget, window, most)]
+    kinds.append(_regular(whole_step, reference, budget, window, most))
+    kinds.append(list(_refreshed(reference, budget, window, most)))
+    fitting = [[table for table in tables if budget.stores(lower(table))] for tables in kinds]
+    if not any(fitting):
+        raise too_small_a_store(budget, min(lower(table).peak_bytes for tables in kinds for table in tables))
+    return [Family(tuple(tables), max(int(t.windows.max()) for t in tables)) for tables in fitting if tables]
+
+
+def _regular(
+    make: Callable[..., MaskSchedule], reference: MaskSchedule, budget: Budget, window: int, most: int
+) -> list[MaskSchedule]:
+    """Tables of one kind with the most computed steps that fit, by Taylor order."""
+    shares = [count / reference.steps for count in range(most, 0, -1)]
+    covered = [share for share in shares if budget.covers(budget.spent(lower(make(reference, share))))][:1]
+    return [make(reference, share, order=order) for share in covered for order in range(window)]
+
+
+def _refreshed(reference: MaskSchedule, budget: Budget, window: int, most: int) -> Iterator[MaskSchedule]:
+    """Refreshed intervals, by the kind of block that is refreshed, whole evaluations, and Taylor order from 1."""
+    for columns in groups(reference.graph).values():
+        for full in (most - fewer for fewer in FEWER if most - fewer > 1):
+            orders = range(1, window)
+            tables = (refreshed_interval(reference, budget, columns, full, most, order=order) for order in orders)
+            yield from (table for table in tables if table is not None)
+
+
+def groups(graph: BlockGraph) -> dict[str, list[int]]:
+    """Columns by what their blocks are called: "attn1" for every `transformer_blocks.*.attn1`; none if all are one."""
+    found: dict[str, list[int]] = {}
+    for column, name in enumerate(graph.names[:-1]):
+        parts = [part for part in name.split(".") if not part.isdigit()]
+        found.setdefault(parts[-1] if parts else name, []).append(column)
+    return found if len(found) > 1 else {}
+
+
+def refreshed_interval(
+    reference: MaskSchedule, budget: Budget, columns: Sequence[int], full: int, most: int, *, order: int
+) -> MaskSchedule | None:
+    """Whole evaluations, and midway between them partial ones that compute some blocks alone.
+
+    Midway between two whole evaluations the age of the values is largest; a partial one refreshes the blocks in
+    `columns`, as many as the budget has left, the last blocks first.
+
+    Args:
+        reference: Any table of the denoiser and sampler.
+        budget: Of the whole run, glue included.
+        columns: Blocks of the partial evaluations.
+        full: Whole evaluations, at least two.
+        most: Whole evaluations of the fixed interval in whose place this comes: both span the same steps.
+        order: Of Taylor's forecast.
+
+    Returns:
+        The table; `None` if the budget does not leave a whole partial evaluation.
+    """
+    steps, costs = reference.steps, budget.costs(reference.graph)
+    whole = np.rint(np.linspace(0, steps * (1 - 1 / most), full)).astype(int)
+    middles = np.rint((whole[1:] + whole[:-1]) / 2).astype(int)
+    rows = np.zeros(reference.rows.shape, dtype=bool)
+    rows[whole], rows[:, -1] = True, True
+    left = budget.share * steps - float((rows * costs).sum())
+    if left < costs[list(columns)].sum():
+        return None
+    for step in middles:
+        for column in sorted(columns, reverse=True):
+            if not rows[step, column] and costs[column] <= left:
+                rows[step, column] = True
+                left -= costs[column]
+    weights = np.zeros(reference.forecasts.shape)
+    for column in range(len(reference.graph)):
+        computed = np.flatnonzero(rows[:, column]).tolist()
+        for step in range(1, steps):
+            weights[step, column] = taylor_weights(step, [at for at in computed if at < step], order)
+    weights[0, :, 0] = 1.0
+    what = f"{full} whole and {len(middles)} partial evaluations of {len(columns)} blocks, Taylor {order}"
+    return reference.with_rows(rows, weights, provenance={"table": what})

@@ -1,0 +1,72 @@
+"""Where learners start: regular tables by hand, and that all of them fit their budget."""
+
+import numpy as np
+import pytest
+
+from stepmask import MaskSchedule
+from stepmask.errors import InvalidBudget
+from stepmask.learning.starts import families, groups, refreshed_interval
+from stepmask.schedule.budget import Budget
+from stepmask.schedule.fingerprint import DenoiserFingerprint
+from stepmask.schedule.graph import DENOISER, Block, BlockGraph
+from stepmask.schedule.rectify import lower
+
+from toys import chain_graph, sampler
+
+NAMES = ("layers.0.attn", "layers.0.ff", "layers.1.attn", "layers.1.ff")
+
+
+def transformer(steps: int, glue: int = 0) -> MaskSchedule:
+    """The all-compute table of two layers on a residual stream, a MAC and four bytes a block."""
+    blocks = [Block(name, NAMES[:column], "output", 1, ((1,),), 4) for column, name in enumerate(NAMES)]
+    graph = BlockGraph((*blocks, Block(DENOISER, NAMES, "output", glue, ((1,),), 4)))
+    return MaskSchedule.all_compute(graph, DenoiserFingerprint("Toy"), sampler(steps))
+
+
+class TestRefreshedInterval:
+    def test_by_hand(self) -> None:
+        # 6 of 12 evaluations: 5 whole, and 1 left = two times both attentions, midway in the first two gaps
+        table = refreshed_interval(transformer(12), Budget(macs=0.5), [0, 2], 5, 6, order=1)
+        assert table is not None
+        assert np.flatnonzero(table.rows[:, 1]).tolist() == [0, 2, 5, 8, 10]
+        assert np.flatnonzero(table.rows[:, 0]).tolist() == [0, 1, 2, 4, 5, 8, 10]
+        assert lower(table).macs_share == pytest.approx(0.5)
+        # step 6: attn was computed at 5 and 4, ff at 5 and 2
+        assert table.forecasts[6, :2].tolist() == [[2, -1, 0], [pytest.approx(4 / 3), pytest.approx(-1 / 3), 0]]
+
+    def test_the_last_blocks_come_first_where_the_budget_ends(self) -> None:
+        table = refreshed_interval(transformer(12), Budget(macs=0.5 - 1 / 48), [0, 2], 5, 6, order=1)
+        assert table is not None
+        assert table.rows[4].tolist() == [False, False, True, False, True]
+
+    def test_none_where_not_one_partial_evaluation_is_left(self) -> None:
+        assert refreshed_interval(transformer(12), Budget(macs=0.5), [0, 2], 6, 6, order=1) is None
+
+
+class TestGroups:
+    def test_blocks_of_one_kind_have_one_name(self) -> None:
+        assert groups(transformer(4).graph) == {"attn": [0, 2], "ff": [1, 3]}
+
+    def test_none_where_all_are_of_one_kind(self) -> None:
+        graph = BlockGraph((Block("layers.0"), Block("layers.1"), Block(DENOISER)))
+        assert groups(graph) == {}
+
+
+class TestFamilies:
+    @pytest.mark.parametrize("share", [0.15, 0.25, 0.35, 0.5, 0.6, 0.9])
+    @pytest.mark.parametrize("glue", [0, 1])
+    def test_all_tables_fit(self, share: float, glue: int) -> None:
+        budget = Budget(macs=share)
+        found = families(transformer(20, glue), budget, window=3)
+        assert found
+        assert all(budget.allows(lower(table)) for family in found for table in family.tables)
+        assert all(table.windows.max() <= family.window <= 3 for family in found for table in family.tables)
+
+    def test_a_small_store_leaves_what_reads_less(self) -> None:
+        reference = MaskSchedule.all_compute(chain_graph(2, "output"), DenoiserFingerprint("Toy"), sampler(8))
+        for family in families(reference, Budget(macs=0.5, store_bytes=8), window=3):
+            assert all(lower(table).peak_bytes <= 8 for table in family.tables)
+
+    def test_not_one_step(self) -> None:
+        with pytest.raises(InvalidBudget, match=r"at least 0\.05"):
+            families(transformer(20), Budget(macs=0.04), window=3)
