@@ -1,37 +1,51 @@
-"""Peak memory of learning with 50 steps over that with 10 steps, each in a process of its own."""
+"""Peak memory of each way to learn with 50 steps over that with 10 steps, each in a process of its own."""
 
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import stepmask
 from results import save
-from stepmask import zoo
+from stepmask import Trajectory, zoo
 from stepmask.learning.per_timestep import PerTimestep
+from stepmask.learning.trained import TrainedForecasts
+
+WAYS: dict[str, Callable[[Any, Trajectory], Any]] = {
+    "per-timestep": lambda pipe, run: stepmask.learn(pipe, run, 0.5, learner=PerTimestep(iterations=2, rounds=2)),
+    "sweep": lambda pipe, run: stepmask.sweep(pipe, run, probes=1),
+    "trained forecasts": lambda pipe, run: stepmask.learn(
+        pipe, run, 0.5, learner=TrainedForecasts(iterations=2, trial=1)
+    ),
+}
 
 
-def learn(steps: int) -> int:
-    """Learn a table with few iterations; the process's peak memory in bytes."""
+def peak(way: str, steps: int) -> int:
+    """Learn with few iterations; the process's peak memory in bytes."""
     pipe = zoo.load("zoo:dit-emoji")
     pipe.set_progress_bar_config(disable=True)
-    trajectory = stepmask.record(pipe, class_labels=list(range(8)), num_inference_steps=steps)
-    stepmask.learn(pipe, trajectory, 0.5, learner=PerTimestep(iterations=2, rounds=2))
+    WAYS[way](pipe, stepmask.record(pipe, class_labels=list(range(8)), num_inference_steps=steps))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
     if len(sys.argv) > 1:
-        print(learn(int(sys.argv[1])))
+        print(peak(sys.argv[1], int(sys.argv[2])))
         return
     peaks = {
-        steps: int(subprocess.check_output([sys.executable, __file__, str(steps)], text=True)) for steps in (10, 50)
+        way: {
+            steps: int(subprocess.check_output([sys.executable, __file__, way, str(steps)], text=True))
+            for steps in (10, 50)
+        }
+        for way in WAYS
     }
-    ratio = peaks[50] / peaks[10]
+    ratios = {way: found[50] / found[10] for way, found in peaks.items()}
     save(
         "learning_memory",
-        {"what": "zoo:dit-emoji, 8 guided samples, two rounds", "peak_bytes": peaks, "ratio_50_to_10": ratio},
-        goal="ratio at most 1.05",
-        met=ratio <= 1.05,
+        {"what": "zoo:dit-emoji, 8 guided samples", "peak_bytes": peaks, "ratios_50_to_10": ratios},
+        goal="ratios at most 1.05",
+        met=max(ratios.values()) <= 1.05,
     )
 
 

@@ -85,11 +85,11 @@ class TrainedForecasts:
         for training in trainings:
             training.run(self.trial)
         judge = partial(_Judged.of, trajectories)
-        tried = [judge(training.table(), training) for training in trainings]
+        tried = [judge(training.table(training.tried), training) for training in trainings]
         started = [judge(training.start, training) for training in trainings]
         chosen = min(tried, key=lambda judged: judged.error).training
         chosen.run(self.iterations)
-        best = min([*started, *tried, judge(chosen.table(), chosen)], key=lambda judged: judged.error)
+        best = min([*started, *tried, judge(chosen.table(chosen.weights()), chosen)], key=lambda judged: judged.error)
         provenance = {
             "table": f"trained forecasts on {best.training.start.provenance['table']}",
             "learner": repr(self),
@@ -142,6 +142,7 @@ class _Training:
         self.own = torch.zeros(*start.rows.shape, WINDOW, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.shared, self.own], betas=(0.8, 0.95))
         self.iteration = 0
+        self.tried = self.weights()  # after the trial
         self.path = folder / f"training-{self._digest()}.pt" if folder else None
         if self.path and self.path.exists():
             self._load(self.path.read_bytes())
@@ -152,6 +153,8 @@ class _Training:
             while self.iteration < until:
                 self._step(self.trajectories[self.iteration % len(self.trajectories)])
                 self.iteration += 1
+                if self.iteration == self.learner.trial:
+                    self.tried = self.weights()
                 bar.update()
                 if self.path:
                     write_whole(self.path, self._state())
@@ -159,7 +162,7 @@ class _Training:
     def _step(self, trajectory: Trajectory) -> None:
         for group in self.optimiser.param_groups:
             group["lr"] = self.learner.rate_at(self.iteration)
-        weights = self._weights()
+        weights = self._moved()
         _, gradient = loss_and_gradient(
             trajectory.sampling, self.reading, weights, lambda latent: _mean_distance(latent, trajectory)
         )
@@ -167,24 +170,29 @@ class _Training:
         weights.backward(gradient)
         self.optimiser.step()
 
-    def _weights(self) -> Tensor:
+    def _moved(self) -> Tensor:
+        """The start's weights and what is trained, with gradients; shape (steps, blocks, 3)."""
         start = torch.tensor(self.start.forecasts, dtype=torch.float32)
         return start + ((self.shared + self.own) * self.moves) @ torch.tensor(DIFFERENCES, dtype=torch.float32)
 
-    def table(self) -> MaskSchedule:
-        """The table as trained so far."""
-        trained: npt.NDArray[np.float64] = self._weights().detach().double().numpy()
+    def weights(self) -> Tensor:
+        """The weights as trained so far, shape (steps, blocks, 3)."""
+        return self._moved().detach()
+
+    def table(self, weights: Tensor) -> MaskSchedule:
+        """The start's table with other weights."""
+        trained: npt.NDArray[np.float64] = weights.double().numpy()
         return self.start.with_rows(self.start.rows, trained)
 
     def _state(self) -> bytes:
         buffer = io.BytesIO()
-        found = {"shared": self.shared.detach(), "own": self.own.detach(), "iteration": self.iteration}
-        torch.save({**found, "optimiser": self.optimiser.state_dict()}, buffer)
+        moved = {"shared": self.shared.detach(), "own": self.own.detach(), "tried": self.tried}
+        torch.save({**moved, "iteration": self.iteration, "optimiser": self.optimiser.state_dict()}, buffer)
         return buffer.getvalue()
 
     def _load(self, state: bytes) -> None:
         found = torch.load(io.BytesIO(state), weights_only=True)
-        self.iteration = found["iteration"]
+        self.iteration, self.tried = found["iteration"], found["tried"]
         with torch.no_grad():
             self.shared.copy_(found["shared"])
             self.own.copy_(found["own"])
