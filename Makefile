@@ -26,6 +26,9 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/learning_memory.py
 	$(BIN)/python benchmarks/per_timestep.py
+	$(BIN)/python benchmarks/regular_tables.py
+	$(BIN)/python benchmarks/prediction.py
+	$(BIN)/python benchmarks/frontier.py
 
 clean:
 	rm -rf $(VENV) demo-out runs build dist
