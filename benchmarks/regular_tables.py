@@ -16,7 +16,7 @@ from stepmask.evaluation.metrics import latent_errors
 from stepmask.learning.starts import groups, refreshed_interval
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
-from stepmask.schedule.forecasts import taylor_weights
+from stepmask.schedule.forecasts import taylor_forecasts
 from stepmask.schedule.rectify import lower
 
 STEPS = 20
@@ -24,13 +24,7 @@ STEPS = 20
 
 def of_rows(full: MaskSchedule, rows: Any, order: int) -> MaskSchedule:
     """Taylor forecasts wherever a table's rows reuse."""
-    weights = np.zeros(full.forecasts.shape)
-    weights[0, :, 0] = 1.0
-    for column in range(len(full.graph)):
-        computed = np.flatnonzero(rows[:, column]).tolist()
-        for step in range(1, STEPS):
-            weights[step, column] = taylor_weights(step, [at for at in computed if at < step], order)
-    return full.with_rows(rows, weights)
+    return full.with_rows(rows, taylor_forecasts(rows, order))
 
 
 def at_steps(full: MaskSchedule, computed: Sequence[int], order: int, whole_before: int = 0) -> MaskSchedule:
@@ -92,7 +86,7 @@ def main() -> None:
     held_out = stepmask.record(pipe, seed=1000, **example_call(pipe, asked.samples, 1), num_inference_steps=STEPS)
     found = {}
     for granularity in ("sublayer", "block"):
-        graph = stepmask.trace(pipe, held_out, granularity=granularity)  # type: ignore[arg-type]
+        graph = stepmask.trace(pipe, held_out, granularity=granularity)
         full = MaskSchedule.all_compute(graph, held_out.denoiser, held_out.sampler)
         if granularity == "sublayer":
             found.update({name: errors(held_out, table) for name, table in tables(full).items()})

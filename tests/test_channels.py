@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import stepmask
 from stepmask import MaskSchedule, Trajectory
@@ -28,9 +28,9 @@ from stepmask.schedule.fingerprint import SamplerFingerprint
 from stepmask.schedule.graph import DENOISER, Block, BlockGraph
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.show import show
-from test_runtime import DIT, PIXEL, UNET, random_table
+from test_runtime import evaluations, on_real_classes, random_table
 
-from toys import Chain, per_channel, sampler, table, tiny_dit, tiny_pixel_unet, tiny_unet, unet_graph
+from toys import Chain, per_channel, sampler, table, unet_graph
 
 LINE = [[1.5, 2.0], [-0.5, 0.0], [1.0, -3.0]]  # weights of the newest value, of the one before, and biases
 
@@ -88,19 +88,7 @@ class TestByHand:
         assert [tensor.tolist() for tensor in said[2:]] == [[15.0, 30.0], [60.0, 105.0]]
 
 
-def run(denoiser: nn.Module, example: tuple[Any, ...], steps: int = 6) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        return [denoiser(torch.randn(example[0].shape, generator=generator), *example[1:]).sample for _ in range(steps)]
-
-
-@pytest.mark.parametrize(
-    ("make", "example", "granularity"),
-    [
-        (tiny_dit, DIT, "block"), (tiny_dit, DIT, "sublayer"), (tiny_unet, UNET, "block"),
-        (tiny_unet, UNET, "sublayer"), (tiny_pixel_unet, PIXEL, "block"),
-    ],
-)  # fmt: skip
+@on_real_classes
 class TestRealClasses:
     """The laws, on diffusers' own classes at tiny size."""
 
@@ -110,9 +98,9 @@ class TestRealClasses:
         denoiser = make()
         scalar = random_table(stepmask.trace(denoiser, example, granularity=granularity), denoiser, 6, seed=0)
         with stepmask.apply(denoiser, scalar):
-            expected = run(denoiser, example)
+            expected = evaluations(denoiser, example)
         with stepmask.apply(denoiser, per_channel(scalar)) as masked:
-            torch.testing.assert_close(run(denoiser, example), expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(evaluations(denoiser, example), expected, atol=1e-5, rtol=1e-4)
             assert masked.peak_store_bytes == masked.plan.peak_bytes == lower(scalar).peak_bytes
             assert masked.vector_bytes == masked.plan.vector_bytes > 0
 
@@ -124,11 +112,11 @@ class TestRealClasses:
         noisy = {cell: v + generator.normal(0, 0.1, v.shape) for cell, v in repeated.channels.items()}
         schedule = repeated.with_rows(repeated.rows, channels=noisy)
         with stepmask.apply(denoiser, schedule):
-            said = run(denoiser, example)
+            said = evaluations(denoiser, example)
         poison = lambda tensor: tensor.new_full((), torch.nan).expand(tensor.shape)  # noqa: E731
-        monkeypatch.setattr("stepmask.denoiser.runtime._placeholder", poison)
+        monkeypatch.setattr("stepmask.denoiser.runtime.placeholder", poison)
         with stepmask.apply(denoiser, rectify(schedule)):
-            assert all(torch.equal(a, b) for a, b in zip(run(denoiser, example), said, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(evaluations(denoiser, example), said, strict=True))
         assert len(rectify(schedule).channels) <= len(schedule.channels)
 
 

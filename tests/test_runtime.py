@@ -101,35 +101,38 @@ PIXEL = (torch.zeros(2, 3, 8, 8), torch.tensor(7))
 DIT = (torch.zeros(2, 4, 8, 8), torch.tensor([7, 7]), torch.tensor([1, 2]))
 
 
-@pytest.mark.parametrize(
+def evaluations(denoiser: nn.Module, example: tuple[Any, ...], steps: int = 6) -> list[Tensor]:
+    """What a denoiser says to a fixed sequence of inputs."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return [denoiser(torch.randn(example[0].shape, generator=generator), *example[1:]).sample for _ in range(steps)]
+
+
+on_real_classes = pytest.mark.parametrize(
     ("make", "example", "granularity"),
     [
         (tiny_dit, DIT, "block"), (tiny_dit, DIT, "sublayer"), (tiny_unet, UNET, "block"),
         (tiny_unet, UNET, "sublayer"), (tiny_pixel_unet, PIXEL, "block"),
     ],
 )  # fmt: skip
+
+
+@on_real_classes
 class TestRealClasses:
     """The laws, on diffusers' own classes at tiny size."""
 
-    def run(self, denoiser: nn.Module, example: tuple[Any, ...], steps: int = 6) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            return [
-                denoiser(torch.randn(example[0].shape, generator=generator), *example[1:]).sample for _ in range(steps)
-            ]
-
     def test_all_compute_is_bitwise_the_bare_denoiser(self, make: Any, example: Any, granularity: Any) -> None:
         denoiser = make()
-        bare, keys = self.run(denoiser, example), list(denoiser.state_dict())
+        bare, keys = evaluations(denoiser, example), list(denoiser.state_dict())
         graph = stepmask.trace(denoiser, example, granularity=granularity)
         full = MaskSchedule.all_compute(graph, fingerprint_of(denoiser), sampler(6))
         classes = [type(module) for module in denoiser.modules()]
         with stepmask.apply(denoiser, full) as masked:
             assert list(denoiser.state_dict()) == keys
-            assert all(torch.equal(a, b) for a, b in zip(self.run(denoiser, example), bare, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(evaluations(denoiser, example), bare, strict=True))
             assert masked.peak_store_bytes == 0
         assert [type(module) for module in denoiser.modules()] == classes
-        assert all(torch.equal(a, b) for a, b in zip(self.run(denoiser, example), bare, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(evaluations(denoiser, example), bare, strict=True))
 
     @pytest.mark.parametrize("seed", range(4))
     def test_a_random_table_obeys_its_plan_and_dead_values_reach_nothing(
@@ -139,14 +142,14 @@ class TestRealClasses:
         graph = stepmask.trace(denoiser, example, granularity=granularity)
         schedule = random_table(graph, denoiser, 6, seed)
         with stepmask.apply(denoiser, schedule) as masked:
-            said = self.run(denoiser, example)
+            said = evaluations(denoiser, example)
             assert masked.computed_macs == masked.plan.macs
             assert masked.peak_store_bytes == masked.plan.peak_bytes
             assert masked.store_bytes == 0
         poison = lambda tensor: tensor.new_full((), torch.nan).expand(tensor.shape)  # noqa: E731
-        monkeypatch.setattr("stepmask.denoiser.runtime._placeholder", poison)
+        monkeypatch.setattr("stepmask.denoiser.runtime.placeholder", poison)
         with stepmask.apply(denoiser, rectify(schedule)):
-            assert all(torch.equal(a, b) for a, b in zip(self.run(denoiser, example), said, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(evaluations(denoiser, example), said, strict=True))
 
     def test_reuse_at_the_stored_input_is_what_would_be_computed(
         self, make: Any, example: Any, granularity: Any

@@ -16,6 +16,7 @@ from stepmask.denoiser.values import (
     forecast_channels,
     from_store,
     on_channels,
+    placeholder,
     size,
     tensors,
     to_store,
@@ -218,7 +219,7 @@ class _Seat(Behaviour):
         """Store what was computed, if a later step reads it."""
         self.computed += 1
         if self.like is None:
-            self.like = each(_placeholder, output)
+            self.like = each(placeholder, output)
         self.free(max(cell.keeps - 1, 0))
         if not cell.keeps:
             return
@@ -281,8 +282,3 @@ class _Evaluation(Behaviour):
         if not forward_ran:
             for seat, cell in zip(self.masked.seats[:-1], clock.row, strict=False):
                 seat.free(cell.keeps)
-
-
-def _placeholder(tensor: Tensor) -> Tensor:
-    """A zero of the tensor's shape that takes no memory."""
-    return tensor.new_zeros(()).expand(tensor.shape)

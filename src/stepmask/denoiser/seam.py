@@ -5,7 +5,7 @@ torch.compile, and `forward`, parameters, names and `isinstance` stay as they we
 changes a module.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any, Protocol
@@ -83,3 +83,26 @@ def attached(behaviours: dict[nn.Module, Behaviour]) -> Iterator[None]:
             attach(module, behaviour)
             stack.callback(detach, module, behaviour)
         yield
+
+
+@contextmanager
+def seated(denoiser: nn.Module, behaviours: Mapping[str, Behaviour]) -> Iterator[None]:
+    """Put a behaviour in front of each block, by its fully qualified name, for as long as the context lasts."""
+    with attached({denoiser.get_submodule(name): behaviour for name, behaviour in behaviours.items()}):
+        yield
+
+
+@contextmanager
+def frozen(pipe: Any) -> Iterator[None]:
+    """No gradients for any weight of a pipeline while the context lasts."""
+    parts = (
+        [pipe] if isinstance(pipe, nn.Module) else [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
+    )
+    weights = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)

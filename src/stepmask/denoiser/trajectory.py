@@ -51,6 +51,19 @@ class Trajectory:
         """Number of steps."""
         return self.sampler.steps
 
+    def check_pipe(self, pipe: Any) -> None:
+        """Refuse a trajectory that another pipeline was recorded for.
+
+        Raises:
+            LearningError: It is another pipeline's.
+        """
+        if self.sampling.pipe is not pipe:
+            raise LearningError(
+                given="a trajectory of another pipeline",
+                expected="a trajectory recorded from this one",
+                advice="Call stepmask.record(pipe, ...) first",
+            )
+
     def at(self, step: int) -> tuple[tuple[Call, ...], tuple[Any, ...]]:
         """Calls and outputs of one step, one each per branch."""
         where = slice(step * self.sampler.branches, (step + 1) * self.sampler.branches)

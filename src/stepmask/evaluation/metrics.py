@@ -8,6 +8,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from stepmask.errors import MissingExtra
+from stepmask.learning.objective import sample_errors
 
 Images = npt.NDArray[np.float32]
 
@@ -16,8 +17,7 @@ SSIM_WINDOW = 11
 
 def latent_errors(latent: Tensor, reference: Tensor) -> list[float]:
     """‖x_0 − x_0 ref‖² / ‖x_0 ref‖² of each sample."""
-    difference = (latent - reference).double().flatten(1).square().sum(1)
-    return [float(error) for error in difference / reference.double().flatten(1).square().sum(1)]
+    return [float(error) for error in sample_errors(latent.double(), reference.double())]
 
 
 def psnr(images: Images, reference: Images) -> list[float]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.seam import Behaviour, seated
 from stepmask.denoiser.trajectory import Call
 from stepmask.denoiser.values import each, from_store, to_store
 from stepmask.learning.objective import relative_error
@@ -32,8 +32,7 @@ class Bench:
     @contextmanager
     def attached(self) -> Iterator["Bench"]:
         """The seats in place for as long as the context lasts."""
-        modules = [self.denoiser.get_submodule(seat.block.name) for seat in self.seats]
-        with attached(dict(zip(modules, self.seats, strict=True))):
+        with seated(self.denoiser, {seat.block.name: seat for seat in self.seats}):
             yield self
 
     @torch.no_grad()

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stepmask.denoiser.sampling import Sampling
-from stepmask.denoiser.seam import Behaviour, attached
-from stepmask.denoiser.values import each, from_store, to_store
+from stepmask.denoiser.seam import Behaviour, attached, seated
+from stepmask.denoiser.values import each, from_store, placeholder, to_store
 from stepmask.errors import LearningError
+from stepmask.learning.tape import not_finite
 from stepmask.schedule.graph import Block
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
@@ -40,9 +41,9 @@ def loss_and_gradient(
     """
     weights = weights.detach().requires_grad_()
     chain = _Chain(schedule, weights)
-    modules = [sampling.denoiser.get_submodule(name) for name in schedule.graph.names[:-1]]
+    blocks = dict(zip(schedule.graph.names[:-1], chain.seats[:-1], strict=True))
     with ExitStack() as stack:  # the backward pass recomputes evaluations, so it runs under the seats too
-        stack.enter_context(attached(dict(zip(modules, chain.seats[:-1], strict=True))))
+        stack.enter_context(seated(sampling.denoiser, blocks))
         stack.enter_context(attached({sampling.denoiser: chain}))
         stack.enter_context(torch.enable_grad())
         value = loss(sampling.latent())
@@ -59,11 +60,7 @@ def _check(value: Tensor) -> None:
             advice="Let the loop run in the caller's gradient mode",
         )
     if not torch.isfinite(value):
-        raise LearningError(
-            given="a masked run whose final latent is not finite",
-            expected="finite latents",
-            advice="Check the denoiser's dtype: half precision overflows on CPU",
-        )
+        raise not_finite("a masked run's final latent")
 
 
 class _Chain(Behaviour):
@@ -117,7 +114,7 @@ class _Seat(Behaviour):
         if cell.action == "compute":
             output = call(*args, **kwargs)
             if self.like is None:
-                self.like = each(lambda tensor: tensor.new_zeros(()).expand(tensor.shape), output)
+                self.like = each(placeholder, output)
             if cell.keeps:
                 value = to_store(self.block.reuse, output, args, kwargs)
                 self.values[self.chain.branch, self.chain.step] = each(Tensor.detach, value)

@@ -93,12 +93,12 @@ def _timed(pipe: Any, trajectory: Trajectory, graph: BlockGraph, folder: Path | 
 
 
 def _check(pipe: Any, trajectories: Sequence[Trajectory]) -> None:
-    if not trajectories or any(trajectory.sampling.pipe is not pipe for trajectory in trajectories):
+    if not trajectories:
         raise LearningError(
-            given="no trajectory, or one of another pipeline",
-            expected="trajectories recorded from this one",
-            advice="Call stepmask.record(pipe, ...) first",
+            given="no trajectory", expected="at least one", advice="Call stepmask.record(pipe, ...) first"
         )
+    for trajectory in trajectories:
+        trajectory.check_pipe(pipe)
     if len({trajectory.sampler for trajectory in trajectories}) > 1:
         raise LearningError(
             given="trajectories of several samplers or step counts",

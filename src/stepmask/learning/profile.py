@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import InvalidProfile, ScheduleMismatch, StepmaskError
-from stepmask.files import write_whole
+from stepmask.files import write_together
 from stepmask.learning.allocate import allocate
 from stepmask.schedule.answers import answers
 from stepmask.schedule.budget import Budget
@@ -215,8 +215,10 @@ class Profile:
             "provenance": dict(self.provenance),
             "around": json.loads(self.around.to_json()),
         }
-        write_whole(Path(folder) / ARRAYS_NAME, arrays)
-        return write_whole(Path(folder) / JSON_NAME, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+        path = Path(folder) / JSON_NAME
+        text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+        write_together({path.with_name(ARRAYS_NAME): arrays, path: text})
+        return path
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Profile":

@@ -7,7 +7,7 @@ import numpy as np
 
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget, too_small_a_store
-from stepmask.schedule.forecasts import taylor_weights
+from stepmask.schedule.forecasts import taylor_forecasts
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
@@ -50,9 +50,9 @@ def _regular(
     make: Callable[..., MaskSchedule], reference: MaskSchedule, budget: Budget, window: int, most: int
 ) -> list[MaskSchedule]:
     """Tables of one kind with the most computed steps that fit, by Taylor order."""
-    shares = [count / reference.steps for count in range(most, 0, -1)]
-    covered = [share for share in shares if budget.covers(budget.spent(lower(make(reference, share))))][:1]
-    return [make(reference, share, order=order) for share in covered for order in range(window)]
+    shares = (count / reference.steps for count in range(most, 0, -1))
+    covered = next((share for share in shares if budget.covers(budget.spent(lower(make(reference, share))))), None)
+    return [] if covered is None else [make(reference, covered, order=order) for order in range(window)]
 
 
 def _refreshed(reference: MaskSchedule, budget: Budget, window: int, most: int) -> Iterator[MaskSchedule]:
@@ -105,11 +105,6 @@ def refreshed_interval(
             if not rows[step, column] and costs[column] <= left:
                 rows[step, column] = True
                 left -= costs[column]
-    weights = np.zeros(reference.forecasts.shape)
-    for column in range(len(reference.graph)):
-        computed = np.flatnonzero(rows[:, column]).tolist()
-        for step in range(1, steps):
-            weights[step, column] = taylor_weights(step, [at for at in computed if at < step], order)
-    weights[0, :, 0] = 1.0
-    what = f"{full} whole and {len(middles)} partial evaluations of {len(columns)} blocks, Taylor {order}"
-    return reference.with_rows(rows, weights, provenance={"table": what})
+    partial = int(rows[middles][:, :-1].any(axis=1).sum())
+    what = f"{full} whole and {partial} partial evaluations of {len(columns)} blocks, Taylor {order}"
+    return reference.with_rows(rows, taylor_forecasts(rows, order), provenance={"table": what})

@@ -1,18 +1,17 @@
 """`sweep`: what every (step, block, age) costs the final sample, measured backwards at one step's memory."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepmask.denoiser.families import denoiser_of
-from stepmask.denoiser.seam import attached, refuse_if_taken
+from stepmask.denoiser.seam import attached, frozen, refuse_if_taken
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError, ScheduleMismatch
@@ -209,29 +208,8 @@ class _Readings:
         )
 
 
-@contextmanager
-def frozen(pipe: Any) -> Iterator[None]:
-    """No gradients for any weight of a pipeline while the context lasts."""
-    parts = (
-        [pipe] if isinstance(pipe, nn.Module) else [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
-    )
-    weights = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
-    try:
-        for weight in weights:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)
-
-
 def _check(pipe: Any, trajectory: Trajectory, probes: int, ages: int) -> None:
-    if trajectory.sampling.pipe is not pipe:
-        raise LearningError(
-            given="a trajectory of another pipeline",
-            expected="a trajectory recorded from this one",
-            advice="Call stepmask.record(pipe, ...) first",
-        )
+    trajectory.check_pipe(pipe)
     if probes < 1 or ages < 1:
         raise LearningError(
             given=f"{probes} probes and ages up to {ages}", expected="at least one of each", advice="Leave the defaults"

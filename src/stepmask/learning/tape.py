@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.seam import Behaviour, seated
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import each, forecast, from_store, tensors, to_store
 from stepmask.errors import LearningError
@@ -144,8 +144,7 @@ class Tape(Behaviour):
                 seat.told = forecast(self.answered[step, column, ages].tolist(), values)
 
     def _seated(self) -> AbstractContextManager[None]:
-        modules = [self.denoiser.get_submodule(seat.block.name) for seat in self.seats[:-1]]
-        return attached(dict(zip(modules, self.seats[:-1], strict=True)))
+        return seated(self.denoiser, {seat.block.name: seat for seat in self.seats[:-1]})
 
     def _finish(self, output: Any) -> Any:
         """What the evaluation answers: its output, or what the denoiser's own cell is told."""

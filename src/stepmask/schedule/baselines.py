@@ -3,11 +3,10 @@
 import math
 
 import numpy as np
-import numpy.typing as npt
 
 from stepmask.errors import InvalidBudget, InvalidSchedule
 from stepmask.schedule.budget import Budget, too_small_a_store
-from stepmask.schedule.forecasts import WINDOW, taylor_weights
+from stepmask.schedule.forecasts import WINDOW, taylor_forecasts
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -51,9 +50,12 @@ def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoise
             expected=f"at least {1 / reference.steps:g}, the share of one computed step",
             advice="Spend more, or sample with more steps",
         )
-    rows, weights = _table(reference, _even_steps(reference.steps, count), order, skip_denoiser)
+    rows = np.zeros(reference.rows.shape, dtype=bool)
+    rows[_even_steps(reference.steps, count)] = True
+    if not skip_denoiser:
+        rows[:, -1] = True
     answer = "reuse" if order == 0 else f"Taylor {order}"
-    table = reference.with_rows(rows, weights, provenance={"table": f"{kind}, {answer}"})
+    table = reference.with_rows(rows, taylor_forecasts(rows, order), provenance={"table": f"{kind}, {answer}"})
     if not budget.stores(plan := lower(table)):
         raise too_small_a_store(budget, plan.peak_bytes)
     return table
@@ -62,17 +64,3 @@ def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoise
 def _even_steps(steps: int, count: int) -> list[int]:
     """`count` steps spread evenly over `steps`, beginning with step 0."""
     return [index * steps // count for index in range(count)]
-
-
-def _table(
-    reference: MaskSchedule, computed: list[int], order: int, skip_denoiser: bool
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    rows = np.zeros(reference.rows.shape, dtype=bool)
-    rows[computed] = True
-    if not skip_denoiser:
-        rows[:, -1] = True
-    weights = np.zeros(reference.forecasts.shape)
-    for step in range(reference.steps):
-        before = [earlier for earlier in computed if earlier < step] or [0]
-        weights[step] = taylor_weights(step, before, order)
-    return rows, weights

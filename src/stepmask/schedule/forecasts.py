@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 WINDOW = 3
 """A reused cell reads at most this many stored values."""
@@ -36,3 +37,20 @@ def taylor_weights(step: int, computed: list[int], order: int) -> tuple[float, f
     near = bend / gaps[-1] if order >= 2 else 0.0
     far = bend / gaps[-2] if order >= 2 else 0.0
     return (1 + slope + near, 0.0 - slope - near - far, far)
+
+
+def taylor_forecasts(rows: npt.NDArray[np.bool_], order: int) -> npt.NDArray[np.float64]:
+    """Taylor's weights for every cell of a table whose first row is computed, shape (steps, blocks, 3).
+
+    Args:
+        rows: (steps, blocks), true = compute.
+        order: 0 to 2.
+    """
+    kinds, kind_of = np.unique(rows, axis=1, return_inverse=True)  # most blocks are computed at the same steps
+    weights = np.zeros((*kinds.shape, WINDOW))
+    weights[0] = PLAIN
+    for column, bits in enumerate(kinds.T):
+        computed = np.flatnonzero(bits).tolist()
+        for step in range(1, len(rows)):
+            weights[step, column] = taylor_weights(step, [at for at in computed if at < step], order)
+    return weights[:, kind_of.ravel()]
