@@ -6,6 +6,7 @@ from hypothesis import given
 
 from stepmask import MaskSchedule
 from stepmask.errors import InvalidBudget, InvalidSchedule
+from stepmask.schedule.answers import answers
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.forecasts import DIFFERENCES, taylor_weights
 from stepmask.schedule.rectify import lower, rectify
@@ -46,6 +47,17 @@ def test_a_first_order_forecast_keeps_both_its_values_alive() -> None:
     mid = unet_graph().column("mid")
     assert [row[mid].keeps for row in lower(plain).cells] == [0, 1, 0]
     assert [row[mid].keeps for row in lower(ahead).cells] == [1, 2, 0]
+
+
+def test_a_blend_keeps_the_value_before_alive() -> None:
+    # mid answers at step 2 with what it computes there and the value of step 0; step 1 keeps that for it
+    blended = table(unet_graph(), "11111", "11011", "11111", weights={(2, "mid"): (0.5, 0.5)})
+    mid = unet_graph().column("mid")
+    cells = [row[mid] for row in lower(blended).cells]
+    assert [(cell.action, cell.weights, cell.keeps) for cell in cells] == [
+        ("compute", (), 1), ("reuse", (1.0,), 1), ("compute", (0.5, 0.5), 0)]  # fmt: skip
+    assert [cell.is_forecast for cell in cells] == [False, False, True]
+    assert answers(blended, 2)[2, mid].tolist() == [0.5, 0.0, 0.5]
 
 
 def test_skipping_the_denoiser_kills_every_block() -> None:

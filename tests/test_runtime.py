@@ -77,6 +77,22 @@ class TestByHand:
         with stepmask.apply(denoiser, chain_table(denoiser, "output", "111", "110", "011")):
             assert outputs(denoiser, (ONE, 0.0), (TWO, 0.0), (FOUR, 0.0)) == [15.0, 15.0, 40.0]
 
+    @pytest.mark.parametrize("reuse", ["output", "delta"])
+    def test_a_blend_of_what_is_computed_with_what_is_stored(self, reuse: Any) -> None:
+        # layer 0 says 2·1 = 2 (a delta of 1), then 2·2 = 4 (2); half of each is 3 (1.5, so 2 + 1.5 = 3.5)
+        denoiser = Chain()
+        blended = chain_table(denoiser, reuse, "111", "111", weights={(1, "layers.0"): (0.5, 0.5)})
+        with stepmask.apply(denoiser, blended) as masked:
+            assert outputs(denoiser, (ONE, 0.0), (TWO, 0.0)) == [15.0, 5 * (2 + (3.0 if reuse == "output" else 3.5))]
+            assert masked.store_bytes == 0
+
+    def test_the_denoiser_blends_its_own_output(self) -> None:
+        denoiser = Chain()
+        blended = chain_table(denoiser, "output", "111", "111", "110", weights={(1, ""): (2, -1), (2, ""): (2, -1)})
+        with stepmask.apply(denoiser, blended):
+            # 15, then 2·30 − 15 = 45; what is stored is what was computed: 2·30 − 15 again
+            assert outputs(denoiser, (ONE, 0.0), (TWO, 0.0), (FOUR, 0.0)) == [15.0, 45.0, 45.0]
+
     def test_dead_blocks_are_not_run(self) -> None:
         denoiser = Skips()
         graph = stepmask.trace(Skips(), (ONE,), blocks=dict.fromkeys(Skips.names, "output"))
@@ -92,7 +108,8 @@ def random_table(graph: BlockGraph, denoiser: nn.Module, steps: int, seed: int) 
     rows = generator.random((steps, len(graph))) < 0.5
     rows[:2] = True
     weights = np.tile((1.0, 0.0, 0.0), (*rows.shape, 1))
-    weights[generator.random(rows.shape) < 0.5] = (1.5, -0.5, 0.0)
+    weights[generator.random(rows.shape) < 0.5] = (1.5, -0.5, 0.0)  # forecasts, and blends where it computes
+    weights[0] = (1.0, 0.0, 0.0)
     return MaskSchedule(graph, rows, fingerprint_of(denoiser), sampler(steps), weights)
 
 

@@ -192,6 +192,19 @@ class TestAround:
         assert np.abs(expected - profile.offset).max() > 1e-4
         np.testing.assert_allclose(profile.offset + profile.effects(schedule), expected, atol=1e-5)
 
+    @pytest.mark.parametrize("blended", [{(4, "")}, {(3, "first")}, {(2, "second"), (3, "first"), (4, "")}])
+    def test_blends_are_exact_on_a_linear_denoiser(self, linear: Any, blended: set[tuple[int, str]]) -> None:
+        denoiser, trajectory, reference = linear
+        weights = reference.forecasts.copy()
+        for step, name in blended:
+            weights[step, reference.graph.column(name)] = (0.75, 0.5, -0.25)
+        schedule = reference.with_rows(reference.rows, weights)
+        around = reference if len(blended) == 1 else schedule  # one change alone is of first order
+        profile = stepmask.sweep(denoiser, trajectory, around=around, probes=3)
+        expected = true_effects(trajectory, schedule, 3)
+        assert np.abs(expected).max() > 1e-3
+        np.testing.assert_allclose(profile.offset + profile.effects(schedule), expected, atol=1e-5)
+
     def test_a_reused_cell_that_is_computed_again(self, linear: Any) -> None:
         denoiser, trajectory, reference = linear
         around = with_cells(reference, {(1, "first"): (1.0,), (4, "first"): (2.0, -1.0), (3, "second"): (1.0,)})

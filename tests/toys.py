@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stepmask.schedule.channels import channel_axis
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
+from stepmask.schedule.forecasts import PLAIN
 from stepmask.schedule.graph import DENOISER, Block, BlockGraph, Reuse
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -88,13 +89,13 @@ def table(graph: BlockGraph, *rows: str, weights: dict[tuple[int, str], tuple[fl
 
 def per_channel(schedule: MaskSchedule) -> MaskSchedule:
     """The same forecasts, but with the scalar weights repeated on every channel, and no bias."""
-    channels = {}
+    channels, blends = {}, np.where(schedule.rows[..., None], schedule.forecasts, PLAIN)
     for step, column in np.argwhere(~schedule.rows).tolist():
         shape, reads = schedule.graph.blocks[column].shapes[0], schedule.windows[step, column]
         vectors = np.zeros((reads + 1, shape[channel_axis(len(shape))]))
         vectors[:-1] = schedule.forecasts[step, column, :reads, None]
         channels[step, column] = vectors
-    return schedule.with_rows(schedule.rows, channels=channels)
+    return schedule.with_rows(schedule.rows, blends, channels=channels)
 
 
 def bits(schedule: MaskSchedule) -> list[str]:

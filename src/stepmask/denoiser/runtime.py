@@ -207,25 +207,26 @@ class _Seat(Behaviour):
         cell = self.clock.row[self.column]
         self.clock.answered += 1
         if cell.action == "compute":
-            output = call(*args, **kwargs)
-            self.keep(cell, output, args, kwargs)
-            return output
+            return self.compute(cell, call(*args, **kwargs), args, kwargs)
         if cell.action == "dead":
             self.free(cell.keeps)
             return self.like
         return self.reuse(cell, args, kwargs)
 
-    def keep(self, cell: Cell, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Store what was computed, if a later step reads it."""
+    def compute(self, cell: Cell, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer with what was computed, or a blend of it; store it, if a later step reads it."""
         self.computed += 1
         if self.like is None:
             self.like = each(placeholder, output)
+        value = to_store(self.block.reuse, output, args, kwargs) if cell.keeps or cell.weights else None
+        if cell.weights:
+            blend = forecast(cell.weights, [value, *self.stored[self.clock.branch]])
+            output = from_store(self.block.reuse, blend, args, kwargs)
         self.free(max(cell.keeps - 1, 0))
-        if not cell.keeps:
-            return
-        value = to_store(self.block.reuse, output, args, kwargs)
-        self.stored[self.clock.branch].insert(0, value)
-        self.clock.hold(size(value))
+        if cell.keeps:
+            self.stored[self.clock.branch].insert(0, value)
+            self.clock.hold(size(value))
+        return output
 
     def reuse(self, cell: Cell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer from the store; what is read for the last time leaves it."""
@@ -267,7 +268,7 @@ class _Evaluation(Behaviour):
         try:
             output = call(*args, **kwargs) if needed else None
             if cell.action == "compute":
-                seat.keep(cell, output, args, kwargs)
+                output = seat.compute(cell, output, args, kwargs)
             else:
                 self.free_dead(clock, needed)
                 output = seat.reuse(cell, args, kwargs)

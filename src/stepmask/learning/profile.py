@@ -118,7 +118,7 @@ class Profile:
         Returns:
             (steps, blocks); 1 where there are none.
         """
-        before, now = self.base[..., 0] == 1, answered[..., 0] == 1
+        before, now = self.base[..., 0] != 0, answered[..., 0] != 0
         reach = _reach(self.graph)
         reached = before @ reach
         shares: Floats = np.where(reached > 0, (before & now) @ reach / np.maximum(reached, 1), 1.0)

@@ -30,7 +30,7 @@ class Family:
 
 
 def families(reference: MaskSchedule, budget: Budget, window: int) -> list[Family]:
-    """Fixed intervals, whole-step tables and refreshed intervals, those that fit a budget.
+    """Fixed intervals, whole-step tables, refreshed and filled intervals, those that fit a budget.
 
     Raises:
         InvalidBudget: Not even one computed step fits, or the store is too small for every table.
@@ -40,6 +40,7 @@ def families(reference: MaskSchedule, budget: Budget, window: int) -> list[Famil
     kinds = [_regular(fixed_interval, reference, budget, window, most)]
     kinds.append(_regular(whole_step, reference, budget, window, most))
     kinds.append(list(_refreshed(reference, budget, window, most)))
+    kinds.append(list(_filled(reference, budget, window, most)))
     fitting = [[table for table in tables if budget.stores(lower(table))] for tables in kinds]
     if not any(fitting):
         raise too_small_a_store(budget, min(lower(table).peak_bytes for tables in kinds for table in tables))
@@ -107,4 +108,53 @@ def refreshed_interval(
                 left -= costs[column]
     partial = int(rows[middles][:, :-1].any(axis=1).sum())
     what = f"{full} whole and {partial} partial evaluations of {len(columns)} blocks, Taylor {order}"
+    return reference.with_rows(rows, taylor_forecasts(rows, order), provenance={"table": what})
+
+
+def _filled(reference: MaskSchedule, budget: Budget, window: int, most: int) -> Iterator[MaskSchedule]:
+    """Filled intervals with the fewest steps that leave one partial, by that step, its blocks, and Taylor order."""
+    counts = range(2, most + 1)
+    shares = (budget.spent(lower(fixed_interval(reference, count / reference.steps))) for count in counts)
+    count = next((count for count, share in zip(counts, shares, strict=False) if not budget.covers(share)), 0)
+    for partial in sorted({1, count // 2, count - 1} & set(range(1, count))):
+        for last_first in (True, False):
+            for order in range(1, window):
+                table = filled_interval(reference, budget, count, partial, last_first=last_first, order=order)
+                if table is not None:
+                    yield table
+
+
+def filled_interval(
+    reference: MaskSchedule, budget: Budget, count: int, partial: int, *, last_first: bool, order: int
+) -> MaskSchedule | None:
+    """A fixed interval one evaluation of which computes only as many blocks as the budget has left.
+
+    A budget seldom ends with a whole evaluation: glue at every step alone may keep the last one out.
+
+    Args:
+        reference: Any table of the denoiser and sampler.
+        budget: Of the whole run, glue included.
+        count: Evaluations, the partial one included; at least two.
+        partial: Which of them is partial, from 1.
+        last_first: Whether the last blocks are computed there, or the first ones.
+        order: Of Taylor's forecast.
+
+    Returns:
+        The table; `None` if the budget does not leave a single block.
+    """
+    interval, costs = fixed_interval(reference, count / reference.steps), budget.costs(reference.graph)
+    rows = interval.rows.copy()
+    step = np.flatnonzero(rows.all(axis=1))[partial]
+    rows[step, :-1] = False
+    left = budget.share * reference.steps - float((rows * costs).sum())
+    columns = range(len(costs) - 1)
+    for column in reversed(columns) if last_first else columns:
+        if costs[column] > left:
+            break
+        rows[step, column] = True
+        left -= costs[column]
+    chosen = int(rows[step, :-1].sum())
+    if not chosen:
+        return None
+    what = f"interval of {count} evaluations, {chosen} blocks at step {step}, Taylor {order}"
     return reference.with_rows(rows, taylor_forecasts(rows, order), provenance={"table": what})

@@ -18,7 +18,7 @@ from stepmask.errors import LearningError, ScheduleMismatch
 from stepmask.learning.guidance import samples_of
 from stepmask.learning.objective import relative_error
 from stepmask.learning.profile import Profile, swept_answers
-from stepmask.learning.tape import Blocks, Tape, detached, not_finite
+from stepmask.learning.tape import Blocks, Moment, Tape, detached, not_finite
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -77,7 +77,7 @@ def sweep(
         measure = _Measure.of(trajectory, decode)
         readings = _Readings(trajectory, graph, measure.output_samples, ages)
         tape = Tape(trajectory, graph, swept_answers(around, ages), readings, checkpoint_blocks=checkpoint_blocks)
-        latent = _run(tape, trajectory, reference=bool(around.rows.all()))
+        latent = _run(tape, trajectory, reference=bool((tape.answered[..., 0] == 1).all()))
         pulls, offsets = zip(*(measure.probe(latent.detach(), seed + probe) for probe in range(probes)), strict=True)
         for left, pull in zip(reversed(range(probes)), pulls, strict=True):
             readings.begin()
@@ -175,14 +175,15 @@ class _Readings:
         self.probes.append(np.zeros(shape, np.float32))
         self.kept = {branch: deque(maxlen=self.ages + 1) for branch in range(len(self.samples))}
 
-    def __call__(self, step: int, branch: int, gradients: Blocks, held: Blocks, values: Blocks) -> None:
+    def __call__(self, moment: Moment) -> None:
         """Take in one evaluation; steps come last first."""
-        self.kept[branch].append((step, gradients, held))
-        for later, *both in self.kept[branch]:
-            products = torch.stack([self._by_sample(pulls, values, branch) for pulls in both]).cpu().numpy()
+        values = moment.values()
+        self.kept[moment.branch].append((moment.step, moment.gradients, moment.held()))
+        for later, *both in self.kept[moment.branch]:
+            products = torch.stack([self._by_sample(pulls, values, moment.branch) for pulls in both]).cpu().numpy()
             if not np.isfinite(products).all():
                 raise not_finite(f"a gradient at step {later}")
-            self.probes[-1][:, :, later, :, later - step] += products
+            self.probes[-1][:, :, later, :, later - moment.step] += products
 
     def _by_sample(self, pulls: Blocks, values: Blocks, branch: int) -> Tensor:
         """⟨gradient, value⟩ of every block, shape (samples, blocks)."""

@@ -2,7 +2,8 @@
 
 Between two steps a sampler's state is one latent. So each evaluation of the denoiser is one node of the autograd
 graph: forward it runs without gradients, backward it is recomputed with them. The sampler's own arithmetic, its
-multistep history and guidance differentiate themselves, and memory is one step's, however many there are.
+multistep history and guidance differentiate themselves, and memory is that of one step and of the values that it
+reads, however many steps there are.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stepmask.denoiser.seam import Behaviour, seated
 from stepmask.denoiser.trajectory import Trajectory
-from stepmask.denoiser.values import each, forecast, from_store, tensors, to_store
+from stepmask.denoiser.values import each, forecast, from_store, placeholder, tensors, to_store
 from stepmask.errors import LearningError
 from stepmask.schedule.graph import Block, BlockGraph
 
@@ -32,43 +33,45 @@ Blocks = list[list[Tensor]]
 class Reader(Protocol):
     """Who reads the gradients and values of every evaluation, last step first."""
 
-    def __call__(self, step: int, branch: int, gradients: Blocks, held: Blocks, values: Blocks) -> None:
-        """Take in one evaluation.
-
-        Args:
-            step: Which.
-            branch: Which.
-            gradients: Of what each block answered.
-            held: The same, were all other blocks of the step to hold their answers whatever they are given.
-            values: What each block says when computed, as it is stored.
-        """
+    def __call__(self, moment: "Moment") -> None:
+        """Take in one evaluation."""
 
 
 class Tape(Behaviour):
     """In front of the denoiser: runs a table without gradients, and gives gradients back by recomputing.
 
     Gradients flow through what is stored: a reused answer hands its gradient on to the evaluations whose values it
-    was made from. Around all-compute nothing is stored; around another table the values that it reads again are kept
-    for the whole run.
+    was made from. Of stored values only those are held that the present step or later ones read; on the way back they
+    are made again when they are needed.
 
     Args:
         trajectory: The run that will be repeated; says how many steps and branches there are.
         graph: The blocks.
-        answered: What each cell answers by age, shape (steps, blocks, ages + 1), as `answers` gives it.
+        answered: What each cell answers by age, shape (steps, blocks, ages + 1), as `answers` gives it. A cell of
+            zeros is read by nobody.
         reader: Gets gradients and values.
+        reads: Which values each cell reads, shape as `answered`; `None` = those whose weight is not zero.
         checkpoint_blocks: Whether each block is checkpointed inside the recomputation.
     """
 
     def __init__(
-        self, trajectory: Trajectory, graph: BlockGraph, answered: Floats, reader: Reader, *, checkpoint_blocks: bool
+        self,
+        trajectory: Trajectory,
+        graph: BlockGraph,
+        answered: Floats,
+        reader: Reader,
+        *,
+        reads: npt.NDArray[np.bool_] | None = None,
+        checkpoint_blocks: bool = False,
     ) -> None:
         self.denoiser, self.branches = trajectory.sampling.denoiser, trajectory.sampler.branches
         self.answered, self.reader = answered, reader
+        self.reads = answered != 0 if reads is None else reads
         self.seats = [_Seat(block, checkpointed=checkpoint_blocks) for block in graph.blocks]
         self.anchor = torch.zeros((), requires_grad=True)
         self.evaluation = 0
-        reused = np.argwhere(answered[..., 1:])
-        self.read = {(int(step - age - 1), int(column)) for step, column, age in reused}  # cells that are read again
+        self.ran: dict[tuple[int, int], tuple[_Evaluation, Sequence[Tensor]]] = {}  # by step and branch
+        self.last = _last_readers(self.reads)
         self.stored: dict[tuple[int, int, int], Any] = {}  # by step, branch, column
         self.owed: dict[tuple[int, int, int], list[Tensor]] = {}  # gradients of what is stored
 
@@ -81,22 +84,15 @@ class Tape(Behaviour):
         if step and not any(tensor.requires_grad for tensor in inputs):
             raise detached(f"between the evaluations of step {step - 1} and step {step}")
         evaluation = _Evaluation(self, step, branch, run)
+        self.ran[step, branch] = evaluation, [tensor.detach() for tensor in inputs]
         outputs = iter(_Again.apply(evaluation, self.anchor, *inputs))  # type: ignore[no-untyped-call]
         return each(lambda tensor: next(outputs) if tensor.is_floating_point() else tensor, evaluation.output)
 
     def forward(self, evaluation: "_Evaluation", inputs: Sequence[Tensor]) -> Any:
         """One evaluation of the table, without gradients."""
-        step, branch = evaluation.step, evaluation.branch
-        self._tell(step, branch)
-        output = None
-        if self.seats[-1].told is None or (self.answered[step, :, 0] == 1).any():
-            with self._seated():
-                output = evaluation.run(inputs)
-        output = self._finish(output)
-        for column, seat in enumerate(self.seats):
-            if (step, column) in self.read:
-                self.stored[step, branch, column] = seat.value
-        _check_finite(tensors(output), f"an output at step {step}")
+        output = self._run(evaluation, inputs)
+        _check_finite(tensors(output), f"an output at step {evaluation.step}")
+        self._drop(lambda step, column: self.last[step, column] <= evaluation.step)
         return output
 
     def backward(self, evaluation: "_Evaluation", inputs: Sequence[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
@@ -104,57 +100,100 @@ class Tape(Behaviour):
         step, branch = evaluation.step, evaluation.branch
         self._tell(step, branch)
         with torch.enable_grad(), self._seated():
-            self._finish(evaluation.run(inputs))
+            self._finish(evaluation.run(inputs) if self._computes(step) else None)
         ends, pulls = self._ends(step, branch, grads)
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         said = [tensor for seat in self.seats[:-1] for tensor in floats(seat.said)]
         pulled = _pull(ends, [*wanted, *said], pulls)
-        gradients = [*self._by_block(pulled[len(wanted) :]), grads]
-        self._owe(step, branch, gradients)
-        values = [[tensor.detach() for tensor in floats(seat.value)] for seat in self.seats]
-        self.reader(step, branch, gradients, self._held(evaluation, inputs, grads), values)
+        moment = Moment(self, evaluation, inputs, [*self._by_block(pulled[len(wanted) :]), grads])
+        self._owe(step, branch, moment.gradients)
+        self.reader(moment)
         for seat in self.seats:
             seat.clear()
+        self._drop(lambda stored, _: stored >= step)
         return pulled[: len(wanted)]
 
-    def _held(self, evaluation: "_Evaluation", inputs: Sequence[Tensor], grads: list[Tensor]) -> Blocks:
+    def held(self, moment: "Moment") -> Blocks:
         """Gradients of the answers with all blocks holding them: only the denoiser's own glue is computed again."""
         skipped = self.seats[-1].told is not None
         for seat in self.seats[:-1]:
             seat.hold()
         with torch.enable_grad(), self._seated():
-            output = evaluation.run([tensor.detach() for tensor in inputs])
-        ends = [(end, grad) for end, grad in zip(floats(output), grads, strict=True) if end.requires_grad]
+            output = moment.evaluation.run([tensor.detach() for tensor in moment.inputs])
+        pairs = zip(floats(output), moment.gradients[-1], strict=True)
+        ends = [(end, grad) for end, grad in pairs if end.requires_grad]
         said = [tensor for seat in self.seats[:-1] for tensor in floats(seat.said)]
         pulled = _pull([] if skipped else [end for end, _ in ends], said, [grad for _, grad in ends])
-        return [*self._by_block(pulled), grads]
+        return [*self._by_block(pulled), moment.gradients[-1]]
+
+    def ages_read(self, step: int, column: int) -> list[int]:
+        """Ages of the stored values that a cell answers from, newest first; none if it is dead, or just computed."""
+        ages: list[int] = (1 + np.flatnonzero(self.reads[step, column, 1:])).tolist()
+        return ages
 
     def _by_block(self, gradients: Sequence[Tensor]) -> Blocks:
         """Gradients of all answers, sorted into blocks."""
         rest = iter(gradients)
         return [[next(rest) for _ in floats(seat.said)] for seat in self.seats[:-1]]
 
-    def _tell(self, step: int, branch: int) -> None:
-        """Give the seats of reused cells what they answer."""
+    def _run(self, evaluation: "_Evaluation", inputs: Sequence[Tensor]) -> Any:
+        """Evaluate the table's row, and store what later steps read."""
+        step, branch = evaluation.step, evaluation.branch
+        self._tell(step, branch)
+        with self._seated():
+            output = self._finish(evaluation.run(inputs) if self._computes(step) else None)
         for column, seat in enumerate(self.seats):
-            ages = np.flatnonzero(self.answered[step, column])
+            if (step, column) in self.last:
+                self.stored[step, branch, column] = seat.value
+        return output
+
+    def _computes(self, step: int) -> bool:
+        """Whether the denoiser runs at all."""
+        return bool(self.reads[step, :, 0].any())
+
+    def _tell(self, step: int, branch: int) -> None:
+        """Give the seats what they answer, or what they mix into it."""
+        read = {column: self.ages_read(step, column) for column in range(len(self.seats))}
+        self._make_again({step - age for ages in read.values() for age in ages}, step, branch)
+        for column, seat in enumerate(self.seats):
             seat.clear()
-            if len(ages) and ages[0]:
-                values = [self.stored[step - int(age), branch, column] for age in ages]
-                seat.told = forecast(self.answered[step, column, ages].tolist(), values)
+            seat.dead = not self.reads[step, column].any()
+            ages, own = read[column], float(self.answered[step, column, 0])
+            older = forecast(
+                self.answered[step, column, ages].tolist(), [self.stored[step - age, branch, column] for age in ages]
+            ) if ages else None  # fmt: skip
+            if not self.reads[step, column, 0]:
+                seat.told = older
+            elif ages or own != 1:
+                seat.blend = partial(_blend, own, older)
+
+    def _make_again(self, sources: set[int], step: int, branch: int) -> None:
+        """Run earlier evaluations once more, if what they stored is not held."""
+        for source in sorted(sources):
+            wanted = [column for column in range(len(self.seats)) if step - source in self.ages_read(step, column)]
+            if any((source, branch, column) not in self.stored for column in wanted):
+                with torch.no_grad():
+                    self._run(*self.ran[source, branch])
+
+    def _drop(self, done: Callable[[int, int], bool]) -> None:
+        """Let go of stored values by step and column."""
+        for key in [key for key in self.stored if done(key[0], key[2])]:
+            del self.stored[key]
 
     def _seated(self) -> AbstractContextManager[None]:
         return seated(self.denoiser, {seat.block.name: seat for seat in self.seats[:-1]})
 
     def _finish(self, output: Any) -> Any:
-        """What the evaluation answers: its output, or what the denoiser's own cell is told."""
+        """What the evaluation answers: its output, a blend of it, or what the denoiser's own cell is told."""
         seat = self.seats[-1]
-        seat.value = output
-        return output if seat.told is None else seat.told
+        seat.value, seat.said = output, output if seat.told is None else seat.told
+        if seat.blend is not None:
+            seat.said = seat.blend(output)
+        return seat.said
 
     def _ends(self, step: int, branch: int, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Where gradients enter this evaluation: at its output, and at the values that later steps read."""
-        pairs = [] if self.seats[-1].told is not None else list(zip(floats(self.seats[-1].value), grads, strict=True))
+        pairs = list(zip(floats(self.seats[-1].said), grads, strict=True))
         for column, seat in enumerate(self.seats):
             if owed := self.owed.pop((step, branch, column), None):
                 pairs += zip(floats(seat.value), owed, strict=True)
@@ -163,14 +202,59 @@ class Tape(Behaviour):
 
     def _owe(self, step: int, branch: int, gradients: Blocks) -> None:
         """Hand the gradients of reused answers on to the steps whose values they were made from."""
-        for column, (seat, answer) in enumerate(zip(self.seats, gradients, strict=True)):
-            if seat.told is None:
-                continue
-            for age in np.flatnonzero(self.answered[step, column]):
-                source = (step - int(age), branch, column)
+        for column, answer in enumerate(gradients):
+            for age in self.ages_read(step, column):
+                source = (step - age, branch, column)
                 before = self.owed.get(source) or [torch.zeros_like(gradient) for gradient in answer]
                 weight = float(self.answered[step, column, age])
                 self.owed[source] = [torch.add(old, new, alpha=weight) for old, new in zip(before, answer, strict=True)]
+
+
+def _last_readers(reads: npt.NDArray[np.bool_]) -> dict[tuple[int, int], int]:
+    """The last step that reads a cell's value, by the cell's step and column, of those that are read later at all."""
+    last: dict[tuple[int, int], int] = {}
+    for step, column, age in np.argwhere(reads):  # steps ascend
+        if age:
+            last[int(step - age), int(column)] = int(step)
+    return last
+
+
+@dataclass
+class Moment:
+    """One evaluation while gradients come back to it.
+
+    Args:
+        gradients: Of what each block answered.
+    """
+
+    tape: Tape
+    evaluation: "_Evaluation"
+    inputs: Sequence[Tensor]
+    gradients: Blocks
+
+    @property
+    def step(self) -> int:
+        """Which step."""
+        return self.evaluation.step
+
+    @property
+    def branch(self) -> int:
+        """Which branch."""
+        return self.evaluation.branch
+
+    def read(self, column: int) -> list[list[Tensor]]:
+        """The values that a block answered from, newest first: what it computed, if it did, and stored ones."""
+        own = [floats(self.tape.seats[column].value)] if self.tape.reads[self.step, column, 0] else []
+        ages = self.tape.ages_read(self.step, column)
+        return own + [floats(self.tape.stored[self.step - age, self.branch, column]) for age in ages]
+
+    def values(self) -> Blocks:
+        """What each block says when computed, as it is stored; reused ones are computed for it."""
+        return [[tensor.detach() for tensor in floats(seat.computed_value())] for seat in self.tape.seats]
+
+    def held(self) -> Blocks:
+        """The gradients, were all other blocks of the step to hold their answers whatever they are given."""
+        return self.tape.held(self)
 
 
 @dataclass
@@ -221,34 +305,55 @@ class _Again(torch.autograd.Function):
 
 
 class _Seat(Behaviour):
-    """In front of one block: computes, or answers what it is told; with gradients, it computes in either case."""
+    """In front of one block: computes, with or without older values mixed in, or answers what it is told."""
 
     def __init__(self, block: Block, *, checkpointed: bool) -> None:
         self.block, self.checkpointed = block, checkpointed
+        self.like: Any = None
         self.clear()
 
     def clear(self) -> None:
         self.told = self.value = self.said = None
-        self.holds = False
+        self.again: Callable[[], Any] = lambda: self.value
+        self.blend: Callable[[Any], Any] | None = None
+        self.dead = False
 
     def hold(self) -> None:
         """From now on answer what was answered."""
-        self.holds = True
         if self.told is None:
-            self.told = each(torch.Tensor.detach, self.value)
+            answered = self.value if self.blend is None else self.blend(self.value)
+            self.told = each(torch.Tensor.detach, answered)
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = partial(call, *args, **kwargs)
-        if self.told is None:
+        if self.dead:
+            output = self.like
+        elif self.told is None:
             output = checkpoint(run, use_reentrant=False) if self.checkpointed and torch.is_grad_enabled() else run()
+            self.like = each(placeholder, output) if self.like is None else self.like
             self.value = to_store(self.block.reuse, output, args, kwargs)
+            if self.blend is not None:
+                output = from_store(self.block.reuse, self.blend(self.value), args, kwargs)
         else:
-            if torch.is_grad_enabled() and not self.holds:
-                with torch.no_grad():
-                    self.value = to_store(self.block.reuse, run(), args, kwargs)
+            if self.value is None:
+                self.again = lambda: to_store(self.block.reuse, run(), args, kwargs)
             output = from_store(self.block.reuse, self.told, args, kwargs)
         self.said = each(_apart, output) if torch.is_grad_enabled() else output
         return self.said
+
+    @torch.no_grad()
+    def computed_value(self) -> Any:
+        """What the block says to what it was given, as it is stored."""
+        if self.value is None:
+            self.value = self.again()
+        return self.value
+
+
+def _blend(own: float, older: Any, value: Any) -> Any:
+    """Own · value + older."""
+    if older is None:
+        return each(lambda new: own * new, value)
+    return each(lambda new, old: torch.add(old, new, alpha=own), value, older)
 
 
 def _apart(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from stepmask.learning.executors import Executor
 from stepmask.learning.objective import sample_errors
 from stepmask.learning.starts import families
 from stepmask.schedule.budget import Budget
-from stepmask.schedule.forecasts import DIFFERENCES, WINDOW
+from stepmask.schedule.forecasts import DIFFERENCES, PLAIN, WINDOW
 from stepmask.schedule.rectify import rectify
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -134,9 +134,8 @@ class _Training:
         self, learner: TrainedForecasts, start: MaskSchedule, trajectories: Sequence[Trajectory], folder: Path | None
     ) -> None:
         self.learner, self.start, self.trajectories = learner, start, trajectories
-        before = np.minimum(np.cumsum(start.rows, axis=0) - start.rows, learner.window)
-        readable = (np.arange(WINDOW) < before[..., None]) & ~start.rows[..., None]
-        self.reading = start.with_rows(start.rows, readable.astype(float))
+        readable = _readable(start, learner.window)
+        self.reading = start.with_rows(start.rows, np.where(readable.any(axis=2, keepdims=True), readable, PLAIN))
         self.moves = torch.tensor(readable) * torch.tensor(PACE)
         self.shared = torch.zeros(start.steps, 1, WINDOW, requires_grad=True)  # by all blocks of a step
         self.own = torch.zeros(*start.rows.shape, WINDOW, requires_grad=True)
@@ -164,7 +163,7 @@ class _Training:
             group["lr"] = self.learner.rate_at(self.iteration)
         weights = self._moved()
         _, gradient = loss_and_gradient(
-            trajectory.sampling, self.reading, weights, lambda latent: _mean_distance(latent, trajectory)
+            trajectory, self.reading, weights, lambda latent: _mean_distance(latent, trajectory)
         )
         self.optimiser.zero_grad()
         weights.backward(gradient)
@@ -216,6 +215,18 @@ class _Judged:
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory], table: MaskSchedule, training: _Training) -> "_Judged":
         return cls(calibration_error(trajectories, table), table, training)
+
+
+def _readable(start: MaskSchedule, window: int) -> npt.NDArray[np.bool_]:
+    """The weights that may move, shape (steps, blocks, 3): of reused cells, and of the denoiser where it is computed.
+
+    Blending what the denoiser says with what it said costs nothing: its output is the smallest value there is.
+    """
+    values = np.minimum(np.cumsum(start.rows, axis=0), window)  # stored ones, and the one just computed
+    values[:, :-1][start.rows[:, :-1]] = 0
+    values[0] = 0
+    readable: npt.NDArray[np.bool_] = np.arange(WINDOW) < values[..., None]
+    return readable
 
 
 def _mean_distance(latent: Tensor, trajectory: Trajectory) -> Tensor:

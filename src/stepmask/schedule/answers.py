@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import InvalidSchedule
+from stepmask.schedule.forecasts import PLAIN
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -11,8 +12,8 @@ from stepmask.schedule.schedule import MaskSchedule
 def answers(schedule: MaskSchedule, ages: int) -> npt.NDArray[np.float64]:
     """Weights of the values from 0, 1, … `ages` steps ago, shape (steps, blocks, ages + 1).
 
-    A computed cell is (1, 0, 0, …), a reused one has its forecast's weights at the ages of the values it reads, a cell
-    that nobody reads is all zeros.
+    A computed cell is (1, 0, 0, …) or a blend, a reused one has its forecast's weights at the ages of the values it
+    reads, a cell that nobody reads is all zeros.
 
     Raises:
         InvalidSchedule: A cell reads a value older than `ages`, or forecasts channel by channel.
@@ -25,18 +26,18 @@ def answers(schedule: MaskSchedule, ages: int) -> npt.NDArray[np.float64]:
         )
     plan = lower(schedule)
     weights = np.zeros((*plan.computed.shape, ages + 1))
-    weights[plan.computed, 0] = 1.0
     for column in range(len(plan.graph)):
         computed: list[int] = []  # newest first
         for step, row in enumerate(plan.cells):
             cell = row[column]
-            if cell.action == "reuse":
-                age = [step - source for source in computed[: len(cell.weights)]]
+            if cell.action == "compute":
+                computed.insert(0, step)
+            if cell.action != "dead":
+                answer = cell.weights or PLAIN[:1]
+                age = [step - source for source in computed[: len(answer)]]
                 if age[-1] > ages:
                     raise _too_old(schedule, step, column, age[-1], ages)
-                weights[step, column, age] = cell.weights
-            elif cell.action == "compute":
-                computed.insert(0, step)
+                weights[step, column, age] = answer
     return weights
 
 

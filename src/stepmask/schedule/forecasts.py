@@ -40,17 +40,16 @@ def taylor_weights(step: int, computed: list[int], order: int) -> tuple[float, f
 
 
 def taylor_forecasts(rows: npt.NDArray[np.bool_], order: int) -> npt.NDArray[np.float64]:
-    """Taylor's weights for every cell of a table whose first row is computed, shape (steps, blocks, 3).
+    """Taylor's weights for every reused cell of a table whose first row is computed, shape (steps, blocks, 3).
 
     Args:
         rows: (steps, blocks), true = compute.
         order: 0 to 2.
     """
     kinds, kind_of = np.unique(rows, axis=1, return_inverse=True)  # most blocks are computed at the same steps
-    weights = np.zeros((*kinds.shape, WINDOW))
-    weights[0] = PLAIN
+    weights = np.tile(PLAIN, (*kinds.shape, 1))
     for column, bits in enumerate(kinds.T):
         computed = np.flatnonzero(bits).tolist()
-        for step in range(1, len(rows)):
+        for step in np.flatnonzero(~bits).tolist():
             weights[step, column] = taylor_weights(step, [at for at in computed if at < step], order)
     return weights[:, kind_of.ravel()]

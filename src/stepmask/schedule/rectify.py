@@ -27,7 +27,7 @@ class Cell(NamedTuple):
 
     Args:
         action: "compute" runs it, "reuse" answers from the store, "dead" answers with a placeholder nobody reads.
-        weights: Of the stored values, newest first, if it is reused.
+        weights: Of the values it answers with, newest first; none if it answers with what it computes.
         keeps: How many of its newest values the store holds after this step.
         vectors: Of a per-channel forecast, which has no weights: (reads + 1, channels), the biases last.
     """
@@ -39,7 +39,7 @@ class Cell(NamedTuple):
 
     @property
     def is_forecast(self) -> bool:
-        """Whether it answers with more than one stored value, or channel by channel."""
+        """Whether it answers with more than one value, or channel by channel."""
         return len(self.weights) > 1 or self.vectors is not None
 
 
@@ -137,7 +137,9 @@ def _cell(
     if not live[step, column]:
         return Cell("dead", (), kept)
     if schedule.rows[step, column]:
-        return Cell("compute", (), kept)
+        blended = tuple(schedule.forecasts[step, column]) != PLAIN
+        window = schedule.windows[step, column] + 1 if blended else 0
+        return Cell("compute", tuple(schedule.forecasts[step, column, :window].tolist()), kept)
     if (step, column) in schedule.channels:
         return Cell("reuse", (), kept, schedule.channels[step, column])
     window = schedule.windows[step, column]
@@ -173,6 +175,5 @@ def _live_row(schedule: MaskSchedule, step: int, owed: npt.NDArray[np.int64]) ->
             wanted |= graph.reads[column]
         if row[column]:
             owed[column] = max(owed[column] - 1, 0)
-        else:
-            owed[column] = max(owed[column], schedule.windows[step, column])
+        owed[column] = max(owed[column], schedule.windows[step, column])
     return live

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from stepmask.schedule.forecasts import DIFFERENCES
+from stepmask.schedule.forecasts import DIFFERENCES, PLAIN
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -19,12 +19,13 @@ def resample_table(rows: Bools, weights: Floats, old: Floats, new: Floats) -> tu
         new: log-SNR of the other steps, shape (new steps,).
 
     Returns:
-        Rows (new steps, blocks) and weights (new steps, blocks, 3).
+        Rows (new steps, blocks) and weights (new steps, blocks, 3); computed cells answer with what they compute.
     """
     nearest = np.abs(new[:, None] - old[None, :]).argmin(axis=1)
     old_rows, rows = rows, rows[nearest].copy()
     rows[0] = True
     weights = weights[nearest].copy()
+    weights[rows] = PLAIN
     for step, column in np.argwhere(~rows):
         reach_old = _reach(old_rows[:, column], int(nearest[step]))
         reach_new = _reach(rows[:, column], int(step))

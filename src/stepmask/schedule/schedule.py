@@ -22,9 +22,10 @@ from stepmask.schedule.resample import resample_table
 class MaskSchedule:
     """One row per step, one column per block; a set bit computes the block, a cleared one answers from the store.
 
-    A reused cell answers Σ_i weights[i] · (i-th newest computed value): (1) is plain reuse, (1+κ, −κ) a first-order
-    forecast. A cell in `channels` answers each channel c by itself: bias[c] + Σ_i w[i, c] · (i-th newest)[..., c].
-    The weights of a computed cell, and of one in `channels`, mean nothing and are kept at plain reuse.
+    A cell answers Σ_i weights[i] · (i-th newest computed value). Of a reused cell (1) is plain reuse, (1+κ, −κ) a
+    first-order forecast. Of a computed cell the newest value is the one just computed: (1) answers with it, anything
+    else is a blend of it with older ones. A cell in `channels` answers each channel c by itself:
+    bias[c] + Σ_i w[i, c] · (i-th newest)[..., c]; its weights mean nothing and are kept at plain reuse.
 
     Args:
         graph: The blocks.
@@ -59,7 +60,6 @@ class MaskSchedule:
         if weights.shape != (*rows.shape, WINDOW):
             raise _wrong_shape("weights", weights.shape, (*rows.shape, WINDOW))
         channels = checked(self.channels, self.graph, rows)
-        weights[rows] = PLAIN
         for cell in channels:
             weights[cell] = PLAIN
         object.__setattr__(self, "channels", channels)
@@ -70,7 +70,7 @@ class MaskSchedule:
         self._check_reads()
 
     def _check_weights(self) -> None:
-        bad = ~np.isfinite(self.forecasts).all(axis=2) | (self.windows == 0) & ~self.rows
+        bad = ~np.isfinite(self.forecasts).all(axis=2) | (self.forecasts == 0).all(axis=2)
         for step, column in np.argwhere(bad)[:1]:
             raise InvalidSchedule(
                 given=f"weights {self.forecasts[step, column].tolist()} at step {step}, "
@@ -81,7 +81,7 @@ class MaskSchedule:
 
     def _check_reads(self) -> None:
         computed_before: npt.NDArray[np.int64] = np.cumsum(self.rows, axis=0) - self.rows
-        for step, column in np.argwhere(~self.rows & (self.windows > computed_before))[:1]:
+        for step, column in np.argwhere(self.windows > computed_before)[:1]:
             raise ReuseBeforeCompute(
                 given=f"{self.graph.blocks[column].label!r} reads {self.windows[step, column]} stored values at step "
                 f"{step}, when {computed_before[step, column]} have been computed",
@@ -97,12 +97,12 @@ class MaskSchedule:
 
     @cached_property
     def windows(self) -> npt.NDArray[np.int64]:
-        """How many stored values each reused cell reads, shape (steps, blocks); 0 where a cell is computed."""
+        """How many stored values each cell reads, shape (steps, blocks); of a computed one besides its own."""
         used = self.forecasts != 0
         reads: npt.NDArray[np.int64] = np.where(used.any(axis=2), WINDOW - np.argmax(used[..., ::-1], axis=2), 0)
         for cell, vectors in self.channels.items():
             reads[cell] = reads_of(vectors)
-        return np.where(self.rows, 0, reads)
+        return reads - self.rows
 
     @property
     def steps(self) -> int:
@@ -279,10 +279,11 @@ def _forecasts_to_plain(schedule: MaskSchedule) -> list[dict[str, Any]]:
     for step, row in enumerate(schedule.forecasts):
         columns: dict[int | tuple[float, ...], list[int]] = {}
         for column, weights in enumerate(row.tolist()):
+            reads = int(schedule.windows[step, column])
             if (step, column) in schedule.channels:
-                columns.setdefault(int(schedule.windows[step, column]), []).append(column)
+                columns.setdefault(reads, []).append(column)
             elif tuple(weights) != PLAIN:
-                columns.setdefault(tuple(weights[: schedule.windows[step, column]]), []).append(column)
+                columns.setdefault(tuple(weights[: reads + schedule.rows[step, column]]), []).append(column)
         entries += [{"step": step, "blocks": span_of(where), **_weights_to_plain(w)} for w, where in columns.items()]
     return entries
 
