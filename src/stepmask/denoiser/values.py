@@ -85,7 +85,7 @@ def _mix(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
         return torch.lerp(values[0], torch.lerp(values[1], values[2], weights[2] / older), older)
     mixed = values[0] * weights[0]
     for weight, value in zip(weights[1:], values[1:], strict=False):
-        mixed = torch.add(mixed, value, alpha=weight)
+        mixed.add_(value, alpha=weight)
     return mixed
 
 
