@@ -27,6 +27,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/learning_memory.py
 	$(BIN)/python benchmarks/per_timestep.py
 	$(BIN)/python benchmarks/regular_tables.py
+	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/prediction.py
 	$(BIN)/python benchmarks/frontier.py
 

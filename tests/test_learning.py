@@ -440,9 +440,9 @@ class TestChain:
         trajectory = stepmask.record(denoiser, run=loop(denoiser, steps, 0.05))
         drop = Tape._drop
 
-        def count(tape: Tape, done: Any) -> None:
-            held.append(len({(step, branch) for step, branch, _ in tape.stored}))
-            drop(tape, done)
+        def count(tape: Tape, branch: int, done: Any) -> None:
+            held.append(len({step for step, _, _ in tape.stored}))
+            drop(tape, branch, done)
 
         monkeypatch.setattr(Tape, "_drop", count)
         schedule = half_table(trajectory, 1)

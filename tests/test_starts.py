@@ -5,7 +5,7 @@ import pytest
 
 from stepmask import MaskSchedule
 from stepmask.errors import InvalidBudget
-from stepmask.learning.starts import families, groups, refreshed_interval
+from stepmask.learning.starts import families, filled_interval, groups, refreshed_interval
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.fingerprint import DenoiserFingerprint
 from stepmask.schedule.graph import DENOISER, Block, BlockGraph
@@ -41,6 +41,32 @@ class TestRefreshedInterval:
 
     def test_none_where_not_one_partial_evaluation_is_left(self) -> None:
         assert refreshed_interval(transformer(12), Budget(macs=0.5), [0, 2], 6, 6, order=1) is None
+
+
+class TestFilledInterval:
+    @pytest.mark.parametrize(("last_first", "row"), [(True, "01111"), (False, "11101")])
+    def test_by_hand(self, last_first: bool, row: str) -> None:
+        # 23 cells of 48: six evaluations of four blocks, but for one block at step 6, the fourth of them
+        table = filled_interval(transformer(12), Budget(macs=23 / 48), 6, 3, last_first=last_first, order=1)
+        assert table is not None
+        assert np.flatnonzero(table.rows[:, 1]).tolist() == [0, 2, 4, 6, 8, 10]
+        assert "".join("01"[bit] for bit in table.rows[6].astype(int)) == row
+        assert lower(table).macs_share == pytest.approx(23 / 48)
+        missing = row.index("0")
+        assert table.forecasts[6, missing].tolist() == [2, -1, 0]  # of steps 4 and 2
+        assert table.forecasts[7, missing].tolist() == [2.5, -1.5, 0]
+
+    def test_none_where_not_one_block_is_left(self) -> None:
+        assert filled_interval(transformer(12), Budget(macs=20 / 48), 6, 3, last_first=True, order=1) is None
+
+    def test_glue_alone_does_not_keep_an_evaluation_out(self) -> None:
+        # four MACs of blocks and one of glue a step: five of ten whole evaluations are 30 of 50, and 29 fit
+        names = [
+            table.provenance["table"]
+            for family in families(transformer(10, glue=1), Budget(macs=29 / 50), window=2)
+            for table in family.tables
+        ]
+        assert "interval of 5 evaluations, 3 blocks at step 2, Taylor 1" in names
 
 
 class TestGroups:

@@ -205,6 +205,17 @@ class TestAround:
         assert np.abs(expected).max() > 1e-3
         np.testing.assert_allclose(profile.offset + profile.effects(schedule), expected, atol=1e-5)
 
+    def test_blocks_that_hold_their_answers_under_a_blend(self, linear: Any) -> None:
+        denoiser, trajectory, reference = linear
+        weights = reference.forecasts.copy()
+        weights[3, -1] = (0.5, 0.25, 0.0)
+        around = reference.with_rows(reference.rows, weights)
+        schedule = with_cells(reference, {(3, name): (1.75, -0.75) for name in ("first", "second", "clock")}, around)
+        profile = stepmask.sweep(denoiser, trajectory, around=around, probes=3)
+        expected = true_effects(trajectory, schedule, 3)
+        assert np.abs(expected - profile.offset).max() > 1e-3
+        np.testing.assert_allclose(profile.offset + profile.effects(schedule), expected, atol=1e-5)
+
     def test_a_reused_cell_that_is_computed_again(self, linear: Any) -> None:
         denoiser, trajectory, reference = linear
         around = with_cells(reference, {(1, "first"): (1.0,), (4, "first"): (2.0, -1.0), (3, "second"): (1.0,)})

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget, too_small_a_store
@@ -93,12 +94,12 @@ def refreshed_interval(
     Returns:
         The table; `None` if the budget does not leave a whole partial evaluation.
     """
-    steps, costs = reference.steps, budget.costs(reference.graph)
-    whole = np.rint(np.linspace(0, steps * (1 - 1 / most), full)).astype(int)
+    costs = budget.costs(reference.graph)
+    whole = np.rint(np.linspace(0, reference.steps * (1 - 1 / most), full)).astype(int)
     middles = np.rint((whole[1:] + whole[:-1]) / 2).astype(int)
     rows = np.zeros(reference.rows.shape, dtype=bool)
     rows[whole], rows[:, -1] = True, True
-    left = budget.share * steps - float((rows * costs).sum())
+    left = _left(budget, rows, costs)
     if left < costs[list(columns)].sum():
         return None
     for step in middles:
@@ -124,6 +125,11 @@ def _filled(reference: MaskSchedule, budget: Budget, window: int, most: int) -> 
                     yield table
 
 
+def _left(budget: Budget, rows: npt.NDArray[np.bool_], costs: npt.NDArray[np.float64]) -> float:
+    """What a budget leaves beside a table, in evaluations, up to rounding."""
+    return budget.share * len(rows) - float((rows * costs).sum()) + 1e-9
+
+
 def filled_interval(
     reference: MaskSchedule, budget: Budget, count: int, partial: int, *, last_first: bool, order: int
 ) -> MaskSchedule | None:
@@ -146,7 +152,7 @@ def filled_interval(
     rows = interval.rows.copy()
     step = np.flatnonzero(rows.all(axis=1))[partial]
     rows[step, :-1] = False
-    left = budget.share * reference.steps - float((rows * costs).sum())
+    left = _left(budget, rows, costs)
     columns = range(len(costs) - 1)
     for column in reversed(columns) if last_first else columns:
         if costs[column] > left:

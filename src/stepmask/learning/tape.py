@@ -92,7 +92,7 @@ class Tape(Behaviour):
         """One evaluation of the table, without gradients."""
         output = self._run(evaluation, inputs)
         _check_finite(tensors(output), f"an output at step {evaluation.step}")
-        self._drop(lambda step, column: self.last[step, column] <= evaluation.step)
+        self._drop(evaluation.branch, lambda step, column: self.last[step, column] <= evaluation.step)
         return output
 
     def backward(self, evaluation: "_Evaluation", inputs: Sequence[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
@@ -110,20 +110,19 @@ class Tape(Behaviour):
         self.reader(moment)
         for seat in self.seats:
             seat.clear()
-        self._drop(lambda stored, _: stored >= step)
+        self._drop(branch, lambda stored, _: stored >= step)
         return pulled[: len(wanted)]
 
     def held(self, moment: "Moment") -> Blocks:
         """Gradients of the answers with all blocks holding them: only the denoiser's own glue is computed again."""
-        skipped = self.seats[-1].told is not None
         for seat in self.seats[:-1]:
             seat.hold()
         with torch.enable_grad(), self._seated():
-            output = moment.evaluation.run([tensor.detach() for tensor in moment.inputs])
-        pairs = zip(floats(output), moment.gradients[-1], strict=True)
+            answer = self._finish(moment.evaluation.run([tensor.detach() for tensor in moment.inputs]))
+        pairs = zip(floats(answer), moment.gradients[-1], strict=True)
         ends = [(end, grad) for end, grad in pairs if end.requires_grad]
         said = [tensor for seat in self.seats[:-1] for tensor in floats(seat.said)]
-        pulled = _pull([] if skipped else [end for end, _ in ends], said, [grad for _, grad in ends])
+        pulled = _pull([end for end, _ in ends], said, [grad for _, grad in ends])
         return [*self._by_block(pulled), moment.gradients[-1]]
 
     def ages_read(self, step: int, column: int) -> list[int]:
@@ -158,14 +157,13 @@ class Tape(Behaviour):
         for column, seat in enumerate(self.seats):
             seat.clear()
             seat.dead = not self.reads[step, column].any()
-            ages, own = read[column], float(self.answered[step, column, 0])
-            older = forecast(
-                self.answered[step, column, ages].tolist(), [self.stored[step - age, branch, column] for age in ages]
-            ) if ages else None  # fmt: skip
+            weights, ages = self.answered[step, column], read[column]
+            values = [self.stored[step - age, branch, column] for age in ages]
+            older = forecast(weights[ages].tolist(), values) if ages else None
             if not self.reads[step, column, 0]:
                 seat.told = older
-            elif ages or own != 1:
-                seat.blend = partial(_blend, own, older)
+            elif ages or weights[0] != 1:
+                seat.blend = partial(_blend, float(weights[0]), older)
 
     def _make_again(self, sources: set[int], step: int, branch: int) -> None:
         """Run earlier evaluations once more, if what they stored is not held."""
@@ -175,9 +173,9 @@ class Tape(Behaviour):
                 with torch.no_grad():
                     self._run(*self.ran[source, branch])
 
-    def _drop(self, done: Callable[[int, int], bool]) -> None:
-        """Let go of stored values by step and column."""
-        for key in [key for key in self.stored if done(key[0], key[2])]:
+    def _drop(self, branch: int, done: Callable[[int, int], bool]) -> None:
+        """Let go of a branch's stored values by step and column."""
+        for key in [key for key in self.stored if key[1] == branch and done(key[0], key[2])]:
             del self.stored[key]
 
     def _seated(self) -> AbstractContextManager[None]:
