@@ -57,7 +57,7 @@ class TrainedForecasts:
 
     iterations: int = 48
     trial: int = 12
-    rate: float = 0.04
+    rate: float = 0.025
     window: int = WINDOW
 
     def learn(
