@@ -466,14 +466,14 @@ class Killed(BaseException):
 
 class TestTrainedForecasts:
     def test_never_worse_than_the_regular_table_it_starts_from(self, pipe: Any, trajectory: Trajectory) -> None:
-        schedule = stepmask.learn(pipe, trajectory, 0.6, learner=TrainedForecasts(iterations=4, trial=1))
+        schedule = stepmask.learn(pipe, trajectory, 0.6, learner=TrainedForecasts(iterations=4))
         assert schedule.provenance["calibration_error"] <= schedule.provenance["start_error"]
         assert rectify(schedule) == schedule
         assert Budget(0.6).allows(lower(schedule))
         assert calibration_error([trajectory], schedule) == pytest.approx(schedule.provenance["calibration_error"])
 
     def test_two_values_are_all_it_reads_if_asked(self, pipe: Any, trajectory: Trajectory) -> None:
-        learner = TrainedForecasts(iterations=2, trial=1, window=2)
+        learner = TrainedForecasts(iterations=2, window=2)
         assert stepmask.learn(pipe, trajectory, 0.6, learner=learner).windows.max() <= 2
 
     def test_it_beats_taylor_on_a_chain_that_is_no_polynomial(self) -> None:
@@ -486,7 +486,7 @@ class TestTrainedForecasts:
     def test_a_killed_run_goes_on_where_it_stopped(
         self, pipe: Any, trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        learner, runs = TrainedForecasts(iterations=4, trial=2), 0
+        learner, runs = TrainedForecasts(iterations=4), 0
         trajectories = [trajectory, stepmask.record(pipe, seed=1, class_labels=[3, 4], num_inference_steps=5)]
         unbroken = stepmask.learn(pipe, trajectories, 0.6, learner=learner)
 
@@ -501,7 +501,7 @@ class TestTrainedForecasts:
         with pytest.raises(Killed):
             stepmask.learn(pipe, trajectories, 0.6, learner=learner, folder=tmp_path)
         assert stepmask.learn(pipe, trajectories, 0.6, learner=learner, folder=tmp_path) == unbroken
-        assert runs == 1 + 2 + 2 + 2  # the one that was killed is run again
+        assert runs == 4 + 1 + 4  # the one that was killed is run again, and then those of the second start
 
     def test_trajectories_of_different_samplers_are_refused(self, pipe: Any, trajectory: Trajectory) -> None:
         other = stepmask.record(pipe, class_labels=[1], num_inference_steps=4)

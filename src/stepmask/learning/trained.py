@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,14 +21,14 @@ from stepmask.learning.objective import sample_errors
 from stepmask.learning.starts import families
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.forecasts import DIFFERENCES, PLAIN, WINDOW
-from stepmask.schedule.rectify import rectify
+from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
 
 JUDGED = 2
 """How many trajectories every regular table is run on."""
 
-TRIED = 2
-"""How many families of regular tables get a trial."""
+TRAINED = 2
+"""How many families of regular tables are trained."""
 
 PACE = (0.05, 1.0, 1.0)
 """Relative learning rates of a forecast's scale and its first and second difference; the scale is the stiff one."""
@@ -43,21 +42,19 @@ class TrainedForecasts:
     between the whole ones, and of intervals with one partial evaluation, the best by true runs; the two best kinds go
     on. The weights of every reused cell are then trained on masked runs, by the gradient of the final latent's distance
     to the reference through the pipeline's own sampler and through the store, and with them how the denoiser's own
-    output is blended with older ones where it is computed. Both are trained to the end of a short trial; the better
-    goes on alone. Each iteration takes the next trajectory: many trajectories of a few samples cost less per iteration
+    output is blended with older ones where it is computed. The best in the end wins: what starts worse often ends
+    better. Each iteration takes the next trajectory: many trajectories of a few samples cost less per iteration
     than few of many, and overfit less.
 
     Args:
-        iterations: Of Adam, the trial included; each costs about four masked runs of a trajectory.
-        trial: Iterations that both starts get.
-        rate: Learning rate; it falls linearly to zero in the trial, and once more after it.
+        iterations: Of Adam, from each start; each costs about four masked runs of a trajectory.
+        rate: Learning rate; it falls linearly to zero.
         window: How many stored values a forecast may read, 1 to 3: the memory of the store. Fewer are read where the
             budget's store has no room for as many.
     """
 
-    iterations: int = 48
-    trial: int = 12
-    rate: float = 0.025
+    iterations: int = 32
+    rate: float = 0.03
     window: int = WINDOW
 
     def learn(
@@ -83,25 +80,23 @@ class TrainedForecasts:
             LearningError: A run is not finite, or the pipeline detaches its latents.
         """
         trainings = [
-            _Training(replace(self, window=window), start, trajectories, folder)
+            _Training(replace(self, window=window), start, trajectories, budget, folder)
             for start, window in self._starts(trajectories, reference, budget)
         ]
         for training in trainings:
-            training.run(self.trial)
-        judge = partial(_Judged.of, trajectories)
-        tried = [judge(training.table(training.tried), training) for training in trainings]
-        chosen = min(tried, key=lambda judged: judged.error).training
-        chosen.run(self.iterations)
-        started, trained = judge(chosen.start, chosen), judge(chosen.table(chosen.weights()), chosen)
-        best = min([started, *tried, trained], key=lambda judged: judged.error)
+            training.run()
+        errors = [calibration_error(trajectories, training.table()) for training in trainings]
+        best = trainings[int(np.argmin(errors))]
+        start_error = calibration_error(trajectories, best.start)
+        table = best.start if start_error < min(errors) else best.table()
         provenance = {
-            "table": f"trained forecasts on {best.training.start.provenance['table']}",
+            "table": f"trained forecasts on {best.start.provenance['table']}",
             "learner": repr(self),
             "budget": budget.to_plain(),
-            "calibration_error": best.error,
-            "start_error": started.error,
+            "calibration_error": min(start_error, *errors),
+            "start_error": start_error,
         }
-        return rectify(best.table.with_rows(best.table.rows, best.table.forecasts, provenance=provenance))
+        return rectify(table.with_rows(table.rows, table.forecasts, provenance=provenance))
 
     def _starts(
         self, trajectories: Sequence[Trajectory], reference: MaskSchedule, budget: Budget
@@ -112,12 +107,11 @@ class TrainedForecasts:
             errors = [calibration_error(trajectories[:JUDGED], table) for table in family.tables]
             judged.append((min(errors), family.tables[int(np.argmin(errors))], family.window))
         judged.sort(key=lambda found: found[0])
-        return [(table, window) for _, table, window in judged[:TRIED]]
+        return [(table, window) for _, table, window in judged[:TRAINED]]
 
     def rate_at(self, iteration: int) -> float:
         """The learning rate of an iteration."""
-        first, last = (0, self.trial) if iteration < self.trial else (self.trial, self.iterations)
-        return self.rate * (1 - (iteration - first) / (last - first + 1))
+        return self.rate * (1 - iteration / self.iterations)
 
 
 @torch.no_grad()
@@ -135,29 +129,35 @@ class _Training:
     """Adam on the forecast weights of one table, in differences of stored values, one trajectory an iteration."""
 
     def __init__(
-        self, learner: TrainedForecasts, start: MaskSchedule, trajectories: Sequence[Trajectory], folder: Path | None
+        self,
+        learner: TrainedForecasts,
+        start: MaskSchedule,
+        trajectories: Sequence[Trajectory],
+        budget: Budget,
+        folder: Path | None,
     ) -> None:
         self.learner, self.start, self.trajectories = learner, start, trajectories
-        readable = _readable(start, learner.window)
-        self.reading = start.with_rows(start.rows, np.where(readable.any(axis=2, keepdims=True), readable, PLAIN))
+        readable = _readable(start, learner.window, blends=True)
+        self.reading = _reading(start, readable)
+        if not budget.stores(lower(self.reading)):
+            readable = _readable(start, learner.window, blends=False)
+            self.reading = _reading(start, readable)
         self.moves = torch.tensor(readable) * torch.tensor(PACE)
         self.shared = torch.zeros(start.steps, 1, WINDOW, requires_grad=True)  # by all blocks of a step
         self.own = torch.zeros(*start.rows.shape, WINDOW, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.shared, self.own], betas=(0.8, 0.95))
         self.iteration = 0
-        self.tried = self.weights()  # after the trial
         self.path = folder / f"training-{self._digest()}.pt" if folder else None
         if self.path and self.path.exists():
             self._load(self.path.read_bytes())
 
-    def run(self, until: int) -> None:
-        """Train up to an iteration."""
-        with tqdm(total=until, initial=self.iteration, desc="training forecasts", disable=None) as bar:
-            while self.iteration < until:
+    def run(self) -> None:
+        """Train to the end."""
+        last = self.learner.iterations
+        with tqdm(total=last, initial=self.iteration, desc="training forecasts", disable=None) as bar:
+            while self.iteration < last:
                 self._step(self.trajectories[self.iteration % len(self.trajectories)])
                 self.iteration += 1
-                if self.iteration == self.learner.trial:
-                    self.tried = self.weights()
                 bar.update()
                 if self.path:
                     write_whole(self.path, self._state())
@@ -178,24 +178,20 @@ class _Training:
         start = torch.tensor(self.start.forecasts, dtype=torch.float32)
         return start + ((self.shared + self.own) * self.moves) @ torch.tensor(DIFFERENCES, dtype=torch.float32)
 
-    def weights(self) -> Tensor:
-        """The weights as trained so far, shape (steps, blocks, 3)."""
-        return self._moved().detach()
-
-    def table(self, weights: Tensor) -> MaskSchedule:
-        """The start's table with other weights."""
-        trained: npt.NDArray[np.float64] = weights.double().numpy()
+    def table(self) -> MaskSchedule:
+        """The start's table with the weights as trained so far."""
+        trained: npt.NDArray[np.float64] = self._moved().detach().double().numpy()
         return self.start.with_rows(self.start.rows, trained)
 
     def _state(self) -> bytes:
         buffer = io.BytesIO()
-        moved = {"shared": self.shared.detach(), "own": self.own.detach(), "tried": self.tried}
+        moved = {"shared": self.shared.detach(), "own": self.own.detach()}
         torch.save({**moved, "iteration": self.iteration, "optimiser": self.optimiser.state_dict()}, buffer)
         return buffer.getvalue()
 
     def _load(self, state: bytes) -> None:
         found = torch.load(io.BytesIO(state), weights_only=True)
-        self.iteration, self.tried = found["iteration"], found["tried"]
+        self.iteration = found["iteration"]
         with torch.no_grad():
             self.shared.copy_(found["shared"])
             self.own.copy_(found["own"])
@@ -208,29 +204,22 @@ class _Training:
         return digest.hexdigest()[:24]
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """A table, where it comes from, and its error on the calibration seeds."""
-
-    error: float
-    table: MaskSchedule
-    training: _Training
-
-    @classmethod
-    def of(cls, trajectories: Sequence[Trajectory], table: MaskSchedule, training: _Training) -> "_Judged":
-        return cls(calibration_error(trajectories, table), table, training)
-
-
-def _readable(start: MaskSchedule, window: int) -> npt.NDArray[np.bool_]:
+def _readable(start: MaskSchedule, window: int, *, blends: bool) -> npt.NDArray[np.bool_]:
     """The weights that may move, shape (steps, blocks, 3): of reused cells, and of the denoiser where it is computed.
 
-    Blending what the denoiser says with what it said costs nothing: its output is the smallest value there is.
+    Blending what the denoiser says with what it said costs next to nothing: its output is the smallest value there is.
     """
     values = np.minimum(np.cumsum(start.rows, axis=0), window)  # stored ones, and the one just computed
-    values[:, :-1][start.rows[:, :-1]] = 0
+    blended = values.shape[1] - blends  # from here on computed cells blend
+    values[:, :blended][start.rows[:, :blended]] = 0
     values[0] = 0
     readable: npt.NDArray[np.bool_] = np.arange(WINDOW) < values[..., None]
     return readable
+
+
+def _reading(start: MaskSchedule, readable: npt.NDArray[np.bool_]) -> MaskSchedule:
+    """The start's table, reading all values whose weights may move."""
+    return start.with_rows(start.rows, np.where(readable.any(axis=2, keepdims=True), readable, PLAIN))
 
 
 def _mean_distance(latent: Tensor, trajectory: Trajectory) -> Tensor:
