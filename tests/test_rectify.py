@@ -10,6 +10,7 @@ from stepmask.schedule.answers import answers
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.forecasts import DIFFERENCES, taylor_weights
 from stepmask.schedule.rectify import lower, rectify
+from stepmask.schedule.show import summary
 
 from test_schedule import schedules
 from toys import bits, chain_graph, table, unet_graph
@@ -56,7 +57,8 @@ def test_a_blend_keeps_the_value_before_alive() -> None:
     cells = [row[mid] for row in lower(blended).cells]
     assert [(cell.action, cell.weights, cell.keeps) for cell in cells] == [
         ("compute", (), 1), ("reuse", (1.0,), 1), ("compute", (0.5, 0.5), 0)]  # fmt: skip
-    assert [cell.is_forecast for cell in cells] == [False, False, True]
+    assert [(cell.is_forecast, cell.is_blend) for cell in cells] == [(False, False), (False, False), (False, True)]
+    assert "1 computed answers blended" in summary(blended)
     assert answers(blended, 2)[2, mid].tolist() == [0.5, 0.0, 0.5]
 
 

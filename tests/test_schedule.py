@@ -45,17 +45,17 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
 
 @st.composite
 def schedules(draw: st.DrawFn) -> MaskSchedule:
-    """Valid tables with forecasts of any order, some per channel, over up to 7 steps of the toy U-Net."""
+    """Valid tables with forecasts of any order, some per channel, and blends, over up to 7 steps of the toy U-Net."""
     graph = unet_graph()
     rows = np.array(draw(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=7)))
     rows[0] = True
     weights = np.tile((1.0, 0.0, 0.0), (*rows.shape, 1))
     number = st.floats(-3, 3, allow_nan=False).filter(lambda x: abs(x) > 1e-3)
     channels = {}
-    for step, column in np.argwhere(~rows):
-        order = draw(st.integers(1, min(3, int(rows[:step, column].sum()))))
+    for step, column in np.argwhere(~rows | (draw(st.booleans()) & (np.arange(len(rows)) > 0))[:, None]):
+        order = draw(st.integers(1, min(3, int(rows[: step + 1, column].sum()))))
         weights[step, column] = [draw(number) for _ in range(order)] + [0.0] * (3 - order)
-        if draw(st.booleans()):
+        if not rows[step, column] and draw(st.booleans()):
             channels[step, column] = [[draw(number)] for _ in range(order + 1)]
     return MaskSchedule(graph, rows, DenoiserFingerprint("Toy", {"n": 2}), sampler(len(rows)), weights, channels)
 

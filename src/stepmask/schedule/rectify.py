@@ -39,8 +39,13 @@ class Cell(NamedTuple):
 
     @property
     def is_forecast(self) -> bool:
-        """Whether it answers with more than one value, or channel by channel."""
-        return len(self.weights) > 1 or self.vectors is not None
+        """Whether it is reused, and answers with more than one stored value, or channel by channel."""
+        return self.action == "reuse" and (len(self.weights) > 1 or self.vectors is not None)
+
+    @property
+    def is_blend(self) -> bool:
+        """Whether it is computed, and answers with more than that."""
+        return self.action == "compute" and bool(self.weights)
 
 
 @dataclass(frozen=True)

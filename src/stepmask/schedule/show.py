@@ -28,6 +28,8 @@ def summary(schedule: MaskSchedule) -> str:
     reuses = {kind: sum(block.reuse == kind for block in graph.blocks[:-1]) for kind in ("output", "delta")}
     how = " and ".join(f"{count} by {kind}" for kind, count in reuses.items() if count)
     table = schedule.provenance.get("table", "a table")
+    blends = sum(cell.is_blend for row in plan.cells for cell in row)
+    blended = f", {blends} computed answers blended" if blends else ""
     vectors = f", and {plan.vector_bytes / 2**20:.2f} MiB of per-channel weights" if plan.vector_bytes else ""
     time = f"{plan.time_share:.1%} of the measured time, " if graph.is_timed else ""
     return (
@@ -35,7 +37,7 @@ def summary(schedule: MaskSchedule) -> str:
         f"{schedule.steps} steps\n"
         f"{len(graph) - 1} blocks, reused {how}\n"
         f"computes {plan.macs_share:.1%} of the MACs ({1 / plan.macs_share:.2f}× fewer), "
-        f"{time}{np.mean(plan.computed[:, :-1]):.0%} of the cells\n"
+        f"{time}{np.mean(plan.computed[:, :-1]):.0%} of the cells{blended}\n"
         f"stores at most {plan.peak_bytes / 2**20:.2f} MiB at the traced batch size{vectors}"
     )
 
