@@ -26,7 +26,6 @@ from stepmask.schedule.rectify import lower
 RIVALS = ("fewer steps", "interval, order 0", "interval, order 1", "interval, order 2", "per-timestep")
 LEARNED = "trained forecasts"
 AGES = 9
-GOALS = (0.5, 0.35, 0.25)
 RUNS = Path("runs") / "frontier"
 
 
@@ -35,7 +34,7 @@ class Setting:
 
     def __init__(self, pipe: Any, steps: int, guidance: float, samples: int) -> None:
         self.pipe, self.steps, self.guidance, self.samples = pipe, steps, guidance, samples
-        self.trajectories = [self.record(4, seed) for seed in range(100, 116)]
+        self.trajectories = [self.record(8, seed) for seed in range(100, 108)]
         self.few = self.record(4, 0)
         started = time.perf_counter()
         self.record(16, 99)
@@ -44,7 +43,7 @@ class Setting:
         first = self.trajectories[0]
         self.full = MaskSchedule.all_compute(graph, first.denoiser, first.sampler)
         started = time.perf_counter()
-        self.profile = stepmask.sweep(pipe, self.record(8, 0), graph=graph, ages=AGES)
+        self.profile = stepmask.sweep(pipe, first, graph=graph, ages=AGES)
         self.sweep_s = time.perf_counter() - started
 
     def record(self, count: int, seed: int) -> Trajectory:
@@ -85,9 +84,7 @@ class Setting:
         budget = self.budget(share)
         return {
             LEARNED: lambda: stepmask.learn(self.pipe, self.trajectories, budget, learner=TrainedForecasts()),
-            "per-timestep": lambda: stepmask.learn(
-                self.pipe, self.few, budget, learner=PerTimestep(iterations=10), folder=RUNS / "rows"
-            ),
+            "per-timestep": lambda: stepmask.learn(self.pipe, self.few, budget, learner=PerTimestep(iterations=10)),
         }
 
     def baselines(self, share: float) -> dict[str, MaskSchedule | int]:
@@ -157,8 +154,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--pipeline", default="zoo:dit-emoji")
     arguments.add_argument("--steps", type=int, nargs="+", default=[20, 50])
-    arguments.add_argument("--guidance", type=float, nargs="+", default=[4.0, 1.0])
-    arguments.add_argument("--shares", type=float, nargs="+", default=[0.6, 0.5, 0.35, 0.25, 0.15])
+    arguments.add_argument("--guidance", type=float, nargs="+", default=[4.0])
+    arguments.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35, 0.25])
     arguments.add_argument("--samples", type=int, default=32)
     asked = arguments.parse_args()
     found = list(cells(asked))
@@ -171,8 +168,8 @@ def main() -> None:
             "cells": found,
             "over_best_rival": ratios,
         },
-        goal="with guidance, error at most half of the best rival's at shares 0.5, 0.35 and 0.25",
-        met=all(ratio(c) <= 0.5 for c in found if c["guidance"] > 1 and c["share"] in GOALS),
+        goal="error at most half of the best rival's at shares 0.5, 0.35 and 0.25",
+        met=all(value <= 0.5 for value in ratios.values()),
     )
 
 

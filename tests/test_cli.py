@@ -23,7 +23,7 @@ def folder(pipe: Any, tmp_path: Path) -> str:
 @pytest.fixture
 def learned(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     out = tmp_path / "learned"
-    made = run("learn", folder, "--out", str(out), "--steps", "4", "--budget", "0.6", "--batches", "2")
+    made = run("learn", folder, "--out", str(out), "--steps", "4", "--budget", "0.6", "--samples", "1")
     assert "wrote" in made
     return str(out)
 
@@ -63,7 +63,7 @@ def test_learn_show_sample_evaluate(folder: str, learned: str, tmp_path: Path) -
 
 
 def test_a_budget_in_time_with_a_small_store(folder: str, tmp_path: Path) -> None:
-    made = run("learn", folder, "--out", str(tmp_path / "fast"), "--steps", "4", "--batches", "2",
+    made = run("learn", folder, "--out", str(tmp_path / "fast"), "--steps", "4", "--samples", "1",
                "--time", "0.6", "--store-mib", "1")  # fmt: skip
     assert "of the measured time" in made
     schedule = MaskSchedule.from_pretrained(tmp_path / "fast")

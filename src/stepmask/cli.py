@@ -51,7 +51,7 @@ def demo(
     from stepmask.schedule.budget import Budget
 
     pipe = _load(pipeline)
-    schedule = _learn(pipe, steps, Budget(macs=budget), (4, 8), 0, {}, out / "training")
+    schedule = _learn(pipe, steps, Budget(macs=budget), (8, 4), 0, {}, out / "training")
     folder = schedule.save_pretrained(out).parent
     report = measure(
         pipe,
@@ -107,8 +107,8 @@ def learn(
     time: Annotated[float | None, typer.Option(help="Share of the blocks' measured time, instead of MACs")] = None,
     store_mib: Annotated[int | None, typer.Option(help="Largest size of the store in MiB, at --samples")] = None,
     steps: Steps = 20,
-    samples: Samples = 4,
-    batches: Annotated[int, typer.Option(help="Calibration runs of that many samples each")] = 16,
+    samples: Samples = 8,
+    batches: Annotated[int, typer.Option(help="Calibration runs of that many samples each")] = 4,
     seed: Annotated[int, typer.Option(help="Of the first calibration run")] = 0,
     call: CallJson = "{}",
     as_json: Json = False,

@@ -16,17 +16,22 @@ from stepmask.schedule.schedule import MaskSchedule
 
 
 def loss_and_gradient(
-    trajectory: Trajectory, reading: MaskSchedule, weights: Tensor, loss: Callable[[Tensor], Tensor]
+    trajectory: Trajectory,
+    reading: MaskSchedule,
+    weights: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    through_store: bool = True,
 ) -> tuple[float, Tensor]:
     """The loss of a masked run's final latent, and its gradient in the forecast weights, shape (steps, blocks, 3).
-
-    Exact: what a weight changes in values that are stored after it is part of it.
 
     Args:
         trajectory: Its run is repeated under the table.
         reading: The table; its weights say how many values each reused cell reads.
         weights: What stands in for them, newest value first, shape (steps, blocks, 3).
         loss: Of the final latent, a scalar.
+        through_store: Whether what a weight changes in values that are stored after it is part of the gradient. It then
+            is exact, and follows the few most sensitive samples; without, stored values count as constants.
 
     Raises:
         LearningError: The loss is not finite, or the pipeline's code detaches the latent.
@@ -39,7 +44,7 @@ def loss_and_gradient(
     for step, column in np.argwhere(moved):
         ages = np.flatnonzero(reads[step, column])
         answered[step, column, ages] = weights[step, column, : len(ages)]
-    tape = Tape(trajectory, reading.graph, answered, gradient, reads=reads)
+    tape = Tape(trajectory, reading.graph, answered, gradient, reads=reads, through_store=through_store)
     with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad():
         value = loss(trajectory.sampling.latent())
         _check(value)

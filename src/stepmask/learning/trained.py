@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,14 +22,11 @@ from stepmask.learning.objective import sample_errors
 from stepmask.learning.starts import families
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.forecasts import DIFFERENCES, PLAIN, WINDOW
-from stepmask.schedule.rectify import lower, rectify
+from stepmask.schedule.rectify import rectify
 from stepmask.schedule.schedule import MaskSchedule
 
-JUDGED = 2
-"""How many trajectories every regular table is run on."""
-
-TRAINED = 2
-"""How many families of regular tables are trained."""
+TRIED = 2
+"""How many families of regular tables get a trial."""
 
 PACE = (0.05, 1.0, 1.0)
 """Relative learning rates of a forecast's scale and its first and second difference; the scale is the stiff one."""
@@ -41,20 +39,21 @@ class TrainedForecasts:
     The best regular tables start: of fixed intervals, of whole-step tables, of intervals with partial evaluations
     between the whole ones, and of intervals with one partial evaluation, the best by true runs; the two best kinds go
     on. The weights of every reused cell are then trained on masked runs, by the gradient of the final latent's distance
-    to the reference through the pipeline's own sampler and through the store, and with them how the denoiser's own
-    output is blended with older ones where it is computed. The best in the end wins: what starts worse often ends
-    better. Each iteration takes the next trajectory: many trajectories of a few samples cost less per iteration
-    than few of many, and overfit less.
+    to the reference through the pipeline's own sampler, with stored values held constant. Both are trained to the end of
+    a short trial; the better goes on alone. Each iteration takes the next trajectory: several trajectories of a few
+    samples cost no more per iteration than one, and overfit less.
 
     Args:
-        iterations: Of Adam, from each start; each costs about four masked runs of a trajectory.
-        rate: Learning rate; it falls linearly to zero.
+        iterations: Of Adam, the trial included; each costs about two masked runs of a trajectory, with gradients.
+        trial: Iterations that both starts get.
+        rate: Learning rate; it falls linearly to zero in the trial, and once more after it.
         window: How many stored values a forecast may read, 1 to 3: the memory of the store. Fewer are read where the
             budget's store has no room for as many.
     """
 
     iterations: int = 32
-    rate: float = 0.03
+    trial: int = 10
+    rate: float = 0.04
     window: int = WINDOW
 
     def learn(
@@ -65,7 +64,7 @@ class TrainedForecasts:
         executor: Executor,
         folder: Path | None,
     ) -> MaskSchedule:
-        """The table with the smallest mean error on the calibration seeds; never worse there than where it started.
+        """The table with the smallest mean error on the calibration seeds; never worse there than the starts.
 
         Args:
             trajectories: Reference runs; their seeds are the calibration set.
@@ -80,38 +79,41 @@ class TrainedForecasts:
             LearningError: A run is not finite, or the pipeline detaches its latents.
         """
         trainings = [
-            _Training(replace(self, window=window), start, trajectories, budget, folder)
+            _Training(replace(self, window=window), start, trajectories, folder)
             for start, window in self._starts(trajectories, reference, budget)
         ]
         for training in trainings:
-            training.run()
-        errors = [calibration_error(trajectories, training.table()) for training in trainings]
-        best = trainings[int(np.argmin(errors))]
-        start_error = calibration_error(trajectories, best.start)
-        table = best.start if start_error < min(errors) else best.table()
+            training.run(self.trial)
+        judge = partial(_Judged.of, trajectories)
+        tried = [judge(training.table(training.tried), training) for training in trainings]
+        started = [judge(training.start, training) for training in trainings]
+        chosen = min(tried, key=lambda judged: judged.error).training
+        chosen.run(self.iterations)
+        best = min([*started, *tried, judge(chosen.table(chosen.weights()), chosen)], key=lambda judged: judged.error)
         provenance = {
-            "table": f"trained forecasts on {best.start.provenance['table']}",
+            "table": f"trained forecasts on {best.training.start.provenance['table']}",
             "learner": repr(self),
             "budget": budget.to_plain(),
-            "calibration_error": min(start_error, *errors),
-            "start_error": start_error,
+            "calibration_error": best.error,
+            "start_error": min(judged.error for judged in started),
         }
-        return rectify(table.with_rows(table.rows, table.forecasts, provenance=provenance))
+        return rectify(best.table.with_rows(best.table.rows, best.table.forecasts, provenance=provenance))
 
     def _starts(
         self, trajectories: Sequence[Trajectory], reference: MaskSchedule, budget: Budget
     ) -> list[tuple[MaskSchedule, int]]:
-        """The best table of each of the two best families, by a few true runs, with its window."""
+        """The best table of each of the two best families, by true runs of the first trajectory, with its window."""
         judged = []
         for family in tqdm(families(reference, budget, self.window), "regular tables", disable=None):
-            errors = [calibration_error(trajectories[:JUDGED], table) for table in family.tables]
+            errors = [calibration_error(trajectories[:1], table) for table in family.tables]
             judged.append((min(errors), family.tables[int(np.argmin(errors))], family.window))
         judged.sort(key=lambda found: found[0])
-        return [(table, window) for _, table, window in judged[:TRAINED]]
+        return [(table, window) for _, table, window in judged[:TRIED]]
 
     def rate_at(self, iteration: int) -> float:
         """The learning rate of an iteration."""
-        return self.rate * (1 - iteration / self.iterations)
+        first, last = (0, self.trial) if iteration < self.trial else (self.trial, self.iterations)
+        return self.rate * (1 - (iteration - first) / (last - first + 1))
 
 
 @torch.no_grad()
@@ -129,35 +131,30 @@ class _Training:
     """Adam on the forecast weights of one table, in differences of stored values, one trajectory an iteration."""
 
     def __init__(
-        self,
-        learner: TrainedForecasts,
-        start: MaskSchedule,
-        trajectories: Sequence[Trajectory],
-        budget: Budget,
-        folder: Path | None,
+        self, learner: TrainedForecasts, start: MaskSchedule, trajectories: Sequence[Trajectory], folder: Path | None
     ) -> None:
         self.learner, self.start, self.trajectories = learner, start, trajectories
-        readable = _readable(start, learner.window, blends=True)
-        self.reading = _reading(start, readable)
-        if not budget.stores(lower(self.reading)):
-            readable = _readable(start, learner.window, blends=False)
-            self.reading = _reading(start, readable)
+        before = np.minimum(np.cumsum(start.rows, axis=0) - start.rows, learner.window)
+        readable = (np.arange(WINDOW) < before[..., None]) & ~start.rows[..., None]
+        self.reading = start.with_rows(start.rows, np.where(readable.any(axis=2, keepdims=True), readable, PLAIN))
         self.moves = torch.tensor(readable) * torch.tensor(PACE)
         self.shared = torch.zeros(start.steps, 1, WINDOW, requires_grad=True)  # by all blocks of a step
         self.own = torch.zeros(*start.rows.shape, WINDOW, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.shared, self.own], betas=(0.8, 0.95))
         self.iteration = 0
+        self.tried = self.weights()  # after the trial
         self.path = folder / f"training-{self._digest()}.pt" if folder else None
         if self.path and self.path.exists():
             self._load(self.path.read_bytes())
 
-    def run(self) -> None:
-        """Train to the end."""
-        last = self.learner.iterations
-        with tqdm(total=last, initial=self.iteration, desc="training forecasts", disable=None) as bar:
-            while self.iteration < last:
+    def run(self, until: int) -> None:
+        """Train up to an iteration."""
+        with tqdm(total=until, initial=self.iteration, desc="training forecasts", disable=None) as bar:
+            while self.iteration < until:
                 self._step(self.trajectories[self.iteration % len(self.trajectories)])
                 self.iteration += 1
+                if self.iteration == self.learner.trial:
+                    self.tried = self.weights()
                 bar.update()
                 if self.path:
                     write_whole(self.path, self._state())
@@ -167,7 +164,7 @@ class _Training:
             group["lr"] = self.learner.rate_at(self.iteration)
         weights = self._moved()
         _, gradient = loss_and_gradient(
-            trajectory, self.reading, weights, lambda latent: _mean_distance(latent, trajectory)
+            trajectory, self.reading, weights, lambda latent: _mean_distance(latent, trajectory), through_store=False
         )
         self.optimiser.zero_grad()
         weights.backward(gradient)
@@ -178,20 +175,24 @@ class _Training:
         start = torch.tensor(self.start.forecasts, dtype=torch.float32)
         return start + ((self.shared + self.own) * self.moves) @ torch.tensor(DIFFERENCES, dtype=torch.float32)
 
-    def table(self) -> MaskSchedule:
-        """The start's table with the weights as trained so far."""
-        trained: npt.NDArray[np.float64] = self._moved().detach().double().numpy()
+    def weights(self) -> Tensor:
+        """The weights as trained so far, shape (steps, blocks, 3)."""
+        return self._moved().detach()
+
+    def table(self, weights: Tensor) -> MaskSchedule:
+        """The start's table with other weights."""
+        trained: npt.NDArray[np.float64] = weights.double().numpy()
         return self.start.with_rows(self.start.rows, trained)
 
     def _state(self) -> bytes:
         buffer = io.BytesIO()
-        moved = {"shared": self.shared.detach(), "own": self.own.detach()}
+        moved = {"shared": self.shared.detach(), "own": self.own.detach(), "tried": self.tried}
         torch.save({**moved, "iteration": self.iteration, "optimiser": self.optimiser.state_dict()}, buffer)
         return buffer.getvalue()
 
     def _load(self, state: bytes) -> None:
         found = torch.load(io.BytesIO(state), weights_only=True)
-        self.iteration = found["iteration"]
+        self.iteration, self.tried = found["iteration"], found["tried"]
         with torch.no_grad():
             self.shared.copy_(found["shared"])
             self.own.copy_(found["own"])
@@ -204,22 +205,17 @@ class _Training:
         return digest.hexdigest()[:24]
 
 
-def _readable(start: MaskSchedule, window: int, *, blends: bool) -> npt.NDArray[np.bool_]:
-    """The weights that may move, shape (steps, blocks, 3): of reused cells, and of the denoiser where it is computed.
+@dataclass(frozen=True)
+class _Judged:
+    """A table, where it comes from, and its error on the calibration seeds."""
 
-    Blending what the denoiser says with what it said costs next to nothing: its output is the smallest value there is.
-    """
-    values = np.minimum(np.cumsum(start.rows, axis=0), window)  # stored ones, and the one just computed
-    blended = values.shape[1] - blends  # from here on computed cells blend
-    values[:, :blended][start.rows[:, :blended]] = 0
-    values[0] = 0
-    readable: npt.NDArray[np.bool_] = np.arange(WINDOW) < values[..., None]
-    return readable
+    error: float
+    table: MaskSchedule
+    training: _Training
 
-
-def _reading(start: MaskSchedule, readable: npt.NDArray[np.bool_]) -> MaskSchedule:
-    """The start's table, reading all values whose weights may move."""
-    return start.with_rows(start.rows, np.where(readable.any(axis=2, keepdims=True), readable, PLAIN))
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory], table: MaskSchedule, training: _Training) -> "_Judged":
+        return cls(calibration_error(trajectories, table), table, training)
 
 
 def _mean_distance(latent: Tensor, trajectory: Trajectory) -> Tensor:
