@@ -40,7 +40,7 @@ class Reader(Protocol):
 class Tape(Behaviour):
     """In front of the denoiser: runs a table without gradients, and gives gradients back by recomputing.
 
-    Gradients may flow through what is stored: a reused answer then hands its gradient on to the evaluations whose values
+    Gradients may flow through the store: a reused answer then hands its gradient on to the evaluations whose values
     it was made from. Of stored values only those are held that the present step or later ones read; on the way back
     they are made again when they are needed.
 

@@ -39,8 +39,8 @@ class TrainedForecasts:
     The best regular tables start: of fixed intervals, of whole-step tables, of intervals with partial evaluations
     between the whole ones, and of intervals with one partial evaluation, the best by true runs; the two best kinds go
     on. The weights of every reused cell are then trained on masked runs, by the gradient of the final latent's distance
-    to the reference through the pipeline's own sampler, with stored values held constant. Both are trained to the end of
-    a short trial; the better goes on alone. Each iteration takes the next trajectory: several trajectories of a few
+    to the reference through the pipeline's own sampler, with stored values held constant. Both are trained to the end
+    of a short trial; the better goes on alone. Each iteration takes the next trajectory: several trajectories of a few
     samples cost no more per iteration than one, and overfit less.
 
     Args:
