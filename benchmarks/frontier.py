@@ -5,7 +5,6 @@ Finished cells lie in runs/frontier, so that a killed run goes on where it stopp
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean, geometric_mean, median
@@ -13,15 +12,14 @@ from typing import Any
 
 import stepmask
 from results import FOLDER, save
-from stepmask import MaskSchedule, Trajectory, zoo
-from stepmask.denoiser.families import example_call
+from setting import Setting, timed
+from stepmask import MaskSchedule
 from stepmask.evaluation.compare import evaluate
 from stepmask.evaluation.report import Report
 from stepmask.files import write_whole
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.baselines import fixed_interval, whole_step
-from stepmask.schedule.rectify import lower
 
 RIVALS = ("fewer steps", "interval, order 0", "interval, order 1", "interval, order 2", "per-timestep")
 LEARNED = "trained forecasts"
@@ -29,55 +27,33 @@ AGES = 9
 RUNS = Path("runs") / "frontier"
 
 
-class Setting:
-    """One pipeline, sampler and guidance: its calibration runs, and what one reference sampling costs."""
+class Contest(Setting):
+    """A setting with its calibration runs and what one sweep found: all that the contenders learn from."""
 
-    def __init__(self, pipe: Any, steps: int, guidance: float, samples: int) -> None:
-        self.pipe, self.steps, self.guidance, self.samples = pipe, steps, guidance, samples
+    def __init__(self, pipeline: str, steps: int, guidance: float) -> None:
+        super().__init__(pipeline, steps, guidance)
         self.trajectories = [self.record(8, seed) for seed in range(100, 108)]
         self.few = self.record(4, 0)
-        started = time.perf_counter()
-        self.record(16, 99)
-        self.reference_s = time.perf_counter() - started
-        graph = stepmask.trace(pipe, self.trajectories[0])
-        first = self.trajectories[0]
-        self.full = MaskSchedule.all_compute(graph, first.denoiser, first.sampler)
-        started = time.perf_counter()
-        self.profile = stepmask.sweep(pipe, first, graph=graph, ages=AGES)
-        self.sweep_s = time.perf_counter() - started
+        self.profile, self.sweep_s = timed(lambda: stepmask.sweep(self.pipe, self.trajectories[0], ages=AGES))
 
-    def record(self, count: int, seed: int) -> Trajectory:
-        """A reference run of `count` samples."""
-        return stepmask.record(self.pipe, seed=seed, **self.call(count, seed))
-
-    def call(self, count: int, seed: int) -> dict[str, Any]:
-        """Arguments of the pipeline."""
-        sampled = {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
-        return {**example_call(self.pipe, count, seed), **sampled}
-
-    def measure(self, share: float) -> dict[str, Any]:
+    def measure(self, share: float, samples: int) -> dict[str, Any]:
         """Errors, MACs and times of all contenders at one share of computed steps."""
         learned, cost = {}, {}
         for name, learn in self.learners(share).items():
-            started = time.perf_counter()
-            learned[name] = learn()
-            cost[name] = (time.perf_counter() - started) / self.reference_s
+            learned[name], seconds = timed(learn)
+            cost[name] = seconds / self.reference_s
         learned["one sweep"] = self.profile.schedule(self.budget(share))
         cost["one sweep"] = self.sweep_s / self.reference_s
         rivals = {name: table for name, table in {**learned, **self.baselines(share)}.items() if name != LEARNED}
-        report = evaluate(self.pipe, learned[LEARNED], rivals=rivals, repeats=1, **self.call(self.samples, 1))
+        report = evaluate(self.pipe, learned[LEARNED], rivals=rivals, repeats=1, **self.call(samples, 1))
         return {
-            "steps": self.steps,
-            "guidance": self.guidance,
+            "steps": self.full.steps,
+            "guidance": self.guided["guidance_scale"],
             "share": share,
             "reference_samplings_of_16": cost,
             "table": learned[LEARNED].provenance["table"],
             "rows": rows(report),
         }
-
-    def budget(self, share: float) -> float:
-        """What the fixed interval at a share of computed steps spends, glue included: every learner may as well."""
-        return lower(fixed_interval(self.full, share)).macs_share
 
     def learners(self, share: float) -> dict[str, Callable[[], MaskSchedule]]:
         """The learners to compare, ready to go."""
@@ -94,7 +70,7 @@ class Setting:
             for name, make in (("interval", fixed_interval), ("whole step", whole_step))
             for order in (0, 1, 2)
         }
-        return {**tables, "fewer steps": int(share * self.steps + 1e-9)}
+        return {**tables, "fewer steps": int(share * self.full.steps + 1e-9)}
 
 
 def rows(report: Report) -> dict[str, Any]:
@@ -112,16 +88,14 @@ def rows(report: Report) -> dict[str, Any]:
 
 
 def cells(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    pipe = zoo.load(asked.pipeline)
-    pipe.set_progress_bar_config(disable=True)
     for steps in asked.steps:
         for guidance in asked.guidance:
-            setting = None
+            contest = None
             for share in asked.shares:
                 kept = RUNS / f"{steps}-{guidance:g}-{share:g}-{asked.samples}.json"
                 if not kept.exists():
-                    setting = setting or Setting(pipe, steps, guidance, asked.samples)
-                    write_whole(kept, json.dumps(setting.measure(share)))
+                    contest = contest or Contest(asked.pipeline, steps, guidance)
+                    write_whole(kept, json.dumps(contest.measure(share, asked.samples)))
                 yield json.loads(kept.read_text())
 
 

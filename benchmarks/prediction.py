@@ -1,16 +1,14 @@
 """How well a sweep's predicted error ranks random tables of equal MACs: Spearman's correlation with the true error."""
 
 import argparse
-import time
-from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
 import stepmask
 from results import save
-from stepmask import MaskSchedule, zoo
-from stepmask.denoiser.families import example_call
+from setting import Setting, timed
+from stepmask import MaskSchedule
 from stepmask.learning.rounding import round_scores
 from stepmask.learning.trained import calibration_error
 from stepmask.schedule.budget import Budget
@@ -35,13 +33,9 @@ def main() -> None:
     arguments.add_argument("--tables", type=int, default=50)
     arguments.add_argument("--probes", type=int, default=8)
     asked = arguments.parse_args()
-    pipe: Any = zoo.load("zoo:dit-emoji")
-    pipe.set_progress_bar_config(disable=True)
-    started = time.perf_counter()
-    trajectory = stepmask.record(pipe, **example_call(pipe, 8, seed=0), num_inference_steps=20)
-    reference_s = time.perf_counter() - started
-    profile = stepmask.sweep(pipe, trajectory, probes=asked.probes, ages=AGES)
-    sweep_s = time.perf_counter() - started - reference_s
+    setting = Setting("zoo:dit-emoji", 20)
+    trajectory, reference_s = timed(lambda: setting.record(8, 0))
+    profile, sweep_s = timed(lambda: stepmask.sweep(setting.pipe, trajectory, probes=asked.probes, ages=AGES))
     generator = np.random.default_rng(0)
     tables = [random_table(profile.around, generator) for _ in range(asked.tables)]
     predicted = [profile.predicted_error(table) for table in tables]

@@ -20,8 +20,8 @@ from stepmask.denoiser.families import fingerprint_of
 from stepmask.denoiser.trajectory import Call
 from stepmask.errors import InvalidBudget, LearningError, RunError, UnwritablePath
 from stepmask.learning import trained
-from stepmask.learning.chain import loss_and_gradient
-from stepmask.learning.guidance import Guidance, guidance_of
+from stepmask.learning.chain import loss_and_gradients
+from stepmask.learning.guidance import Guidance, guidance_of, samples_of
 from stepmask.learning.objective import (
     MeasuredGain,
     Objective,
@@ -38,6 +38,7 @@ from stepmask.learning.tape import Tape
 from stepmask.learning.trained import TrainedForecasts, calibration_error
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
+from stepmask.schedule.forecasts import PLAIN
 from stepmask.schedule.rectify import lower, rectify
 
 from toys import Drift, Scale, bits, chain_graph, sampler, table, unet_graph
@@ -378,7 +379,8 @@ class TestChain:
             return (latent - trajectory.sampled.latent).square().sum() * 1e3
 
         def at(weights: Tensor) -> tuple[float, Tensor]:
-            return loss_and_gradient(trajectory, schedule, weights, loss)
+            value, gradients = loss_and_gradients(trajectory, schedule, weights, loss)
+            return value, gradients.sum(0)
 
         # in all weights at once: what earlier ones change in values that are stored after them counts too
         weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
@@ -396,12 +398,24 @@ class TestChain:
 
         def at(weights: Tensor) -> tuple[float, Tensor]:
             error = lambda latent: (latent - trajectory.sampled.latent).square().sum()  # noqa: E731
-            return loss_and_gradient(trajectory, blended, weights, error)
+            value, gradients = loss_and_gradients(trajectory, blended, weights, error)
+            return value, gradients.sum(0)
 
         direction = 1e-2 * torch.randn(weights.shape, generator=generator) * (weights != 0)
         direction[torch.tensor(blended.rows) & (weights[..., 1] == 0)] = 0
         slope = (at(weights + direction)[0] - at(weights - direction)[0]) / 2
         assert float((at(weights)[1] * direction).sum()) == pytest.approx(slope, rel=0.02)
+
+    def test_a_sample_has_a_gradient_of_its_own(self, trajectory: Trajectory, reference: MaskSchedule) -> None:
+        schedule, (rows, _) = fixed_interval(reference, 0.6, order=2), samples_of(trajectory)
+        weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
+        _, gradients = loss_and_gradients(trajectory, schedule, weights, Tensor.sum)
+        assert len(gradients) == 2
+        for sample in (0, 1):
+            own = torch.tensor(rows == sample)
+            _, alone = loss_and_gradients(trajectory, schedule, weights, lambda latent, own=own: latent[own].sum())
+            torch.testing.assert_close(alone[sample], gradients[sample], rtol=1e-4, atol=1e-6)
+            assert alone[1 - sample].abs().max() < 1e-5 * alone[sample].abs().max()
 
     def test_with_stored_values_held_constant_only_the_last_weights_agree(self) -> None:
         denoiser = Drift()
@@ -409,7 +423,7 @@ class TestChain:
         schedule = half_table(trajectory, 1)
         weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
         exact, constant = (
-            loss_and_gradient(trajectory, schedule, weights, Tensor.sum, through_store=through)[1]
+            loss_and_gradients(trajectory, schedule, weights, Tensor.sum, through_store=through)[1].sum(0)
             for through in (True, False)
         )
         torch.testing.assert_close(exact[5], constant[5])
@@ -420,8 +434,8 @@ class TestChain:
         trajectory = stepmask.record(denoiser, run=loop(denoiser, 6, 0.05))
         schedule = half_table(trajectory, 1)
         weights = torch.zeros(schedule.forecasts.shape)
-        _, gradient = loss_and_gradient(trajectory, schedule, weights, Tensor.sum)
-        assert np.array_equal(gradient != 0, (schedule.forecasts != 0) & ~schedule.rows[..., None])
+        _, gradients = loss_and_gradients(trajectory, schedule, weights, Tensor.sum)
+        assert np.array_equal(gradients[0] != 0, (schedule.forecasts != 0) & ~schedule.rows[..., None])
 
     @pytest.mark.parametrize("make", [fixed_interval, whole_step])
     def test_a_run_under_gradients_ends_where_a_masked_run_ends(
@@ -431,7 +445,7 @@ class TestChain:
         with stepmask.apply(pipe, schedule), torch.no_grad():
             masked = trajectory.sampling.latent()
         weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
-        distance, _ = loss_and_gradient(trajectory, schedule, weights, lambda latent: (latent - masked).abs().max())
+        distance, _ = loss_and_gradients(trajectory, schedule, weights, lambda latent: (latent - masked).abs().max())
         assert distance < 1e-4
         assert not any(hasattr(type(module), "_seam_depth") for module in pipe.transformer.modules())
 
@@ -440,9 +454,9 @@ class TestChain:
     ) -> None:
         schedule = fixed_interval(reference, 0.6, order=2)
         weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
-        _, made_again = loss_and_gradient(trajectory, schedule, weights, Tensor.sum)
+        _, made_again = loss_and_gradients(trajectory, schedule, weights, Tensor.sum)
         monkeypatch.setattr(Tape, "_drop", lambda *_: None)
-        _, held = loss_and_gradient(trajectory, schedule, weights, Tensor.sum)
+        _, held = loss_and_gradients(trajectory, schedule, weights, Tensor.sum)
         assert torch.allclose(made_again, held, rtol=1e-4, atol=1e-6)
         assert held.abs().max() > 0.1
 
@@ -458,7 +472,7 @@ class TestChain:
 
         monkeypatch.setattr(Tape, "_drop", count)
         schedule = half_table(trajectory, 1)
-        loss_and_gradient(trajectory, schedule, torch.tensor(schedule.forecasts, dtype=torch.float32), Tensor.sum)
+        loss_and_gradients(trajectory, schedule, torch.tensor(schedule.forecasts, dtype=torch.float32), Tensor.sum)
         assert max(held) == 2
         assert len(held) == 2 * steps  # forwards, and again on the way back
 
@@ -468,7 +482,7 @@ class TestChain:
         schedule = half_table(trajectory, 1)
         weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
         with pytest.raises(LearningError, match=r"torch\.no_grad"):
-            loss_and_gradient(trajectory, schedule, weights, Tensor.sum)
+            loss_and_gradients(trajectory, schedule, weights, Tensor.sum)
         assert type(denoiser.still) is Scale
 
 
@@ -478,14 +492,26 @@ class Killed(BaseException):
 
 class TestTrainedForecasts:
     def test_never_worse_than_the_regular_table_it_starts_from(self, pipe: Any, trajectory: Trajectory) -> None:
-        schedule = stepmask.learn(pipe, trajectory, 0.6, learner=TrainedForecasts(iterations=4, trial=1))
+        schedule = stepmask.learn(pipe, trajectory, 0.6, learner=TrainedForecasts(iterations=4))
         assert schedule.provenance["calibration_error"] <= schedule.provenance["start_error"]
         assert rectify(schedule) == schedule
         assert Budget(0.6).allows(lower(schedule))
         assert calibration_error([trajectory], schedule) == pytest.approx(schedule.provenance["calibration_error"])
 
+    def test_blocks_blend_after_two_reused_steps_alone_and_the_denoiser_wherever_it_has_an_older_value(
+        self, pipe: Any
+    ) -> None:
+        trajectory = stepmask.record(pipe, class_labels=[1, 2], num_inference_steps=8)
+        schedule = stepmask.learn(pipe, trajectory, 0.4, learner=TrainedForecasts(iterations=3))
+        assert schedule.provenance["calibration_error"] < schedule.provenance["start_error"]
+        blended = schedule.rows & (schedule.forecasts != PLAIN).any(axis=2)
+        assert blended[1:, -1].all()
+        cells = np.argwhere(blended[:, :-1])
+        assert len(cells)
+        assert not any(schedule.rows[step - 2 : step, column].any() for step, column in cells)
+
     def test_two_values_are_all_it_reads_if_asked(self, pipe: Any, trajectory: Trajectory) -> None:
-        learner = TrainedForecasts(iterations=2, trial=1, window=2)
+        learner = TrainedForecasts(iterations=2, window=2)
         assert stepmask.learn(pipe, trajectory, 0.6, learner=learner).windows.max() <= 2
 
     def test_it_beats_taylor_on_a_chain_that_is_no_polynomial(self) -> None:
@@ -498,22 +524,22 @@ class TestTrainedForecasts:
     def test_a_killed_run_goes_on_where_it_stopped(
         self, pipe: Any, trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        learner, runs = TrainedForecasts(iterations=4, trial=2), 0
+        learner, runs = TrainedForecasts(iterations=4), 0
         trajectories = [trajectory, stepmask.record(pipe, seed=1, class_labels=[3, 4], num_inference_steps=5)]
         unbroken = stepmask.learn(pipe, trajectories, 0.6, learner=learner)
 
         def counting(*args: Any, **kwargs: Any) -> Any:
             nonlocal runs
             runs += 1
-            if runs == 4:
+            if runs == 3:
                 raise Killed
-            return loss_and_gradient(*args, **kwargs)
+            return loss_and_gradients(*args, **kwargs)
 
-        monkeypatch.setattr(trained, "loss_and_gradient", counting)
+        monkeypatch.setattr(trained, "loss_and_gradients", counting)
         with pytest.raises(Killed):
             stepmask.learn(pipe, trajectories, 0.6, learner=learner, folder=tmp_path)
         assert stepmask.learn(pipe, trajectories, 0.6, learner=learner, folder=tmp_path) == unbroken
-        assert runs == 1 + 2 + 2 + 2  # the one that was killed is run again
+        assert runs == 4 + 1  # the one that was killed is run again
 
     def test_trajectories_of_different_samplers_are_refused(self, pipe: Any, trajectory: Trajectory) -> None:
         other = stepmask.record(pipe, class_labels=[1], num_inference_steps=4)

@@ -1,4 +1,4 @@
-"""A masked run under gradients: how the final latent depends on every forecast weight."""
+"""A masked run under gradients: how the final latent of each sample depends on every forecast weight."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,15 @@ from torch import Tensor
 from stepmask.denoiser.seam import attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
+from stepmask.learning.guidance import samples_of
+from stepmask.learning.sample_rows import SampleRows
 from stepmask.learning.tape import Moment, Tape, not_finite
 from stepmask.schedule.answers import answers
+from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
 
 
-def loss_and_gradient(
+def loss_and_gradients(
     trajectory: Trajectory,
     reading: MaskSchedule,
     weights: Tensor,
@@ -23,7 +26,9 @@ def loss_and_gradient(
     *,
     through_store: bool = True,
 ) -> tuple[float, Tensor]:
-    """The loss of a masked run's final latent, and its gradient in the forecast weights, shape (steps, blocks, 3).
+    """The loss of a masked run's final latent, and its gradients in the forecast weights, sample by sample.
+
+    A sample's gradient is what its rows contribute; the gradient of the loss is their sum.
 
     Args:
         trajectory: Its run is repeated under the table.
@@ -33,37 +38,44 @@ def loss_and_gradient(
         through_store: Whether what a weight changes in values that are stored after it is part of the gradient. It then
             is exact, and follows the few most sensitive samples; without, stored values count as constants.
 
+    Returns:
+        The loss; gradients, shape (samples, steps, blocks, 3).
+
     Raises:
-        LearningError: The loss is not finite, or the pipeline's code detaches the latent.
+        LearningError: The loss is not finite, the pipeline's code detaches the latent, or a block's rows are not those
+            of the denoiser's output.
     """
     weights = weights.detach()
     reads = answers(reading, reading.steps - 1) != 0
     moved = reads[..., 1:].any(axis=2)  # computed cells that blend nothing in have no weights to move
     answered = reads.astype(float)
-    gradient = _Gradient(weights, moved)
+    rows = SampleRows(samples_of(trajectory)[1], trajectory.sampler.branches)
+    gradients = _Gradients(reading.graph, rows, weights, moved)
     for step, column in np.argwhere(moved):
         ages = np.flatnonzero(reads[step, column])
         answered[step, column, ages] = weights[step, column, : len(ages)]
-    tape = Tape(trajectory, reading.graph, answered, gradient, reads=reads, through_store=through_store)
+    tape = Tape(trajectory, reading.graph, answered, gradients, reads=reads, through_store=through_store)
     with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad():
         value = loss(trajectory.sampling.latent())
         _check(value)
         torch.autograd.grad(value, tape.anchor)
-    return float(value.detach()), gradient.total
+    return float(value.detach()), gradients.total
 
 
-class _Gradient:
-    """⟨gradient of an answer, stored value⟩ for every weight, added up over branches."""
+class _Gradients:
+    """⟨gradient of an answer, stored value⟩ for every sample and weight, added up over branches."""
 
-    def __init__(self, weights: Tensor, moved: npt.NDArray[np.bool_]) -> None:
-        self.total, self.moved = torch.zeros_like(weights), moved
+    def __init__(self, graph: BlockGraph, rows: SampleRows, weights: Tensor, moved: npt.NDArray[np.bool_]) -> None:
+        self.graph, self.rows, self.moved = graph, rows, moved
+        self.total = torch.zeros(rows.count, *weights.shape)
 
     def __call__(self, moment: Moment) -> None:
         """Take in one evaluation."""
         for column, gradient in enumerate(moment.gradients):
+            label = self.graph.blocks[column].label
             for index, value in enumerate(moment.read(column) if self.moved[moment.step, column] else []):
-                products = (torch.sum(pull * said) for pull, said in zip(gradient, value, strict=True))
-                self.total[moment.step, column, index] += sum(float(product) for product in products)
+                products = self.rows.products(moment.branch, label, gradient, value)
+                self.total[:, moment.step, column, index] += products.to(self.total)
 
 
 def _check(value: Tensor) -> None:

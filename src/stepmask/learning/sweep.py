@@ -18,6 +18,7 @@ from stepmask.errors import LearningError, ScheduleMismatch
 from stepmask.learning.guidance import samples_of
 from stepmask.learning.objective import relative_error
 from stepmask.learning.profile import Profile, swept_answers
+from stepmask.learning.sample_rows import SampleRows
 from stepmask.learning.tape import Blocks, Moment, Tape, detached, not_finite
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
@@ -165,15 +166,15 @@ class _Readings:
 
     def __init__(self, trajectory: Trajectory, graph: BlockGraph, samples: npt.NDArray[np.int64], ages: int) -> None:
         self.steps, self.graph, self.ages = trajectory.steps, graph, ages
-        self.samples = torch.from_numpy(samples).reshape(trajectory.sampler.branches, -1)
+        self.rows = SampleRows(samples, trajectory.sampler.branches)
         self.probes: list[npt.NDArray[np.float32]] = []
         self.kept: dict[int, deque[tuple[int, Blocks, Blocks]]] = {}
 
     def begin(self) -> None:
         """The next probe."""
-        shape = (2, int(self.samples.max()) + 1, self.steps, len(self.graph), self.ages + 1)
+        shape = (2, self.rows.count, self.steps, len(self.graph), self.ages + 1)
         self.probes.append(np.zeros(shape, np.float32))
-        self.kept = {branch: deque(maxlen=self.ages + 1) for branch in range(len(self.samples))}
+        self.kept = {branch: deque(maxlen=self.ages + 1) for branch in range(len(self.rows.samples))}
 
     def __call__(self, moment: Moment) -> None:
         """Take in one evaluation; steps come last first."""
@@ -187,26 +188,8 @@ class _Readings:
 
     def _by_sample(self, pulls: Blocks, values: Blocks, branch: int) -> Tensor:
         """⟨gradient, value⟩ of every block, shape (samples, blocks)."""
-        pairs = enumerate(zip(pulls, values, strict=True))
-        return torch.stack([self._products(column, *pair, branch) for column, pair in pairs], dim=1)
-
-    def _products(self, column: int, gradient: list[Tensor], value: list[Tensor], branch: int) -> Tensor:
-        """⟨gradient, value⟩ of one block by sample, shape (samples,)."""
-        samples = self.samples[branch]
-        total = torch.zeros(self.probes[-1].shape[1], device=gradient[0].device)
-        for pull, said in zip(gradient, value, strict=True):
-            rows = torch.linalg.vecdot(pull.flatten(1).float(), said.flatten(1).float())
-            if len(rows) % len(samples):
-                raise self._mixed_rows(column, len(rows), len(samples))
-            total.index_add_(0, samples.repeat_interleave(len(rows) // len(samples)).to(rows.device), rows)
-        return total
-
-    def _mixed_rows(self, column: int, rows: int, expected: int) -> LearningError:
-        return LearningError(
-            given=f"block {self.graph.blocks[column].label!r}, whose output has {rows} rows",
-            expected=f"a multiple of {expected}, the rows of the denoiser's output",
-            advice="Leave this block out of the graph",
-        )
+        triples = zip(self.graph.blocks, pulls, values, strict=True)
+        return torch.stack([self.rows.products(branch, block.label, *pair) for block, *pair in triples], dim=1)
 
 
 def _check(pipe: Any, trajectory: Trajectory, probes: int, ages: int) -> None:

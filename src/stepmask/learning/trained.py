@@ -2,8 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,17 +15,19 @@ from tqdm import tqdm
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.files import write_whole
-from stepmask.learning.chain import loss_and_gradient
+from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.executors import Executor
 from stepmask.learning.objective import sample_errors
 from stepmask.learning.starts import families
+from stepmask.schedule.answers import answers
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.forecasts import DIFFERENCES, PLAIN, WINDOW
-from stepmask.schedule.rectify import rectify
+from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
 
-TRIED = 2
-"""How many families of regular tables get a trial."""
+LESS = 1.5
+"""Training takes this many times less off the error of a table that only forecasts the denoiser's own output: for it to
+start, its error must be that much smaller than the best other table's (docs/experiments.md)."""
 
 PACE = (0.05, 1.0, 1.0)
 """Relative learning rates of a forecast's scale and its first and second difference; the scale is the stiff one."""
@@ -36,24 +37,22 @@ PACE = (0.05, 1.0, 1.0)
 class TrainedForecasts:
     """A regular table, and then better forecasts than Taylor's.
 
-    The best regular tables start: of fixed intervals, of whole-step tables, of intervals with partial evaluations
-    between the whole ones, and of intervals with one partial evaluation, the best by true runs; the two best kinds go
-    on. The weights of every reused cell are then trained on masked runs, by the gradient of the final latent's distance
-    to the reference through the pipeline's own sampler, with stored values held constant. Both are trained to the end
-    of a short trial; the better goes on alone. Each iteration takes the next trajectory: several trajectories of a few
-    samples cost no more per iteration than one, and overfit less.
+    The best regular table starts: of fixed intervals, of whole-step tables, of intervals with partial evaluations
+    between the whole ones, and of intervals with one partial evaluation, by true runs. The weights of every reused
+    cell, and of computed ones that may blend older values in, are then trained on masked runs, by the gradient of the
+    final latent's distance to the reference through the pipeline's own sampler. Each iteration takes the next
+    trajectory: several trajectories of a few samples cost no more per iteration than one, and overfit less.
 
     Args:
-        iterations: Of Adam, the trial included; each costs about two masked runs of a trajectory, with gradients.
-        trial: Iterations that both starts get.
-        rate: Learning rate; it falls linearly to zero in the trial, and once more after it.
+        iterations: Of Adam; each costs four to five masked runs of a trajectory.
+        rate: Learning rate where the start's error is 1; it goes with the fourth root of that error, for the smaller
+            it is, the nearer the start's weights are to the best ones. It falls linearly to zero.
         window: How many stored values a forecast may read, 1 to 3: the memory of the store. Fewer are read where the
             budget's store has no room for as many.
     """
 
-    iterations: int = 32
-    trial: int = 10
-    rate: float = 0.04
+    iterations: int = 40
+    rate: float = 0.1
     window: int = WINDOW
 
     def learn(
@@ -64,7 +63,7 @@ class TrainedForecasts:
         executor: Executor,
         folder: Path | None,
     ) -> MaskSchedule:
-        """The table with the smallest mean error on the calibration seeds; never worse there than the starts.
+        """The table with the smallest mean error on the calibration seeds; never worse there than the best start.
 
         Args:
             trajectories: Reference runs; their seeds are the calibration set.
@@ -78,42 +77,47 @@ class TrainedForecasts:
                 budget is in time and the graph was not timed.
             LearningError: A run is not finite, or the pipeline detaches its latents.
         """
-        trainings = [
-            _Training(replace(self, window=window), start, trajectories, folder)
-            for start, window in self._starts(trajectories, reference, budget)
-        ]
-        for training in trainings:
-            training.run(self.trial)
-        judge = partial(_Judged.of, trajectories)
-        tried = [judge(training.table(training.tried), training) for training in trainings]
-        started = [judge(training.start, training) for training in trainings]
-        chosen = min(tried, key=lambda judged: judged.error).training
-        chosen.run(self.iterations)
-        best = min([*started, *tried, judge(chosen.table(chosen.weights()), chosen)], key=lambda judged: judged.error)
+        starts = self._starts(trajectories, reference, budget)
+        start, best = min(starts, key=lambda start: start.promise), min(starts, key=lambda start: start.error)
+        regular = [start.table] if start is best else [start.table, best.table]
+        tables = [*regular, _Training(self, start, trajectories, folder).run()]
+        errors = [calibration_error(trajectories, table) for table in tables]
+        chosen = tables[int(np.argmin(errors))]
         provenance = {
-            "table": f"trained forecasts on {best.training.start.provenance['table']}",
+            **chosen.provenance,
             "learner": repr(self),
             "budget": budget.to_plain(),
-            "calibration_error": best.error,
-            "start_error": min(judged.error for judged in started),
+            "calibration_error": min(errors),
+            "start_error": min(errors[:-1]),
         }
-        return rectify(best.table.with_rows(best.table.rows, best.table.forecasts, provenance=provenance))
+        return rectify(chosen.with_rows(chosen.rows, chosen.forecasts, provenance=provenance))
 
-    def _starts(
-        self, trajectories: Sequence[Trajectory], reference: MaskSchedule, budget: Budget
-    ) -> list[tuple[MaskSchedule, int]]:
-        """The best table of each of the two best families, by true runs of the first trajectory, with its window."""
-        judged = []
+    def _starts(self, trajectories: Sequence[Trajectory], reference: MaskSchedule, budget: Budget) -> list["_Start"]:
+        """The best table of each family, by true runs of the first trajectory."""
+        starts = []
         for family in tqdm(families(reference, budget, self.window), "regular tables", disable=None):
             errors = [calibration_error(trajectories[:1], table) for table in family.tables]
-            judged.append((min(errors), family.tables[int(np.argmin(errors))], family.window))
-        judged.sort(key=lambda found: found[0])
-        return [(table, window) for _, table, window in judged[:TRIED]]
+            table = family.tables[int(np.argmin(errors))]
+            starts.append(_Start(table, min(errors), _readable(table, family.window, budget)))
+        return starts
 
-    def rate_at(self, iteration: int) -> float:
-        """The learning rate of an iteration."""
-        first, last = (0, self.trial) if iteration < self.trial else (self.trial, self.iterations)
-        return self.rate * (1 - (iteration - first) / (last - first + 1))
+    def rate_at(self, iteration: int, error: float) -> float:
+        """The learning rate of an iteration, given the start's error."""
+        return self.rate * float(error**0.25) * (1 - iteration / self.iterations)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A regular table, its error on the first trajectory, and the weights that may move, (steps, blocks, 3)."""
+
+    table: MaskSchedule
+    error: float
+    readable: npt.NDArray[np.bool_]
+
+    @property
+    def promise(self) -> float:
+        """The error, larger where little can be trained."""
+        return self.error * (1.0 if self.readable[:, :-1].any() else LESS)
 
 
 @torch.no_grad()
@@ -131,91 +135,109 @@ class _Training:
     """Adam on the forecast weights of one table, in differences of stored values, one trajectory an iteration."""
 
     def __init__(
-        self, learner: TrainedForecasts, start: MaskSchedule, trajectories: Sequence[Trajectory], folder: Path | None
+        self, learner: TrainedForecasts, start: _Start, trajectories: Sequence[Trajectory], folder: Path | None
     ) -> None:
         self.learner, self.start, self.trajectories = learner, start, trajectories
-        before = np.minimum(np.cumsum(start.rows, axis=0) - start.rows, learner.window)
-        readable = (np.arange(WINDOW) < before[..., None]) & ~start.rows[..., None]
-        self.reading = start.with_rows(start.rows, np.where(readable.any(axis=2, keepdims=True), readable, PLAIN))
-        self.moves = torch.tensor(readable) * torch.tensor(PACE)
-        self.shared = torch.zeros(start.steps, 1, WINDOW, requires_grad=True)  # by all blocks of a step
-        self.own = torch.zeros(*start.rows.shape, WINDOW, requires_grad=True)
+        self.reading = _reading(start.table, start.readable)
+        self.moves = torch.tensor(start.readable) * torch.tensor(PACE)
+        self.shared = torch.zeros(start.table.steps, 1, WINDOW, requires_grad=True)  # by all blocks of a step
+        self.own = torch.zeros(*start.readable.shape, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.shared, self.own], betas=(0.8, 0.95))
         self.iteration = 0
-        self.tried = self.weights()  # after the trial
         self.path = folder / f"training-{self._digest()}.pt" if folder else None
         if self.path and self.path.exists():
             self._load(self.path.read_bytes())
 
-    def run(self, until: int) -> None:
-        """Train up to an iteration."""
-        with tqdm(total=until, initial=self.iteration, desc="training forecasts", disable=None) as bar:
-            while self.iteration < until:
+    def run(self) -> MaskSchedule:
+        """Train to the end: the start's table with trained weights."""
+        last = self.learner.iterations
+        with tqdm(total=last, initial=self.iteration, desc="training forecasts", disable=None) as bar:
+            while self.iteration < last:
                 self._step(self.trajectories[self.iteration % len(self.trajectories)])
                 self.iteration += 1
-                if self.iteration == self.learner.trial:
-                    self.tried = self.weights()
                 bar.update()
                 if self.path:
                     write_whole(self.path, self._state())
+        start, trained = self.start.table, self._weights().detach().double().numpy()
+        provenance = {"table": f"trained forecasts on {start.provenance['table']}"}
+        return start.with_rows(start.rows, trained, provenance=provenance)
 
     def _step(self, trajectory: Trajectory) -> None:
         for group in self.optimiser.param_groups:
-            group["lr"] = self.learner.rate_at(self.iteration)
-        weights = self._moved()
-        _, gradient = loss_and_gradient(
-            trajectory, self.reading, weights, lambda latent: _mean_distance(latent, trajectory), through_store=False
+            group["lr"] = self.learner.rate_at(self.iteration, self.start.error)
+        weights = self._weights()
+        _, gradients = loss_and_gradients(
+            trajectory, self.reading, weights, lambda latent: _mean_distance(latent, trajectory)
         )
         self.optimiser.zero_grad()
-        weights.backward(gradient)
+        weights.backward(self._clipped(gradients))
         self.optimiser.step()
 
-    def _moved(self) -> Tensor:
+    def _clipped(self, gradients: Tensor) -> Tensor:
+        """The sum over samples, none of them longer than the median one; lengths are in what is trained."""
+        lengths = ((gradients @ _differences().T) * self.moves).flatten(1).norm(dim=1)
+        factors = (lengths.median() / lengths.clamp_min(1e-30)).clamp(max=1)
+        return torch.einsum("s,skbi->kbi", factors, gradients)
+
+    def _weights(self) -> Tensor:
         """The start's weights and what is trained, with gradients; shape (steps, blocks, 3)."""
-        start = torch.tensor(self.start.forecasts, dtype=torch.float32)
-        return start + ((self.shared + self.own) * self.moves) @ torch.tensor(DIFFERENCES, dtype=torch.float32)
-
-    def weights(self) -> Tensor:
-        """The weights as trained so far, shape (steps, blocks, 3)."""
-        return self._moved().detach()
-
-    def table(self, weights: Tensor) -> MaskSchedule:
-        """The start's table with other weights."""
-        trained: npt.NDArray[np.float64] = weights.double().numpy()
-        return self.start.with_rows(self.start.rows, trained)
+        start = torch.tensor(self.start.table.forecasts, dtype=torch.float32)
+        return start + ((self.shared + self.own) * self.moves) @ _differences()
 
     def _state(self) -> bytes:
         buffer = io.BytesIO()
-        moved = {"shared": self.shared.detach(), "own": self.own.detach(), "tried": self.tried}
+        moved = {"shared": self.shared.detach(), "own": self.own.detach()}
         torch.save({**moved, "iteration": self.iteration, "optimiser": self.optimiser.state_dict()}, buffer)
         return buffer.getvalue()
 
     def _load(self, state: bytes) -> None:
         found = torch.load(io.BytesIO(state), weights_only=True)
-        self.iteration, self.tried = found["iteration"], found["tried"]
+        self.iteration = found["iteration"]
         with torch.no_grad():
             self.shared.copy_(found["shared"])
             self.own.copy_(found["own"])
         self.optimiser.load_state_dict(found["optimiser"])
 
     def _digest(self) -> str:
-        digest = sha256(f"{self.learner} {self.start.to_json()}".encode())
+        digest = sha256(f"{self.learner} {self.start.table.to_json()} {self.moves.tolist()}".encode())
         for trajectory in self.trajectories:
             digest.update(trajectory.sampled.latent.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:24]
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """A table, where it comes from, and its error on the calibration seeds."""
+def _readable(start: MaskSchedule, window: int, budget: Budget) -> npt.NDArray[np.bool_]:
+    """The weights that may move, shape (steps, blocks, 3).
 
-    error: float
-    table: MaskSchedule
-    training: _Training
+    Those of reused cells; and, where the budget's store has room, of computed ones: of the denoiser, whose output is
+    the smallest value there is, and of blocks after two reused steps or more, whose values are stored anyway.
+    """
+    stored = np.cumsum(start.rows.astype(np.int64), axis=0) - start.rows  # values older than the step's own
+    reads = answers(start, start.steps - 1) != 0
+    reused = reads[..., 1:].any(axis=2)
+    after_two = np.zeros_like(start.rows)
+    after_two[2:] = reused[1:-1] & reused[:-2]
+    is_denoiser = np.arange(len(start.graph)) == len(start.graph) - 1
+    for blends in (after_two | is_denoiser, is_denoiser, np.zeros_like(is_denoiser)):
+        own = start.rows & blends & (stored > 0)  # what the cell computes is one more value
+        readable = _first(np.where(start.rows & ~own, 0, stored + own), window)
+        if budget.stores(lower(_reading(start, readable))):
+            break
+    return readable
 
-    @classmethod
-    def of(cls, trajectories: Sequence[Trajectory], table: MaskSchedule, training: _Training) -> "_Judged":
-        return cls(calibration_error(trajectories, table), table, training)
+
+def _first(values: npt.NDArray[np.int64], window: int) -> npt.NDArray[np.bool_]:
+    """As many weights of each cell as it has values, up to the window; shape (steps, blocks, 3)."""
+    readable: npt.NDArray[np.bool_] = np.arange(WINDOW) < np.minimum(values, window)[..., None]
+    return readable
+
+
+def _reading(start: MaskSchedule, readable: npt.NDArray[np.bool_]) -> MaskSchedule:
+    """The start's table, reading all values whose weights may move."""
+    return start.with_rows(start.rows, np.where(readable.any(axis=2, keepdims=True), readable, PLAIN))
+
+
+def _differences() -> Tensor:
+    return torch.tensor(DIFFERENCES, dtype=torch.float32)
 
 
 def _mean_distance(latent: Tensor, trajectory: Trajectory) -> Tensor:

@@ -1,0 +1,61 @@
+"""What benchmarks run on: one pipeline of the zoo, one number of steps, one guidance."""
+
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, TypeVar
+
+import stepmask
+from stepmask import MaskSchedule, Trajectory, zoo
+from stepmask.denoiser.families import example_call
+from stepmask.schedule.baselines import fixed_interval
+from stepmask.schedule.rectify import lower
+
+T = TypeVar("T")
+
+
+class Setting:
+    """A pipeline with its sampler's settings.
+
+    Args:
+        pipeline: "zoo:NAME".
+        steps: Of the sampler.
+        guidance: Guidance scale; `None` = the pipeline's own.
+    """
+
+    def __init__(self, pipeline: str, steps: int, guidance: float | None = None) -> None:
+        self.pipe: Any = zoo.load(pipeline)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.sampled = {"num_inference_steps": steps}
+        self.guided = {} if guidance is None else {"guidance_scale": guidance}
+
+    def call(self, count: int, seed: int) -> dict[str, Any]:
+        """Arguments of the pipeline for `count` samples."""
+        return {**example_call(self.pipe, count, seed), **self.sampled, **self.guided}
+
+    def record(self, count: int, seed: int) -> Trajectory:
+        """A reference run of `count` samples."""
+        return stepmask.record(self.pipe, seed=seed, **self.call(count, seed))
+
+    @cached_property
+    def reference_s(self) -> float:
+        """Seconds that one reference sampling of 16 samples takes."""
+        return timed(lambda: self.record(16, 99))[1]
+
+    @cached_property
+    def full(self) -> MaskSchedule:
+        """The all-compute table, of 8 samples."""
+        trajectory = self.record(8, 0)
+        graph = stepmask.trace(self.pipe, trajectory)
+        return MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+
+    def budget(self, share: float) -> float:
+        """What the fixed interval at a share of computed steps spends, glue included: every learner may as well."""
+        return lower(fixed_interval(self.full, share)).macs_share
+
+
+def timed(function: Callable[[], T]) -> tuple[T, float]:
+    """What a function returns, and the seconds that it took."""
+    started = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - started
