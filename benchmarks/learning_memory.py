@@ -15,7 +15,7 @@ from stepmask.learning.trained import TrainedForecasts
 WAYS: dict[str, Callable[[Any, Trajectory], Any]] = {
     "per-timestep": lambda pipe, run: stepmask.learn(pipe, run, 0.5, learner=PerTimestep(iterations=2, rounds=2)),
     "sweep": lambda pipe, run: stepmask.sweep(pipe, run, probes=1),
-    "trained forecasts": lambda pipe, run: stepmask.learn(pipe, run, 0.5, learner=TrainedForecasts(iterations=2)),
+    "trained forecasts": lambda pipe, run: stepmask.learn(pipe, run, 0.5, learner=TrainedForecasts(passes=1)),
 }
 
 

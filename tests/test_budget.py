@@ -25,7 +25,7 @@ from stepmask.schedule.show import summary
 
 from toys import Chain, Drift, Scale, bits, chain_graph, table, timed, unet_graph
 
-QUICK = TrainedForecasts(iterations=2)
+QUICK = TrainedForecasts(passes=1.2)
 
 
 def timed_unet() -> BlockGraph:

@@ -492,7 +492,7 @@ class Killed(BaseException):
 
 class TestTrainedForecasts:
     def test_never_worse_than_the_regular_table_it_starts_from(self, pipe: Any, trajectory: Trajectory) -> None:
-        schedule = stepmask.learn(pipe, trajectory, 0.6, learner=TrainedForecasts(iterations=4))
+        schedule = stepmask.learn(pipe, trajectory, 0.6, learner=TrainedForecasts(passes=2.4))
         assert schedule.provenance["calibration_error"] <= schedule.provenance["start_error"]
         assert rectify(schedule) == schedule
         assert Budget(0.6).allows(lower(schedule))
@@ -502,7 +502,7 @@ class TestTrainedForecasts:
         self, pipe: Any
     ) -> None:
         trajectory = stepmask.record(pipe, class_labels=[1, 2], num_inference_steps=8)
-        schedule = stepmask.learn(pipe, trajectory, 0.4, learner=TrainedForecasts(iterations=3))
+        schedule = stepmask.learn(pipe, trajectory, 0.4, learner=TrainedForecasts(passes=1.2))
         assert schedule.provenance["calibration_error"] < schedule.provenance["start_error"]
         blended = schedule.rows & (schedule.forecasts != PLAIN).any(axis=2)
         assert blended[1:, -1].all()
@@ -511,20 +511,20 @@ class TestTrainedForecasts:
         assert not any(schedule.rows[step - 2 : step, column].any() for step, column in cells)
 
     def test_two_values_are_all_it_reads_if_asked(self, pipe: Any, trajectory: Trajectory) -> None:
-        learner = TrainedForecasts(iterations=2, window=2)
+        learner = TrainedForecasts(passes=1.2, window=2)
         assert stepmask.learn(pipe, trajectory, 0.6, learner=learner).windows.max() <= 2
 
     def test_it_beats_taylor_on_a_chain_that_is_no_polynomial(self) -> None:
         denoiser = Drift()
         trajectory = stepmask.record(denoiser, run=loop(denoiser, 8, 0.05))
-        learner = TrainedForecasts(iterations=30, rate=0.003)
+        learner = TrainedForecasts(passes=15, rate=0.003)
         schedule = stepmask.learn(denoiser, trajectory, 0.5, graph=half_table(trajectory, 1).graph, learner=learner)
         assert schedule.provenance["calibration_error"] < 0.2 * schedule.provenance["start_error"]
 
     def test_a_killed_run_goes_on_where_it_stopped(
         self, pipe: Any, trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        learner, runs = TrainedForecasts(iterations=4), 0
+        learner, runs = TrainedForecasts(passes=2.4), 0
         trajectories = [trajectory, stepmask.record(pipe, seed=1, class_labels=[3, 4], num_inference_steps=5)]
         unbroken = stepmask.learn(pipe, trajectories, 0.6, learner=learner)
 

@@ -246,9 +246,8 @@ def _forecasts(rows: Bools, kappas: Floats) -> Floats:
     each = np.arange(rows.shape[1])
     for step in range(1, len(rows)):
         age, gap = step - newest, newest - before
-        inside = (age < kappas.shape[2]) & (age + gap < kappas.shape[2])
-        kappa = np.where(inside, kappas[step, each, age * inside, gap * inside], 0.0)
-        kappa = np.where(rows[step], 0.0, kappa)
+        known = ~rows[step] & (age + gap < kappas.shape[2])
+        kappa = np.where(known, kappas[step, each, age * known, gap * known], 0.0)
         weights[step, :, 0], weights[step, :, 1] = 1 + kappa, -kappa
         before, newest = np.where(rows[step], newest, before), np.where(rows[step], step, newest)
     return weights

@@ -13,6 +13,7 @@ from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
 from stepmask.files import write_whole
 from stepmask.learning.executors import Executor, LocalExecutor
+from stepmask.learning.task import Task
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.graph import BlockGraph
@@ -22,14 +23,7 @@ from stepmask.schedule.schedule import MaskSchedule
 class Learner(Protocol):
     """A way to find a table within a budget."""
 
-    def learn(
-        self,
-        trajectories: Sequence[Trajectory],
-        reference: MaskSchedule,
-        budget: Budget,
-        executor: Executor,
-        folder: Path | None,
-    ) -> MaskSchedule:
+    def learn(self, task: Task) -> MaskSchedule:
         """The table."""
 
 
@@ -74,8 +68,8 @@ def learn(
     if timed_here:
         graph = _timed(pipe, trajectories[0], graph, folder)
     reference = MaskSchedule.all_compute(graph, trajectories[0].denoiser, trajectories[0].sampler)
-    learner, executor = learner or TrainedForecasts(), executor or LocalExecutor()
-    schedule = learner.learn(trajectories, reference, budget, executor, folder)
+    task = Task(trajectories, reference, budget, executor or LocalExecutor(), folder)
+    schedule = (learner or TrainedForecasts()).learn(task)
     if not timed_here:
         return schedule
     times = {"timed_by": "stepmask.learn", "denoiser_ms": sum(block.ms for block in graph.blocks)}

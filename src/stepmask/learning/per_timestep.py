@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +9,13 @@ import numpy.typing as npt
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.trajectory import Trajectory, record_sampling
 from stepmask.errors import LearningError
-from stepmask.learning.executors import Executor, learn_rows
+from stepmask.learning.executors import learn_rows
 from stepmask.learning.guidance import guidance_of
 from stepmask.learning.objective import MeasuredGain, Objective, Scaling, relative_error, step_changes
 from stepmask.learning.relax import Relaxation, Sigmoid
 from stepmask.learning.rounding import round_scores
 from stepmask.learning.step import StepJob
+from stepmask.learning.task import Task
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -53,41 +53,21 @@ class PerTimestep:
     whole_steps: bool = True
     seed: int = 0
 
-    def learn(
-        self,
-        trajectories: Sequence[Trajectory],
-        reference: MaskSchedule,
-        budget: Budget,
-        executor: Executor,
-        folder: Path | None,
-    ) -> MaskSchedule:
+    def learn(self, task: Task) -> MaskSchedule:
         """The best table of all rounds.
-
-        Args:
-            trajectories: One reference run; its seeds are the calibration set.
-            reference: The all-compute table.
-            budget: Of the whole run.
-            executor: Where rows are learned.
-            folder: Where finished rows are kept; `None` = nowhere.
 
         Raises:
             LearningError: There are several trajectories, or a loss is not finite.
             InvalidBudget: The budget cannot be reached with `max_age`, or is in time and the graph was not timed.
         """
-        if len(trajectories) > 1:
-            raise LearningError(
-                given=f"{len(trajectories)} trajectories",
-                expected="one, whose samples are all of a row's batch",
-                advice="Record one run with all samples",
-            )
-        (trajectory,) = trajectories
+        trajectory, reference, budget = _only(task.trajectories), task.reference, task.budget
         weights, costs = self._weights(trajectory), budget.costs(reference.graph)
         shares = _shares(weights, trajectory, budget)
         under, table, price = trajectory, reference, self.price
         tried: list[tuple[float, MaskSchedule]] = []
         for _ in range(self.rounds):
             jobs = self._jobs(under, table, costs, weights, price, shares)
-            scores = learn_rows(jobs, trajectory.sampling.denoiser, executor, folder)
+            scores = learn_rows(jobs, trajectory.sampling.denoiser, task.executor, task.folder)
             scores = np.vstack([np.ones(scores.shape[1]), scores])
             if not self.whole_steps:
                 scores[:, -1] = np.inf
@@ -142,6 +122,16 @@ class PerTimestep:
             "calibration_error": error,
             "error_by_round": errors,
         }
+
+
+def _only(trajectories: Sequence[Trajectory]) -> Trajectory:
+    if len(trajectories) > 1:
+        raise LearningError(
+            given=f"{len(trajectories)} trajectories",
+            expected="one, whose samples are all of a row's batch",
+            advice="Record one run with all samples",
+        )
+    return trajectories[0]
 
 
 def _natural_share(scores: Floats, costs: Floats) -> float:

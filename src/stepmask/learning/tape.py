@@ -100,9 +100,8 @@ class Tape(Behaviour):
     def backward(self, evaluation: "_Evaluation", inputs: Sequence[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """The evaluation once more, with gradients: those of its inputs; the reader gets the rest."""
         step, branch = evaluation.step, evaluation.branch
-        self._tell(step, branch)
-        with torch.enable_grad(), self._seated():
-            self._finish(evaluation.run(inputs) if self._computes(step) else None)
+        with torch.enable_grad():
+            self._evaluate(evaluation, inputs)
         ends, pulls = self._ends(step, branch, grads)
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         said = [tensor for seat in self.seats[:-1] for tensor in floats(seat.said)]
@@ -138,20 +137,19 @@ class Tape(Behaviour):
         rest = iter(gradients)
         return [[next(rest) for _ in floats(seat.said)] for seat in self.seats[:-1]]
 
+    def _evaluate(self, evaluation: "_Evaluation", inputs: Sequence[Tensor]) -> Any:
+        """What the table's row answers; the denoiser does not run where it computes nothing."""
+        self._tell(evaluation.step, evaluation.branch)
+        with self._seated():
+            return self._finish(evaluation.run(inputs) if self.reads[evaluation.step, :, 0].any() else None)
+
     def _run(self, evaluation: "_Evaluation", inputs: Sequence[Tensor]) -> Any:
         """Evaluate the table's row, and store what later steps read."""
-        step, branch = evaluation.step, evaluation.branch
-        self._tell(step, branch)
-        with self._seated():
-            output = self._finish(evaluation.run(inputs) if self._computes(step) else None)
+        output, (step, branch) = self._evaluate(evaluation, inputs), (evaluation.step, evaluation.branch)
         for column, seat in enumerate(self.seats):
             if (step, column) in self.last:
                 self.stored[step, branch, column] = seat.value
         return output
-
-    def _computes(self, step: int) -> bool:
-        """Whether the denoiser runs at all."""
-        return bool(self.reads[step, :, 0].any())
 
     def _tell(self, step: int, branch: int) -> None:
         """Give the seats what they answer, or what they mix into it."""

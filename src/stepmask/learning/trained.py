@@ -4,7 +4,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +15,9 @@ from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.files import write_whole
 from stepmask.learning.chain import loss_and_gradients
-from stepmask.learning.executors import Executor
 from stepmask.learning.objective import sample_errors
 from stepmask.learning.starts import families
+from stepmask.learning.task import Task
 from stepmask.schedule.answers import answers
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.forecasts import DIFFERENCES, PLAIN, WINDOW
@@ -44,66 +43,56 @@ class TrainedForecasts:
     trajectory: several trajectories of a few samples cost no more per iteration than one, and overfit less.
 
     Args:
-        iterations: Of Adam; each costs four to five masked runs of a trajectory.
+        passes: What is spent: as many iterations of Adam as have the MACs of this many all-compute ones, so twice as
+            many at half of the MACs. An iteration costs six to seven masked runs of a trajectory.
         rate: Learning rate where the start's error is 1; it goes with the fourth root of that error, for the smaller
             it is, the nearer the start's weights are to the best ones. It falls linearly to zero.
         window: How many stored values a forecast may read, 1 to 3: the memory of the store. Fewer are read where the
             budget's store has no room for as many.
     """
 
-    iterations: int = 40
+    passes: float = 13
     rate: float = 0.1
     window: int = WINDOW
 
-    def learn(
-        self,
-        trajectories: Sequence[Trajectory],
-        reference: MaskSchedule,
-        budget: Budget,
-        executor: Executor,
-        folder: Path | None,
-    ) -> MaskSchedule:
+    def learn(self, task: Task) -> MaskSchedule:
         """The table with the smallest mean error on the calibration seeds; never worse there than the best start.
 
-        Args:
-            trajectories: Reference runs; their seeds are the calibration set.
-            reference: The all-compute table.
-            budget: Of the whole run, the denoiser's glue at every step included.
-            executor: Not used: one gradient step needs the one before it.
-            folder: Training is kept here after every iteration, to go on from; `None` = nowhere.
+        The executor is not used: one gradient step needs the one before it. Training is kept after every iteration.
 
         Raises:
             InvalidBudget: Not even one computed step fits, the store is too small for every regular table, or the
                 budget is in time and the graph was not timed.
             LearningError: A run is not finite, or the pipeline detaches its latents.
         """
-        starts = self._starts(trajectories, reference, budget)
+        starts = self._starts(task)
         start, best = min(starts, key=lambda start: start.promise), min(starts, key=lambda start: start.error)
         regular = [start.table] if start is best else [start.table, best.table]
-        tables = [*regular, _Training(self, start, trajectories, folder).run()]
-        errors = [calibration_error(trajectories, table) for table in tables]
+        tables = [*regular, _Training(self, start, task).run()]
+        errors = [calibration_error(task.trajectories, table) for table in tables]
         chosen = tables[int(np.argmin(errors))]
         provenance = {
             **chosen.provenance,
             "learner": repr(self),
-            "budget": budget.to_plain(),
+            "budget": task.budget.to_plain(),
             "calibration_error": min(errors),
             "start_error": min(errors[:-1]),
         }
         return rectify(chosen.with_rows(chosen.rows, chosen.forecasts, provenance=provenance))
 
-    def _starts(self, trajectories: Sequence[Trajectory], reference: MaskSchedule, budget: Budget) -> list["_Start"]:
+    def _starts(self, task: Task) -> list["_Start"]:
         """The best table of each family, by true runs of the first trajectory."""
         starts = []
-        for family in tqdm(families(reference, budget, self.window), "regular tables", disable=None):
-            errors = [calibration_error(trajectories[:1], table) for table in family.tables]
+        for family in tqdm(families(task.reference, task.budget, self.window), "regular tables", disable=None):
+            errors = [calibration_error(task.trajectories[:1], table) for table in family.tables]
             table = family.tables[int(np.argmin(errors))]
-            starts.append(_Start(table, min(errors), _readable(table, family.window, budget)))
+            starts.append(_Start(table, min(errors), _readable(table, family.window, task.budget)))
         return starts
 
-    def rate_at(self, iteration: int, error: float) -> float:
-        """The learning rate of an iteration, given the start's error."""
-        return self.rate * float(error**0.25) * (1 - iteration / self.iterations)
+    def rates(self, share: float, error: float) -> list[float]:
+        """The learning rate of every iteration, given the share that may be spent and the start's error."""
+        iterations = max(1, round(self.passes / share))
+        return [self.rate * float(error**0.25) * (1 - done / iterations) for done in range(iterations)]
 
 
 @dataclass(frozen=True)
@@ -134,23 +123,22 @@ def calibration_error(trajectories: Sequence[Trajectory], table: MaskSchedule) -
 class _Training:
     """Adam on the forecast weights of one table, in differences of stored values, one trajectory an iteration."""
 
-    def __init__(
-        self, learner: TrainedForecasts, start: _Start, trajectories: Sequence[Trajectory], folder: Path | None
-    ) -> None:
-        self.learner, self.start, self.trajectories = learner, start, trajectories
+    def __init__(self, learner: TrainedForecasts, start: _Start, task: Task) -> None:
+        self.start, self.trajectories = start, task.trajectories
         self.reading = _reading(start.table, start.readable)
         self.moves = torch.tensor(start.readable) * torch.tensor(PACE)
         self.shared = torch.zeros(start.table.steps, 1, WINDOW, requires_grad=True)  # by all blocks of a step
         self.own = torch.zeros(*start.readable.shape, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.shared, self.own], betas=(0.8, 0.95))
+        self.rates = learner.rates(task.budget.share, start.error)
         self.iteration = 0
-        self.path = folder / f"training-{self._digest()}.pt" if folder else None
+        self.path = task.folder / f"training-{self._digest()}.pt" if task.folder else None
         if self.path and self.path.exists():
             self._load(self.path.read_bytes())
 
     def run(self) -> MaskSchedule:
         """Train to the end: the start's table with trained weights."""
-        last = self.learner.iterations
+        last = len(self.rates)
         with tqdm(total=last, initial=self.iteration, desc="training forecasts", disable=None) as bar:
             while self.iteration < last:
                 self._step(self.trajectories[self.iteration % len(self.trajectories)])
@@ -164,7 +152,7 @@ class _Training:
 
     def _step(self, trajectory: Trajectory) -> None:
         for group in self.optimiser.param_groups:
-            group["lr"] = self.learner.rate_at(self.iteration, self.start.error)
+            group["lr"] = self.rates[self.iteration]
         weights = self._weights()
         _, gradients = loss_and_gradients(
             trajectory, self.reading, weights, lambda latent: _mean_distance(latent, trajectory)
@@ -199,7 +187,7 @@ class _Training:
         self.optimiser.load_state_dict(found["optimiser"])
 
     def _digest(self) -> str:
-        digest = sha256(f"{self.learner} {self.start.table.to_json()} {self.moves.tolist()}".encode())
+        digest = sha256(f"{self.rates} {self.start.table.to_json()} {self.moves.tolist()}".encode())
         for trajectory in self.trajectories:
             digest.update(trajectory.sampled.latent.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:24]

@@ -1,0 +1,72 @@
+"""The training pictures: emoji in three drawing styles, with their names and groups."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STYLES = ("noto", "twemoji", "fluent")
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """Pictures and what is known of them.
+
+    Args:
+        images: uint8, (N, 3, 64, 64), on white.
+        groups: (N,), Unicode group of each.
+        styles: (N,), index into `STYLES`.
+        names: Unicode names.
+        group_names: By group.
+    """
+
+    images: Tensor
+    groups: Tensor
+    styles: Tensor
+    names: list[str]
+    group_names: list[str]
+
+    @classmethod
+    def load(cls, path: Path) -> "Emoji":
+        """Read what `build_data.py` wrote."""
+        data = np.load(path)
+        return cls(
+            torch.from_numpy(data["images"]).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(data["labels"]),
+            torch.tensor([STYLES.index(style) for style in data["styles"]]),
+            [str(name) for name in data["captions"]],
+            [str(name) for name in data["classes"]],
+        )
+
+    @property
+    def labels(self) -> Tensor:
+        """3 · group + style, shape (N,)."""
+        return len(STYLES) * self.groups + self.styles
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """What each label means."""
+        pairs = [f"{group}, {style}" for group in self.group_names for style in STYLES]
+        return dict(enumerate(pairs))
+
+    @property
+    def captions(self) -> list[str]:
+        """A sentence for each picture: "a twemoji drawing of red heart"."""
+        return [caption(STYLES[style], name) for style, name in zip(self.styles.tolist(), self.names, strict=True)]
+
+    def pixels(self, indices: Tensor, size: int) -> Tensor:
+        """Pictures in [−1, 1], scaled down to a size by averaging, shape (…, 3, size, size)."""
+        pictures = self.images[indices].float() / 127.5 - 1
+        return torch.nn.functional.avg_pool2d(pictures, self.images.shape[-1] // size)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Indices at random; groups weigh as the square root of their size, or people would be six of ten."""
+        weights = torch.bincount(self.groups).double().rsqrt()[self.groups]
+        return torch.multinomial(weights, count, replacement=True, generator=generator)
+
+
+def caption(style: str, name: str) -> str:
+    """What a text encoder is told."""
+    return f"a {style} drawing of {name}"

@@ -1,0 +1,191 @@
+"""The four families: which modules, which scheduler, how a batch is predicted, which pipeline comes out."""
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from torch import Tensor, nn
+
+from emoji import Emoji
+from text import clip, t5
+
+WORDLESS = 0.1
+"""Share of the captions that are left out, for classifier-free guidance."""
+
+
+class _OnEmoji:
+    """What all families share: pictures to draw, and linear betas."""
+
+    batch = 64
+    rate = 6e-4
+
+    def __init__(self, emoji: Emoji) -> None:
+        self.emoji = emoji
+        self.scheduler: Any = DDIMScheduler(beta_schedule="linear", clip_sample=False)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        return self.emoji.draw(count, generator)
+
+
+class PixelDDPM(_OnEmoji):
+    """Unconditional, on pixels, 32×32: UNet2DModel."""
+
+    def __init__(self, emoji: Emoji) -> None:
+        super().__init__(emoji)
+        self.scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=True)
+        self.unet = UNet2DModel(
+            sample_size=32,
+            block_out_channels=(32, 64, 128, 128),
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            layers_per_block=2,
+            norm_num_groups=16,
+            attention_head_dim=32,
+        ).to(memory_format=torch.channels_last)
+        self.modules = nn.ModuleDict({"unet": self.unet})
+
+    def clean(self, indices: Tensor) -> Tensor:
+        return self.emoji.pixels(indices, 32)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
+        return self.unet(noisy.contiguous(memory_format=torch.channels_last), timesteps).sample
+
+    def pipeline(self) -> DDIMPipeline:
+        return DDIMPipeline(self.unet, self.scheduler)
+
+
+class _Latent(_OnEmoji):
+    """Families on the latents of the zoo's autoencoder, 4×16×16; they lie in memory."""
+
+    def __init__(self, emoji: Emoji, vae: AutoencoderKL) -> None:
+        super().__init__(emoji)
+        self.vae = vae.eval().requires_grad_(False)
+        self.latents = self._encode()
+
+    @torch.no_grad()
+    def _encode(self) -> Tensor:
+        indices = torch.arange(len(self.emoji.images))
+        means = [self.vae.encode(self.emoji.pixels(few, 64)).latent_dist.mean for few in indices.split(64)]
+        return torch.cat(means) * self.vae.config.scaling_factor
+
+    def clean(self, indices: Tensor) -> Tensor:
+        return self.latents[indices]
+
+
+class DiT(_Latent):
+    """By group and style: DiTTransformer2DModel, trained on from given weights."""
+
+    def __init__(self, emoji: Emoji, vae: AutoencoderKL, transformer: DiTTransformer2DModel) -> None:
+        super().__init__(emoji, vae)
+        self.transformer = transformer  # leaves out a tenth of the labels by itself
+        self.modules = nn.ModuleDict({"transformer": transformer})
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
+        return self.transformer(noisy, timestep=timesteps, class_labels=self.emoji.labels[indices]).sample
+
+    def pipeline(self) -> DiTPipeline:
+        return DiTPipeline(self.transformer, self.vae, self.scheduler, id2label=self.emoji.label_names)
+
+
+class _Captioned(_Latent):
+    """Families that are told a caption; the text encoder is trained with the denoiser."""
+
+    def __init__(self, emoji: Emoji, vae: AutoencoderKL, tokenizer: Any, length: int) -> None:
+        super().__init__(emoji, vae)
+        self.tokenizer = tokenizer
+        padded = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        self.tokens = tokenizer(emoji.captions, **padded)
+        self.wordless = tokenizer([""], **padded)
+
+    def captions(self, indices: Tensor) -> dict[str, Tensor]:
+        """Tokens and mask of some captions, a tenth of them empty."""
+        left_out = torch.rand(len(indices)) < WORDLESS
+        told = {key: tokens[indices] for key, tokens in self.tokens.items()}
+        return {key: torch.where(left_out[:, None], self.wordless[key], tokens) for key, tokens in told.items()}
+
+
+class LDM(_Captioned):
+    """Stable Diffusion in small: UNet2DConditionModel and a CLIP text encoder."""
+
+    LENGTH = 32
+
+    def __init__(self, emoji: Emoji, vae: AutoencoderKL) -> None:
+        tokenizer, self.text_encoder = clip(emoji.captions, self.LENGTH)
+        super().__init__(emoji, vae, tokenizer, self.LENGTH)
+        self.scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1)
+        self.unet = UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(64, 128, 192),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=16,
+            attention_head_dim=4,
+            cross_attention_dim=self.text_encoder.config.hidden_size,
+        )
+        self.modules = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
+        words = self.text_encoder(self.captions(indices)["input_ids"])[0]
+        return self.unet(noisy, timesteps, encoder_hidden_states=words).sample
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            self.vae,
+            self.text_encoder,
+            self.tokenizer,
+            self.unet,
+            self.scheduler,
+            None,
+            None,
+            requires_safety_checker=False,
+        )
+
+
+class PixArt(_Captioned):
+    """PixArt-α in small: PixArtTransformer2DModel, a T5 encoder, DPM-Solver++."""
+
+    LENGTH = 32
+
+    def __init__(self, emoji: Emoji, vae: AutoencoderKL) -> None:
+        tokenizer, self.text_encoder = t5(emoji.captions, self.LENGTH)
+        super().__init__(emoji, vae, tokenizer, self.LENGTH)
+        self.transformer = PixArtTransformer2DModel(
+            num_attention_heads=6,
+            attention_head_dim=32,
+            cross_attention_dim=192,
+            num_layers=10,
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            caption_channels=self.text_encoder.config.d_model,
+            use_additional_conditions=False,
+        )
+        self.modules = nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.text_encoder})
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
+        told = self.captions(indices)
+        words = self.text_encoder(told["input_ids"], attention_mask=told["attention_mask"])[0]
+        return self.transformer(
+            noisy,
+            encoder_hidden_states=words,
+            encoder_attention_mask=told["attention_mask"],
+            timestep=timesteps,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        ).sample
+
+    def pipeline(self) -> PixArtAlphaPipeline:
+        scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", algorithm_type="dpmsolver++")
+        return PixArtAlphaPipeline(self.tokenizer, self.text_encoder, self.vae, self.transformer, scheduler)

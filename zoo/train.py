@@ -1,0 +1,65 @@
+"""Train a pipeline of the zoo, or go on training it: python zoo/train.py ldm --data runs/emoji64.npz.
+
+State and log are kept in runs/zoo/NAME; a killed run goes on there. At the end, and with --export at any time, the
+pipeline of the averaged weights goes to src/stepmask/zoo/NAME in float16, with its grid of samples.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from emoji import Emoji
+from families import LDM, DiT, PixArt, PixelDDPM
+from grid import draw
+from training import Family, Training
+
+ZOO = Path(__file__).parent.parent / "src" / "stepmask" / "zoo"
+RUNS = Path("runs") / "zoo"
+
+
+def zoo_pipeline() -> Any:
+    """The pipeline whose autoencoder all latent families share."""
+    return DiffusionPipeline.from_pretrained(ZOO / "dit-emoji", torch_dtype=torch.float32)
+
+
+FAMILIES: dict[str, Callable[[Emoji], Family]] = {
+    "ddpm": PixelDDPM,
+    "ldm": lambda emoji: LDM(emoji, zoo_pipeline().vae),
+    "dit": lambda emoji: DiT(emoji, (pipe := zoo_pipeline()).vae, pipe.transformer),
+    "pixart": lambda emoji: PixArt(emoji, zoo_pipeline().vae),
+}
+
+
+def export(name: str, training: Training) -> None:
+    """Put the averaged pipeline into the package, and a grid of its samples and the log beside it."""
+    pipe, place = training.averaged(), ZOO / f"{name}-emoji"
+    draw(pipe, training.folder / "samples.png")
+    pipe.to(torch.float16).save_pretrained(place)
+    for kept in ("samples.png", "log.jsonl"):
+        shutil.copy(training.folder / kept, place / kept)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("family", choices=FAMILIES)
+    arguments.add_argument("--data", type=Path, default=Path("runs") / "emoji64.npz", help="what build_data.py wrote")
+    arguments.add_argument("--iterations", type=int, default=20_000)
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--export", action="store_true", help="export what is trained so far, and stop")
+    asked = arguments.parse_args()
+    torch.set_num_threads(asked.threads)
+    torch.manual_seed(0)
+    family = FAMILIES[asked.family](Emoji.load(asked.data))
+    training = Training(family, asked.iterations, RUNS / asked.family)
+    if not asked.export:
+        training.run()
+    export(asked.family, training)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The training loop of all families: ε-prediction, min-SNR weights, cosine, an average of the weights; resumable."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel, compute_snr
+from torch import Tensor, nn
+
+SNR_CAP = 5.0
+"""Min-SNR weights (arXiv 2303.09556) with γ = 5."""
+
+KEEP_EVERY = 100
+"""Iterations between two saved states."""
+
+
+class Family(Protocol):
+    """A pipeline to train: what is trained, on what, and how it is put together."""
+
+    modules: nn.ModuleDict
+    scheduler: Any
+    batch: int
+    rate: float
+
+    def clean(self, indices: Tensor) -> Tensor:
+        """x₀ of some pictures, scaled as the denoiser sees it."""
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
+        """The denoiser's ε."""
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Indices of pictures to train on."""
+
+    def pipeline(self) -> Any:
+        """The pipeline of the present weights."""
+
+
+class Training:
+    """Trains a family for a number of iterations, and goes on where a killed run stopped.
+
+    Args:
+        family: The pipeline.
+        iterations: Of the whole training; the learning rate falls to zero at the last.
+        folder: State and log are kept here.
+        seed: Of what is drawn.
+    """
+
+    def __init__(self, family: Family, iterations: int, folder: Path, seed: int = 0) -> None:
+        self.family, self.iterations, self.folder = family, iterations, folder
+        self.generator = torch.Generator().manual_seed(seed)
+        parameters = [p for p in family.modules.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(parameters, family.rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimiser, 200, iterations)
+        self.average = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.iteration, self.seconds = 0, 0.0
+        self.losses: list[float] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "state.pt").exists():
+            self._load()
+
+    def run(self) -> None:
+        """Train to the end."""
+        self.family.modules.train()
+        started = time.perf_counter() - self.seconds
+        while self.iteration < self.iterations:
+            self.losses.append(self._step())
+            self.iteration += 1
+            if self.iteration % KEEP_EVERY == 0 or self.iteration == self.iterations:
+                self.seconds = time.perf_counter() - started
+                self._keep()
+
+    def averaged(self) -> Any:
+        """The pipeline of the averaged weights."""
+        self.average.copy_to([p for p in self.family.modules.parameters() if p.requires_grad])
+        self.family.modules.eval()
+        return self.family.pipeline()
+
+    def _step(self) -> float:
+        indices = self.family.draw(self.family.batch, self.generator)
+        clean = self.family.clean(indices)
+        timesteps = torch.randint(1000, (len(clean),), generator=self.generator)
+        noise = torch.randn(clean.shape, generator=self.generator)
+        noisy = self.family.scheduler.add_noise(clean, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = self.family.predict(noisy, timesteps, indices)
+        snr = compute_snr(self.family.scheduler, timesteps)
+        weights = snr.clamp(max=SNR_CAP) / snr
+        loss = (weights * (predicted.float() - noise).square().flatten(1).mean(1)).mean()
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.family.modules.parameters(), 1.0)
+        self.optimiser.step()
+        self.schedule.step()
+        self.average.step([p for p in self.family.modules.parameters() if p.requires_grad])
+        return float(loss.detach())
+
+    def _keep(self) -> None:
+        mean = sum(self.losses) / len(self.losses)
+        self.losses.clear()
+        row = {"iteration": self.iteration, "seconds": round(self.seconds), "loss": round(mean, 4)}
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        state = {
+            "modules": self.family.modules.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average.state_dict(),
+            "generator": self.generator.get_state(),
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+        }
+        torch.save(state, self.folder / "state.new")
+        (self.folder / "state.new").replace(self.folder / "state.pt")
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / "state.pt", weights_only=True)
+        self.family.modules.load_state_dict(state["modules"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.average.load_state_dict(state["average"])
+        self.generator.set_state(state["generator"])
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
