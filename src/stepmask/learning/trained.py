@@ -24,10 +24,6 @@ from stepmask.schedule.forecasts import DIFFERENCES, PLAIN, WINDOW
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
 
-LESS = 1.5
-"""Training takes this many times less off the error of a table that only forecasts the denoiser's own output: for it to
-start, its error must be that much smaller than the best other table's (docs/experiments.md)."""
-
 PACE = (0.05, 1.0, 1.0)
 """Relative learning rates of a forecast's scale and its first and second difference; the scale is the stiff one."""
 
@@ -86,7 +82,7 @@ class TrainedForecasts:
         for family in tqdm(families(task.reference, task.budget, self.window), "regular tables", disable=None):
             errors = [calibration_error(task.trajectories[:1], table) for table in family.tables]
             table = family.tables[int(np.argmin(errors))]
-            starts.append(_Start(table, min(errors), _readable(table, family.window, task.budget)))
+            starts.append(_Start(table, min(errors), family.handicap, _readable(table, family.window, task.budget)))
         return starts
 
     def rates(self, share: float, error: float) -> list[float]:
@@ -101,12 +97,13 @@ class _Start:
 
     table: MaskSchedule
     error: float
+    handicap: float
     readable: npt.NDArray[np.bool_]
 
     @property
     def promise(self) -> float:
-        """The error, larger where little can be trained."""
-        return self.error * (1.0 if self.readable[:, :-1].any() else LESS)
+        """What the error may come to, to compare starts by."""
+        return self.error * self.handicap
 
 
 @torch.no_grad()
