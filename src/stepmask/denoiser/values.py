@@ -82,7 +82,7 @@ def _mix(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
         return torch.lerp(values[0], values[1], weights[1])
     older = weights[1] + sum(weights[2:])
     if abs(total - 1) < 1e-9 and abs(older) > 1e-9:
-        return torch.lerp(values[0], torch.lerp(values[1], values[2], weights[2] / older), older)
+        return torch.lerp(values[1], values[2], weights[2] / older).lerp_(values[0], 1 - older)  # one new tensor
     mixed = values[0] * weights[0]
     for weight, value in zip(weights[1:], values[1:], strict=False):
         mixed.add_(value, alpha=weight)
