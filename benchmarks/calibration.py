@@ -5,15 +5,12 @@ What each costs is given in reference samplings of 16 samples.
 
 import argparse
 from collections.abc import Callable, Sequence
-from statistics import fmean, geometric_mean
 from typing import Any
 
 import stepmask
 from results import save
-from setting import Setting, timed
+from setting import Setting, errors, timed
 from stepmask import MaskSchedule, Profile, Trajectory
-from stepmask.denoiser.runtime import apply
-from stepmask.evaluation.metrics import latent_errors
 
 STEPS = 20
 ROWS = 32
@@ -33,12 +30,6 @@ WAYS: dict[str, Callable[[Any, Sequence[Trajectory], float], MaskSchedule]] = {
 }
 
 
-def measured(held_out: Trajectory, table: MaskSchedule) -> dict[str, float]:
-    with apply(held_out.sampling.pipe, table):
-        found = latent_errors(held_out.sampling().latent, held_out.sampled.latent)
-    return {"error": fmean(found), "geometric_error": geometric_mean(found)}
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--share", type=float, default=0.35)
@@ -52,7 +43,7 @@ def main() -> None:
         for way, learn in WAYS.items():
             table, seconds = timed(lambda learn=learn, runs=runs: learn(setting.pipe, runs, budget))
             cost = {"reference_samplings_of_16": seconds / setting.reference_s}
-            found[way][samples] = {**measured(held_out, table), **cost}
+            found[way][samples] = {**errors(held_out, table), **cost}
     most = {way: max(row["reference_samplings_of_16"] for row in rows.values()) for way, rows in found.items()}
     save(
         "calibration",

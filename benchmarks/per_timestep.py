@@ -5,8 +5,8 @@ from typing import Any
 
 import stepmask
 from results import save
-from stepmask import MaskSchedule, zoo
-from stepmask.denoiser.families import example_call
+from setting import Setting
+from stepmask import MaskSchedule
 from stepmask.evaluation.compare import evaluate
 from stepmask.evaluation.report import Report
 from stepmask.learning.objective import MeasuredGain, Uniform
@@ -39,15 +39,13 @@ def main() -> None:
     arguments.add_argument("--budgets", type=float, nargs="+", default=[0.5])
     arguments.add_argument("--samples", type=int, default=32)
     asked = arguments.parse_args()
-    pipe = zoo.load("zoo:dit-emoji")
-    pipe.set_progress_bar_config(disable=True)
-    trajectory = stepmask.record(pipe, **example_call(pipe, 4, seed=0), num_inference_steps=20)
-    held_out = {**example_call(pipe, asked.samples, seed=1), "num_inference_steps": 20}
+    setting = Setting("zoo:dit-emoji", 20)
+    trajectory = setting.record(4, 0)
     found = {}
     for budget in asked.budgets:
-        rivals: dict[str, Any] = {**tables(pipe, trajectory, budget), "fewer steps": round(budget * 20)}
+        rivals: dict[str, Any] = {**tables(setting.pipe, trajectory, budget), "fewer steps": round(budget * 20)}
         first = next(table for table in rivals.values() if isinstance(table, MaskSchedule))
-        report = evaluate(pipe, first, rivals=rivals, repeats=1, **held_out)
+        report = evaluate(setting.pipe, first, rivals=rivals, repeats=1, **setting.call(asked.samples, 1))
         found[str(budget)] = errors(report)
     half = {name: row["latent_error"] for name, row in found["0.5"].items()}
     save(

@@ -2,17 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
-from statistics import fmean, geometric_mean
 from typing import Any
 
 import numpy as np
 
 import stepmask
 from results import save
-from stepmask import MaskSchedule, Trajectory, zoo
-from stepmask.denoiser.families import example_call
-from stepmask.denoiser.runtime import apply
-from stepmask.evaluation.metrics import latent_errors
+from setting import Setting, errors
+from stepmask import MaskSchedule, Trajectory
 from stepmask.learning.starts import groups, refreshed_interval
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
@@ -71,28 +68,25 @@ def tables(full: MaskSchedule) -> dict[str, MaskSchedule]:
     return found
 
 
-def errors(held_out: Trajectory, table: MaskSchedule) -> dict[str, float]:
-    with apply(held_out.sampling.pipe, table):
-        found = latent_errors(held_out.sampling().latent, held_out.sampled.latent)
-    return {"macs": lower(table).macs_share, "error": fmean(found), "geometric_error": geometric_mean(found)}
+def measured(held_out: Trajectory, table: MaskSchedule) -> dict[str, float]:
+    return {"macs": lower(table).macs_share, **errors(held_out, table)}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--samples", type=int, default=32)
     asked = arguments.parse_args()
-    pipe = zoo.load("zoo:dit-emoji")
-    pipe.set_progress_bar_config(disable=True)
-    held_out = stepmask.record(pipe, seed=1000, **example_call(pipe, asked.samples, 1), num_inference_steps=STEPS)
+    setting = Setting("zoo:dit-emoji", STEPS)
+    held_out = stepmask.record(setting.pipe, seed=1000, **setting.call(asked.samples, 1))
     found = {}
     for granularity in ("sublayer", "block"):
-        graph = stepmask.trace(pipe, held_out, granularity=granularity)
+        graph = stepmask.trace(setting.pipe, held_out, granularity=granularity)
         full = MaskSchedule.all_compute(graph, held_out.denoiser, held_out.sampler)
         if granularity == "sublayer":
-            found.update({name: errors(held_out, table) for name, table in tables(full).items()})
+            found.update({name: measured(held_out, table) for name, table in tables(full).items()})
         else:
             for order in (0, 1, 2):
-                found[f"half, interval, delta reuse of whole blocks, order {order}"] = errors(
+                found[f"half, interval, delta reuse of whole blocks, order {order}"] = measured(
                     held_out, fixed_interval(full, 0.5, order=order)
                 )
     best = min(found[name]["error"] for name in found if name.startswith("half, interval, order"))

@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable
 from functools import cached_property
+from statistics import fmean, geometric_mean
 from typing import Any, TypeVar
 
 import stepmask
 from stepmask import MaskSchedule, Trajectory, zoo
 from stepmask.denoiser.families import example_call
+from stepmask.denoiser.runtime import apply
+from stepmask.evaluation.metrics import latent_errors
 from stepmask.schedule.baselines import fixed_interval
 from stepmask.schedule.rectify import lower
 
@@ -52,6 +55,13 @@ class Setting:
     def budget(self, share: float) -> float:
         """What the fixed interval at a share of computed steps spends, glue included: every learner may as well."""
         return lower(fixed_interval(self.full, share)).macs_share
+
+
+def errors(held_out: Trajectory, table: MaskSchedule) -> dict[str, float]:
+    """Mean and geometric mean of a table's latent errors on the samples of a reference run."""
+    with apply(held_out.sampling.pipe, table):
+        found = latent_errors(held_out.sampling().latent, held_out.sampled.latent)
+    return {"error": fmean(found), "geometric_error": geometric_mean(found)}
 
 
 def timed(function: Callable[[], T]) -> tuple[T, float]:

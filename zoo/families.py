@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from emoji import Emoji
 from text import clip, t5
 
+LENGTH = 32
+"""Tokens of a caption, padding included."""
+
 WORDLESS = 0.1
 """Share of the captions that are left out, for classifier-free guidance."""
 
@@ -102,10 +105,10 @@ class DiT(_Latent):
 class _Captioned(_Latent):
     """Families that are told a caption; the text encoder is trained with the denoiser."""
 
-    def __init__(self, emoji: Emoji, vae: AutoencoderKL, tokenizer: Any, length: int) -> None:
+    def __init__(self, emoji: Emoji, vae: AutoencoderKL, tokenizer: Any) -> None:
         super().__init__(emoji, vae)
         self.tokenizer = tokenizer
-        padded = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        padded = {"padding": "max_length", "max_length": LENGTH, "truncation": True, "return_tensors": "pt"}
         self.tokens = tokenizer(emoji.captions, **padded)
         self.wordless = tokenizer([""], **padded)
 
@@ -119,11 +122,9 @@ class _Captioned(_Latent):
 class LDM(_Captioned):
     """Stable Diffusion in small: UNet2DConditionModel and a CLIP text encoder."""
 
-    LENGTH = 32
-
     def __init__(self, emoji: Emoji, vae: AutoencoderKL) -> None:
-        tokenizer, self.text_encoder = clip(emoji.captions, self.LENGTH)
-        super().__init__(emoji, vae, tokenizer, self.LENGTH)
+        tokenizer, self.text_encoder = clip(emoji.captions, LENGTH)
+        super().__init__(emoji, vae, tokenizer)
         self.scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1)
         self.unet = UNet2DConditionModel(
             sample_size=16,
@@ -157,11 +158,9 @@ class LDM(_Captioned):
 class PixArt(_Captioned):
     """PixArt-α in small: PixArtTransformer2DModel, a T5 encoder, DPM-Solver++."""
 
-    LENGTH = 32
-
     def __init__(self, emoji: Emoji, vae: AutoencoderKL) -> None:
-        tokenizer, self.text_encoder = t5(emoji.captions, self.LENGTH)
-        super().__init__(emoji, vae, tokenizer, self.LENGTH)
+        tokenizer, self.text_encoder = t5(emoji.captions, LENGTH)
+        super().__init__(emoji, vae, tokenizer)
         self.transformer = PixArtTransformer2DModel(
             num_attention_heads=6,
             attention_head_dim=32,

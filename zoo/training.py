@@ -1,5 +1,6 @@
 """The training loop of all families: ε-prediction, min-SNR weights, cosine, an average of the weights; resumable."""
 
+import io
 import json
 import time
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
 from torch import Tensor, nn
+
+from stepmask.files import write_whole
 
 SNR_CAP = 5.0
 """Min-SNR weights (arXiv 2303.09556) with γ = 5."""
@@ -51,10 +54,10 @@ class Training:
     def __init__(self, family: Family, iterations: int, folder: Path, seed: int = 0) -> None:
         self.family, self.iterations, self.folder = family, iterations, folder
         self.generator = torch.Generator().manual_seed(seed)
-        parameters = [p for p in family.modules.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(parameters, family.rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self.parameters = [p for p in family.modules.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.parameters, family.rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.schedule = get_cosine_schedule_with_warmup(self.optimiser, 200, iterations)
-        self.average = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.average = EMAModel(self.parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
         self.iteration, self.seconds = 0, 0.0
         self.losses: list[float] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,7 @@ class Training:
 
     def averaged(self) -> Any:
         """The pipeline of the averaged weights."""
-        self.average.copy_to([p for p in self.family.modules.parameters() if p.requires_grad])
+        self.average.copy_to(self.parameters)
         self.family.modules.eval()
         return self.family.pipeline()
 
@@ -91,10 +94,10 @@ class Training:
         loss = (weights * (predicted.float() - noise).square().flatten(1).mean(1)).mean()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.family.modules.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.schedule.step()
-        self.average.step([p for p in self.family.modules.parameters() if p.requires_grad])
+        self.average.step(self.parameters)
         return float(loss.detach())
 
     def _keep(self) -> None:
@@ -112,8 +115,9 @@ class Training:
             "iteration": self.iteration,
             "seconds": self.seconds,
         }
-        torch.save(state, self.folder / "state.new")
-        (self.folder / "state.new").replace(self.folder / "state.pt")
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_whole(self.folder / "state.pt", buffer.getvalue())
 
     def _load(self) -> None:
         state = torch.load(self.folder / "state.pt", weights_only=True)

@@ -16,7 +16,7 @@ from stepmask.denoiser.trajectory import Trajectory
 from stepmask.files import write_whole
 from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.objective import sample_errors
-from stepmask.learning.starts import families
+from stepmask.learning.starts import Family, families
 from stepmask.learning.task import Task
 from stepmask.schedule.answers import answers
 from stepmask.schedule.budget import Budget
@@ -82,7 +82,7 @@ class TrainedForecasts:
         for family in tqdm(families(task.reference, task.budget, self.window), "regular tables", disable=None):
             errors = [calibration_error(task.trajectories[:1], table) for table in family.tables]
             table = family.tables[int(np.argmin(errors))]
-            starts.append(_Start(table, min(errors), family.handicap, _readable(table, family.window, task.budget)))
+            starts.append(_Start(table, min(errors), family))
         return starts
 
     def rates(self, share: float, error: float) -> list[float]:
@@ -93,17 +93,16 @@ class TrainedForecasts:
 
 @dataclass(frozen=True)
 class _Start:
-    """A regular table, its error on the first trajectory, and the weights that may move, (steps, blocks, 3)."""
+    """A regular table, its error on the first trajectory, and the family that it is the best of."""
 
     table: MaskSchedule
     error: float
-    handicap: float
-    readable: npt.NDArray[np.bool_]
+    family: Family
 
     @property
     def promise(self) -> float:
         """What the error may come to, to compare starts by."""
-        return self.error * self.handicap
+        return self.error * self.family.handicap
 
 
 @torch.no_grad()
@@ -122,10 +121,11 @@ class _Training:
 
     def __init__(self, learner: TrainedForecasts, start: _Start, task: Task) -> None:
         self.start, self.trajectories = start, task.trajectories
-        self.reading = _reading(start.table, start.readable)
-        self.moves = torch.tensor(start.readable) * torch.tensor(PACE)
+        readable = _readable(start.table, start.family.window, task.budget)
+        self.reading = _reading(start.table, readable)
+        self.moves = torch.tensor(readable) * torch.tensor(PACE)
         self.shared = torch.zeros(start.table.steps, 1, WINDOW, requires_grad=True)  # by all blocks of a step
-        self.own = torch.zeros(*start.readable.shape, requires_grad=True)
+        self.own = torch.zeros(*readable.shape, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.shared, self.own], betas=(0.8, 0.95))
         self.rates = learner.rates(task.budget.share, start.error)
         self.iteration = 0
