@@ -13,14 +13,16 @@ from setting import Setting, errors, timed
 from stepmask import MaskSchedule, Profile, Trajectory
 
 STEPS = 20
+SAMPLES = 8
+"""Of each trajectory."""
+
 ROWS = 32
 """Measurements of all sweeps together, at least: few samples get several probes each."""
 
 
 def swept(pipe: Any, trajectories: Sequence[Trajectory], budget: float) -> MaskSchedule:
     """The table of one sweep over each trajectory."""
-    samples = sum(len(trajectory.sampled.latent) for trajectory in trajectories)
-    probes = max(1, ROWS // samples)
+    probes = max(1, ROWS // (SAMPLES * len(trajectories)))
     return Profile.merge(*(stepmask.sweep(pipe, run, probes=probes, ages=9) for run in trajectories)).schedule(budget)
 
 
@@ -34,12 +36,13 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--share", type=float, default=0.35)
     arguments.add_argument("--held-out", type=int, default=32)
+    arguments.add_argument("--samples", type=int, nargs="+", default=[8, 16, 32, 64])
     asked = arguments.parse_args()
     setting = Setting("zoo:dit-emoji", STEPS)
     held_out, budget = setting.record(asked.held_out, 1), setting.budget(asked.share)
     found: dict[str, dict[int, dict[str, float]]] = {way: {} for way in WAYS}
-    for samples in (8, 16, 32, 64):
-        runs = [setting.record(8, seed) for seed in range(100, 100 + samples // 8)]
+    for samples in asked.samples:
+        runs = [setting.record(SAMPLES, seed) for seed in range(100, 100 + samples // SAMPLES)]
         for way, learn in WAYS.items():
             table, seconds = timed(lambda learn=learn, runs=runs: learn(setting.pipe, runs, budget))
             cost = {"reference_samplings_of_16": seconds / setting.reference_s}

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import stepmask
 from stepmask import MaskSchedule, Trajectory, zoo
-from stepmask.denoiser.families import example_call
+from stepmask.denoiser.conditioning import Conditioning
 from stepmask.denoiser.runtime import apply
 from stepmask.evaluation.metrics import latent_errors
 from stepmask.schedule.baselines import fixed_interval
@@ -34,7 +34,7 @@ class Setting:
 
     def call(self, count: int, seed: int) -> dict[str, Any]:
         """Arguments of the pipeline for `count` samples."""
-        return {**example_call(self.pipe, count, seed), **self.sampled, **self.guided}
+        return {**Conditioning.of(self.pipe).call(count, seed), **self.sampled, **self.guided}
 
     def record(self, count: int, seed: int) -> Trajectory:
         """A reference run of `count` samples."""

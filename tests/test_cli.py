@@ -75,6 +75,15 @@ def test_sampling_without_a_schedule(folder: str, tmp_path: Path) -> None:
         "sample", folder, "--out", str(tmp_path / "png"), "--samples", "1", "--steps", "2")  # fmt: skip
 
 
+def test_labels_are_drawn_in_their_order(folder: str, tmp_path: Path) -> None:
+    made: dict[str, list[bytes]] = {}
+    for name, asked in {"labels": ["--labels", "3,5"], "call": ["--call", '{"class_labels": [3, 5]}']}.items():
+        paths = json.loads(run("sample", folder, "--out", str(tmp_path / name), "--samples", "2", "--steps", "2",
+                               "--json", *asked))  # fmt: skip
+        made[name] = [Path(path).read_bytes() for path in paths]
+    assert made["labels"] == made["call"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -84,6 +93,8 @@ def test_sampling_without_a_schedule(folder: str, tmp_path: Path) -> None:
         (["learn", "{folder}", "--out", "x", "--budget", "1.5"], "(0, 1]"),
         (["learn", "{folder}", "--out", "x", "--budget", "0.5", "--time", "0.5"], "one of them"),
         (["learn", "{folder}", "--out", "x", "--store-mib", "0"], "positive whole number"),
+        (["sample", "{folder}", "--out", "x", "--labels", "1000"], "from 0 to 999"),
+        (["sample", "{folder}", "--out", "x", "--prompts", "nowhere.txt"], "nowhere.txt"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_exit_code_1(
@@ -102,6 +113,7 @@ def test_arguments_that_are_not_json(folder: str) -> None:
     assert runner.invoke(app, ["blocks", folder, "--call", "{"]).exit_code == 2
     assert runner.invoke(app, ["blocks", folder, "--call", "[1]"]).exit_code == 2
     assert runner.invoke(app, ["blocks", folder, "--granularity", "atom"]).exit_code == 2
+    assert runner.invoke(app, ["blocks", folder, "--prompts", "p.txt", "--labels", "1"]).exit_code == 2
 
 
 class TestZoo:

@@ -11,7 +11,7 @@ from stepmask.schedule.fingerprint import DenoiserFingerprint
 from stepmask.schedule.graph import DENOISER, Block, BlockGraph
 from stepmask.schedule.rectify import lower
 
-from toys import chain_graph, sampler
+from toys import chain_graph, sampler, stepped_unet
 
 NAMES = ("layers.0.attn", "layers.0.ff", "layers.1.attn", "layers.1.ff")
 
@@ -87,6 +87,15 @@ class TestFamilies:
         assert found
         assert all(budget.allows(lower(table)) for family in found for table in family.tables)
         assert all(table.windows.max() <= family.window <= 3 for family in found for table in family.tables)
+
+    def test_a_unet_may_start_near_its_output(self) -> None:
+        # a third of a step at branch 0: four whole steps and eight such are 20 of 36, five and seven would be 22
+        found = families(stepped_unet(12), Budget(macs=0.6), window=3)
+        names = {table.provenance["table"] for family in found for table in family.tables}
+        assert {name for name in names if "DeepCache" in name} == {
+            "DeepCache, interval 3, branch 0, Taylor 1",
+            "DeepCache, interval 3, branch 0, Taylor 2",
+        }
 
     def test_a_small_store_leaves_what_reads_less(self) -> None:
         reference = MaskSchedule.all_compute(chain_graph(2, "output"), DenoiserFingerprint("Toy"), sampler(8))

@@ -1,6 +1,7 @@
 """Denoisers whose algebra can be done on paper, and real diffusers classes at tiny size."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,27 @@ def unet_graph() -> BlockGraph:
     return BlockGraph((*blocks, Block(DENOISER, ("up0",), "output", 0, ((1,),), 4)))
 
 
+UNET_NAMES = (
+    "down_blocks.0.resnets.0",
+    "down_blocks.0.downsamplers.0",
+    "mid_block.resnets.0",
+    "up_blocks.0.resnets.0",
+    "up_blocks.0.upsamplers.0",
+    "up_blocks.1.resnets.0",
+)
+
+
+def stepped_unet(steps: int) -> MaskSchedule:
+    """The all-compute table of a U-Net with two layers down, two up and a skip between each pair, a MAC a block."""
+    reads = [(), (0,), (1,), (1, 2), (3,), (0, 4)]
+    blocks = [
+        Block(name, tuple(UNET_NAMES[column] for column in read), "output", 1, ((1,),), 4)
+        for name, read in zip(UNET_NAMES, reads, strict=True)
+    ]
+    graph = BlockGraph((*blocks, Block(DENOISER, UNET_NAMES[-1:], "output", 0, ((1,),), 4)))
+    return MaskSchedule.all_compute(graph, DenoiserFingerprint("Toy"), sampler(steps))
+
+
 def chain_graph(count: int, reuse: Reuse) -> BlockGraph:
     blocks = tuple(Block(f"b{i}", (f"b{i - 1}",) if i else (), reuse, 1, ((1,),), 4) for i in range(count))
     return BlockGraph((*blocks, Block(DENOISER, (f"b{count - 1}",), "output", 0, ((1,),), 4)))
@@ -124,6 +146,24 @@ def tiny_unet() -> nn.Module:
         cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
     )  # fmt: skip
     return _stirred(denoiser)
+
+
+def tiny_stable_diffusion() -> Any:
+    """A StableDiffusionPipeline with random weights and three layers a block, as Stable Diffusion has; no words."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    denoiser = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    parts = (vae, None, None, _stirred(denoiser), scheduler, None, None)
+    pipe = StableDiffusionPipeline(*parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def tiny_pixel_unet() -> nn.Module:

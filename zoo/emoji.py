@@ -9,6 +9,12 @@ from torch import Tensor
 
 STYLES = ("noto", "twemoji", "fluent")
 
+PLAIN_NAMES = {"heavy black heart": "red heart", "slice of pizza": "pizza"}
+"""Where the Unicode name is not what anybody would type."""
+
+TONED = 5
+"""Skin tones of a drawing."""
+
 
 @dataclass(frozen=True)
 class Emoji:
@@ -54,19 +60,39 @@ class Emoji:
     @property
     def captions(self) -> list[str]:
         """A sentence for each picture: "a twemoji drawing of red heart"."""
-        return [caption(STYLES[style], name) for style, name in zip(self.styles.tolist(), self.names, strict=True)]
+        return [
+            caption(STYLES[style], name) for style, name in zip(self.styles.tolist(), self.plain_names, strict=True)
+        ]
+
+    @property
+    def plain_names(self) -> list[str]:
+        """Names as people say them."""
+        flags = self.group_names.index("Flags")
+        return [_plain(name, group == flags) for name, group in zip(self.names, self.groups.tolist(), strict=True)]
 
     def pixels(self, indices: Tensor, size: int) -> Tensor:
         """Pictures in [−1, 1], scaled down to a size by averaging, shape (…, 3, size, size)."""
         pictures = self.images[indices].float() / 127.5 - 1
         return torch.nn.functional.avg_pool2d(pictures, self.images.shape[-1] // size)
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Indices at random; groups weigh as the square root of their size, or people would be six of ten."""
-        weights = torch.bincount(self.groups).double().rsqrt()[self.groups]
-        return torch.multinomial(weights, count, replacement=True, generator=generator)
+    def draw(self, count: int) -> Tensor:
+        """Indices at random.
+
+        The skin tones of a drawing weigh as much as the drawing itself, and groups as the square root of what is in
+        them, or people would be six of ten.
+        """
+        toned = torch.tensor(["skin tone" in name for name in self.names])
+        weights = torch.where(toned, 1 / TONED, 1.0).double()
+        weights *= torch.bincount(self.groups, weights).rsqrt()[self.groups]
+        return torch.multinomial(weights, count, replacement=True)
 
 
 def caption(style: str, name: str) -> str:
     """What a text encoder is told."""
     return f"a {style} drawing of {name}"
+
+
+def _plain(name: str, flag: bool) -> str:
+    if flag and name.endswith(" flag"):
+        return f"flag of {name.removesuffix(' flag')}"
+    return PLAIN_NAMES.get(name, name)

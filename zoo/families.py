@@ -27,19 +27,22 @@ LENGTH = 32
 WORDLESS = 0.1
 """Share of the captions that are left out, for classifier-free guidance."""
 
+STYLELESS = 0.3
+"""Share of the captions that are the name alone."""
+
 
 class _OnEmoji:
     """What all families share: pictures to draw, and linear betas."""
 
-    batch = 64
-    rate = 6e-4
+    batch = 32
+    rate = 5e-4
 
     def __init__(self, emoji: Emoji) -> None:
         self.emoji = emoji
         self.scheduler: Any = DDIMScheduler(beta_schedule="linear", clip_sample=False)
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        return self.emoji.draw(count, generator)
+    def draw(self, count: int) -> Tensor:
+        return self.emoji.draw(count)
 
 
 class PixelDDPM(_OnEmoji):
@@ -50,7 +53,7 @@ class PixelDDPM(_OnEmoji):
         self.scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=True)
         self.unet = UNet2DModel(
             sample_size=32,
-            block_out_channels=(32, 64, 128, 128),
+            block_out_channels=(32, 64, 96, 96),
             down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
             layers_per_block=2,
@@ -109,14 +112,14 @@ class _Captioned(_Latent):
         super().__init__(emoji, vae)
         self.tokenizer = tokenizer
         padded = {"padding": "max_length", "max_length": LENGTH, "truncation": True, "return_tensors": "pt"}
-        self.tokens = tokenizer(emoji.captions, **padded)
-        self.wordless = tokenizer([""], **padded)
+        texts = emoji.captions + emoji.plain_names + [""] * len(emoji.names)
+        self.tokens = tokenizer(texts, **padded)
 
     def captions(self, indices: Tensor) -> dict[str, Tensor]:
-        """Tokens and mask of some captions, a tenth of them empty."""
-        left_out = torch.rand(len(indices)) < WORDLESS
-        told = {key: tokens[indices] for key, tokens in self.tokens.items()}
-        return {key: torch.where(left_out[:, None], self.wordless[key], tokens) for key, tokens in told.items()}
+        """Tokens and mask of some captions: with style, a third without, a tenth empty."""
+        drawn, count = torch.rand(len(indices)), len(self.emoji.names)
+        kind = (drawn < WORDLESS + STYLELESS).long() + (drawn < WORDLESS).long()
+        return {key: tokens[indices + kind * count] for key, tokens in self.tokens.items()}
 
 
 class LDM(_Captioned):
@@ -128,18 +131,19 @@ class LDM(_Captioned):
         self.scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1)
         self.unet = UNet2DConditionModel(
             sample_size=16,
-            block_out_channels=(64, 128, 192),
+            block_out_channels=(48, 96, 144),
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             layers_per_block=1,
             norm_num_groups=16,
             attention_head_dim=4,
             cross_attention_dim=self.text_encoder.config.hidden_size,
-        )
+        ).to(memory_format=torch.channels_last)
         self.modules = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
 
     def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
         words = self.text_encoder(self.captions(indices)["input_ids"])[0]
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
         return self.unet(noisy, timesteps, encoder_hidden_states=words).sample
 
     def pipeline(self) -> StableDiffusionPipeline:

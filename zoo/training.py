@@ -34,7 +34,7 @@ class Family(Protocol):
     def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
         """The denoiser's ε."""
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+    def draw(self, count: int) -> Tensor:
         """Indices of pictures to train on."""
 
     def pipeline(self) -> Any:
@@ -48,12 +48,11 @@ class Training:
         family: The pipeline.
         iterations: Of the whole training; the learning rate falls to zero at the last.
         folder: State and log are kept here.
-        seed: Of what is drawn.
+        bf16: Whether the denoiser computes in bfloat16 autocast. A CPU without instructions for it is far slower then.
     """
 
-    def __init__(self, family: Family, iterations: int, folder: Path, seed: int = 0) -> None:
-        self.family, self.iterations, self.folder = family, iterations, folder
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, family: Family, iterations: int, folder: Path, *, bf16: bool = False) -> None:
+        self.family, self.iterations, self.folder, self.bf16 = family, iterations, folder, bf16
         self.parameters = [p for p in family.modules.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, family.rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.schedule = get_cosine_schedule_with_warmup(self.optimiser, 200, iterations)
@@ -82,12 +81,12 @@ class Training:
         return self.family.pipeline()
 
     def _step(self) -> float:
-        indices = self.family.draw(self.family.batch, self.generator)
+        indices = self.family.draw(self.family.batch)
         clean = self.family.clean(indices)
-        timesteps = torch.randint(1000, (len(clean),), generator=self.generator)
-        noise = torch.randn(clean.shape, generator=self.generator)
+        timesteps = torch.randint(1000, (len(clean),))
+        noise = torch.randn_like(clean)
         noisy = self.family.scheduler.add_noise(clean, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             predicted = self.family.predict(noisy, timesteps, indices)
         snr = compute_snr(self.family.scheduler, timesteps)
         weights = snr.clamp(max=SNR_CAP) / snr
@@ -111,7 +110,7 @@ class Training:
             "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average": self.average.state_dict(),
-            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
             "iteration": self.iteration,
             "seconds": self.seconds,
         }
@@ -125,5 +124,5 @@ class Training:
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
         self.average.load_state_dict(state["average"])
-        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
         self.iteration, self.seconds = state["iteration"], state["seconds"]

@@ -17,6 +17,7 @@ except ImportError as error:
     raise SystemExit(str(missing)) from error
 
 if TYPE_CHECKING:
+    from stepmask.denoiser.conditioning import Conditioning
     from stepmask.evaluation.report import Report
     from stepmask.schedule.budget import Budget
     from stepmask.schedule.schedule import MaskSchedule
@@ -32,7 +33,9 @@ ScheduleSource = Annotated[str, typer.Argument(help="Folder or hub id of a sched
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
 Steps = Annotated[int, typer.Option(help="Sampling steps")]
 Samples = Annotated[int, typer.Option(help="Samples in the batch")]
-CallJson = Annotated[str, typer.Option("--call", help="Arguments of the pipeline as a JSON object")]
+Prompts = Annotated[Path | None, typer.Option(help="UTF-8 text file with a prompt to a line, to draw from")]
+Labels = Annotated[str, typer.Option(help="Class labels to draw from, such as 0-4,8")]
+CallJson = Annotated[str, typer.Option("--call", help="Further arguments of the pipeline as a JSON object")]
 Out = Annotated[Path, typer.Option(help="Folder to write to")]
 
 
@@ -45,20 +48,22 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Learn a schedule for an embedded pipeline, measure it beside its rivals, and draw what it does."""
-    from stepmask.denoiser.families import example_call
+    from stepmask.denoiser.conditioning import Conditioning
     from stepmask.evaluation import plots
     from stepmask.evaluation.compare import evaluate as measure
     from stepmask.schedule.budget import Budget
 
     pipe = _load(pipeline)
-    schedule = _learn(pipe, steps, Budget(macs=budget), (8, 4), 0, {}, out / "training")
+    told = Conditioning.of(pipe)
+    calls = {seed: {**told.call(8, seed), "num_inference_steps": steps} for seed in range(4)}
+    schedule = _learn(pipe, calls, Budget(macs=budget), out / "training")
     folder = schedule.save_pretrained(out).parent
     report = measure(
         pipe,
         schedule,
         rivals=_rivals(schedule, budget),
         repeats=2,
-        **example_call(pipe, 8, seed=1),
+        **told.call(8, seed=1),
         num_inference_steps=steps,
     )
     report.save(folder / "report.json")
@@ -75,6 +80,8 @@ def blocks(
     granularity: Annotated[str, typer.Option(help="sublayer or block")] = "sublayer",
     pattern: Annotated[str, typer.Option(help="Name pattern of the blocks, for unknown denoisers")] = "",
     time: Annotated[bool, typer.Option("--time", help="Measure how long each block takes")] = False,
+    prompts: Prompts = None,
+    labels: Labels = "",
     call: CallJson = "{}",
     as_json: Json = False,
 ) -> None:
@@ -84,7 +91,7 @@ def blocks(
     from stepmask.denoiser.trajectory import record
 
     pipe = _load(pipeline)
-    trajectory = record(pipe, **_call(pipe, 1, 0, call), num_inference_steps=2)
+    trajectory = record(pipe, **{**_Told(pipe, prompts, labels, call).call(1, 0), "num_inference_steps": 2})
     graph = trace(pipe, trajectory, granularity=_one_of(granularity, "sublayer", "block"), blocks=pattern or None)
     if time:
         graph = time_blocks(pipe, trajectory, graph)
@@ -110,6 +117,8 @@ def learn(
     samples: Samples = 8,
     batches: Annotated[int, typer.Option(help="Calibration runs of that many samples each")] = 4,
     seed: Annotated[int, typer.Option(help="Of the first calibration run")] = 0,
+    prompts: Prompts = None,
+    labels: Labels = "",
     call: CallJson = "{}",
     as_json: Json = False,
 ) -> None:
@@ -119,7 +128,10 @@ def learn(
     macs = 0.5 if budget is None and time is None else budget
     limits = Budget(macs, time, None if store_mib is None else store_mib * 2**20)
     pipe = _load(pipeline)
-    schedule = _learn(pipe, steps, limits, (samples, batches), seed, _json_object(call), out / "training")
+    told = _Told(pipe, prompts, labels, call)
+    seeds = range(seed, seed + batches)
+    calls = {number: {"num_inference_steps": steps, **told.call(samples, number)} for number in seeds}
+    schedule = _learn(pipe, calls, limits, out / "training")
     path = schedule.save_pretrained(out)
     _print_schedule(schedule, as_json)
     _say(f"\nwrote {path}", as_json)
@@ -141,6 +153,8 @@ def sample(
     steps: Annotated[int, typer.Option(help="Sampling steps; 0 = as many as the schedule has, or 20")] = 0,
     samples: Samples = 8,
     seed: Annotated[int, typer.Option(help="Of the generator")] = 0,
+    prompts: Prompts = None,
+    labels: Labels = "",
     call: CallJson = "{}",
     as_json: Json = False,
 ) -> None:
@@ -152,7 +166,8 @@ def sample(
     pipe = _load(pipeline)
     table = MaskSchedule.from_pretrained(schedule) if schedule else None
     steps = steps or (table.steps if table else 20)
-    sampling = Sampling(pipe, {**_call(pipe, samples, seed, call), "num_inference_steps": steps}, seed)
+    told = _Told(pipe, prompts, labels, call).call(samples, None if prompts or labels else seed)
+    sampling = Sampling(pipe, {"num_inference_steps": steps, **told}, seed)
     if table is None:
         sampled = sampling()
     else:
@@ -171,6 +186,8 @@ def evaluate(
     repeats: Annotated[int, typer.Option(help="Timed runs of each")] = 3,
     rivals: Annotated[bool, typer.Option(help="Measure the baselines at equal MACs too")] = True,
     report: Annotated[Path | None, typer.Option(help="Write the numbers to this .json or .txt file")] = None,
+    prompts: Prompts = None,
+    labels: Labels = "",
     call: CallJson = "{}",
     as_json: Json = False,
 ) -> None:
@@ -181,7 +198,7 @@ def evaluate(
 
     pipe, table = _load(pipeline), MaskSchedule.from_pretrained(schedule)
     others = _rivals(table, lower(table).macs_share) if rivals else {}
-    arguments = {"num_inference_steps": table.steps, **_call(pipe, samples, seed, call)}
+    arguments = {"num_inference_steps": table.steps, **_Told(pipe, prompts, labels, call).call(samples, seed)}
     measured = measure(pipe, table, rivals=others, seed=seed, repeats=repeats, **arguments)
     if report is not None:
         measured.save(report)
@@ -196,18 +213,12 @@ def _load(source: str) -> Any:
     return pipe
 
 
-def _learn(
-    pipe: Any, steps: int, budget: "Budget", calibration: tuple[int, int], seed: int, call: dict[str, Any], folder: Path
-) -> "MaskSchedule":
-    from stepmask.denoiser.families import example_call
+def _learn(pipe: Any, calls: dict[int, dict[str, Any]], budget: "Budget", folder: Path) -> "MaskSchedule":
+    """Learn from one run per seed."""
     from stepmask.denoiser.trajectory import record
     from stepmask.learning.learn import learn as learn_schedule
 
-    samples, batches = calibration
-    trajectories = [
-        record(pipe, seed=number, **(call or example_call(pipe, samples, number)), num_inference_steps=steps)
-        for number in range(seed, seed + batches)
-    ]
+    trajectories = [record(pipe, seed=seed, **call) for seed, call in calls.items()]
     return learn_schedule(pipe, trajectories, budget, folder=folder)
 
 
@@ -223,10 +234,28 @@ def _rivals(schedule: "MaskSchedule", budget: float) -> dict[str, "MaskSchedule 
     return {**tables, "fewer steps": round(budget * schedule.steps)}
 
 
-def _call(pipe: Any, samples: int, seed: int, text: str) -> dict[str, Any]:
-    from stepmask.denoiser.families import example_call
+class _Told:
+    """What the user wants drawn: labels, prompts, or the pipeline's own; and further arguments."""
 
-    return _json_object(text) or example_call(pipe, samples, seed)
+    def __init__(self, pipe: Any, prompts: Path | None, labels: str, call: str) -> None:
+        self.more = _json_object(call)
+        self.conditioning = self._conditioning(pipe, prompts, labels)
+
+    def call(self, samples: int, seed: int | None) -> dict[str, Any]:
+        """Arguments of the pipeline for some samples."""
+        return {**(self.conditioning.call(samples, seed) if self.conditioning else {}), **self.more}
+
+    def _conditioning(self, pipe: Any, prompts: Path | None, labels: str) -> "Conditioning | None":
+        from stepmask.denoiser.conditioning import Conditioning, read_labels, read_prompts
+
+        if prompts and labels:
+            raise typer.BadParameter("--prompts and --labels exclude each other")
+        if prompts:
+            return Conditioning.prompted(pipe, read_prompts(prompts))
+        if labels:
+            return Conditioning.labelled(pipe, read_labels(labels))
+        told = {"prompt", "prompt_embeds", "class_labels", "batch_size"} & self.more.keys()
+        return None if told else Conditioning.of(pipe)
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@
     x ScheduleMismatch        a schedule for another denoiser, sampler, step count or block list
     x TraceError              a denoiser whose blocks cannot be masked as asked
         + NoSuchBlock         a pattern or a name that matches no block
+    x InvalidConditioning     labels or prompts that a pipeline cannot be told
     x RunError                a sampling run that does not follow its plan
         + AlreadyApplied      a denoiser that is masked (or cached by something else) already
         + RunNotStarted       an evaluation outside a run
@@ -72,6 +73,10 @@ class TraceError(StepmaskError, ValueError):
 
 class NoSuchBlock(TraceError):
     """A pattern or a name that matches no block."""
+
+
+class InvalidConditioning(StepmaskError, ValueError):
+    """Labels or prompts that a pipeline cannot be told."""
 
 
 class RunError(StepmaskError, RuntimeError):

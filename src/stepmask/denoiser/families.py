@@ -3,8 +3,6 @@
 The only file that knows diffusers' class names. It imports none of them: a class is known by its name.
 """
 
-import inspect
-import random
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -49,6 +47,9 @@ _UNET: dict[Granularity, Patterns] = {
 }
 _UNET_PIXEL: dict[Granularity, Patterns] = {"block": _UNET["block"], "sublayer": _UNET["block"]}
 
+DENOISERS = ("transformer", "transformer_2", "unet")
+"""Where diffusers pipelines keep them."""
+
 FAMILIES: dict[str, dict[Granularity, Patterns]] = {
     "DiTTransformer2DModel": _TRANSFORMER,
     "PixArtTransformer2DModel": _TRANSFORMER,
@@ -61,17 +62,18 @@ def denoiser_of(pipe: Any) -> nn.Module:
     """The network that a pipeline's sampler calls; a plain module is its own denoiser.
 
     Raises:
-        TraceError: The object holds neither a transformer nor a U-Net.
+        TraceError: The object holds no transformer or U-Net, or several.
     """
     if isinstance(pipe, nn.Module):
         return pipe
-    for name in ("transformer", "unet"):
-        if isinstance(found := getattr(pipe, name, None), nn.Module):
-            return found
+    found = {name: part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    what = f"two denoisers: {' and '.join(found)}" if found else "neither a transformer nor a U-Net"
     raise TraceError(
-        given=f"a {type(pipe).__name__} without a transformer or a U-Net",
-        expected="a diffusers pipeline or an nn.Module",
-        advice="Pass the denoiser itself",
+        given=f"a {type(pipe).__name__} with {what}",
+        expected="a diffusers pipeline with one denoiser, or an nn.Module",
+        advice="Choose the denoiser and pass it itself, with run=function to record: pipe.NAME in place of pipe",
     )
 
 
@@ -152,28 +154,4 @@ def _no_match(denoiser: nn.Module, pattern: str) -> NoSuchBlock:
         given=f"pattern {pattern!r}, which matches no module of {type(denoiser).__name__}",
         expected=f"a pattern over {shown}",
         advice="A star stands for one component of the name: 'layers.*' or 'layers.*.attn'",
-    )
-
-
-def example_call(pipe: Any, count: int, seed: int) -> dict[str, Any]:
-    """Arguments that make a pipeline draw `count` samples, for pipelines that need no words.
-
-    Class-conditional pipelines get labels drawn without replacement from the ones they name, over and over;
-    unconditional ones a batch size.
-
-    Raises:
-        TraceError: The pipeline wants something else, a prompt for example.
-    """
-    wanted = inspect.signature(pipe.__call__).parameters
-    if "class_labels" in wanted:
-        known = sorted(set(getattr(pipe, "labels", {}).values())) or list(range(1000))
-        shuffled = random.Random(seed).sample(known, len(known))
-        return {"class_labels": [shuffled[index % len(known)] for index in range(count)]}
-    required = [p.name for p in wanted.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    if "batch_size" in wanted and not required:
-        return {"batch_size": count}
-    raise TraceError(
-        given=f"a {type(pipe).__name__} without arguments",
-        expected=f"its conditioning, as {type(pipe).__name__} takes it",
-        advice='Pass it, on the command line with --call \'{"prompt": ["a cat", "a dog"]}\'',
     )

@@ -23,20 +23,17 @@ def loss_and_gradients(
     reading: MaskSchedule,
     weights: Tensor,
     loss: Callable[[Tensor], Tensor],
-    *,
-    through_store: bool = True,
 ) -> tuple[float, Tensor]:
     """The loss of a masked run's final latent, and its gradients in the forecast weights, sample by sample.
 
-    A sample's gradient is what its rows contribute; the gradient of the loss is their sum.
+    A sample's gradient is what its rows contribute; the gradient of the loss is their sum. It is exact: what a weight
+    changes in values that are stored after it counts too.
 
     Args:
         trajectory: Its run is repeated under the table.
         reading: The table; its weights say how many values each reused cell reads.
         weights: What stands in for them, newest value first, shape (steps, blocks, 3).
         loss: Of the final latent, a scalar.
-        through_store: Whether what a weight changes in values that are stored after it is part of the gradient. It then
-            is exact, and follows the few most sensitive samples; without, stored values count as constants.
 
     Returns:
         The loss; gradients, shape (samples, steps, blocks, 3).
@@ -54,7 +51,7 @@ def loss_and_gradients(
     for step, column in np.argwhere(moved):
         ages = np.flatnonzero(reads[step, column])
         answered[step, column, ages] = weights[step, column, : len(ages)]
-    tape = Tape(trajectory, reading.graph, answered, gradients, reads=reads, through_store=through_store)
+    tape = Tape(trajectory, reading.graph, answered, gradients, reads=reads)
     with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad():
         value = loss(trajectory.sampling.latent())
         _check(value)

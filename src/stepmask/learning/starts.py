@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stepmask.schedule.baselines import fixed_interval, whole_step
+from stepmask.schedule.baselines import branches, deepcache, fixed_interval, whole_step
 from stepmask.schedule.budget import Budget, too_small_a_store
 from stepmask.schedule.forecasts import taylor_forecasts
 from stepmask.schedule.graph import BlockGraph
@@ -37,7 +37,7 @@ class Family:
 
 
 def families(reference: MaskSchedule, budget: Budget, window: int) -> list[Family]:
-    """Fixed intervals, whole-step tables, refreshed and filled intervals, those that fit a budget.
+    """Fixed intervals, whole steps, refreshed and filled intervals, shallow steps of U-Nets: those that fit a budget.
 
     Raises:
         InvalidBudget: Not even one computed step fits, or the store is too small for every table.
@@ -49,6 +49,7 @@ def families(reference: MaskSchedule, budget: Budget, window: int) -> list[Famil
         (list(_filled(reference, budget, window, most)), 1.0),
         (_regular(whole_step, reference, budget, window, most), HANDICAP),
         (list(_refreshed(reference, budget, window, most)), HANDICAP),
+        (list(_shallow(reference, budget, window, most)), 1.0),
     ]
     fitting = [([table for table in tables if budget.stores(lower(table))], handicap) for tables, handicap in kinds]
     found = [Family(tuple(ts), max(int(t.windows.max()) for t in ts), handicap) for ts, handicap in fitting if ts]
@@ -73,6 +74,15 @@ def _refreshed(reference: MaskSchedule, budget: Budget, window: int, most: int) 
             orders = range(1, window)
             tables = (refreshed_interval(reference, budget, columns, full, most, order=order) for order in orders)
             yield from (table for table in tables if table is not None)
+
+
+def _shallow(reference: MaskSchedule, budget: Budget, window: int, most: int) -> Iterator[MaskSchedule]:
+    """DeepCache's tables of a U-Net with the most whole evaluations that fit, by branch and Taylor order from 1."""
+    for branch in range(len(branches(reference.graph))):
+        for interval in (reference.steps / count for count in range(most, 1, -1)):
+            if budget.covers(budget.spent(lower(deepcache(reference, interval, branch=branch)))):
+                yield from (deepcache(reference, interval, branch=branch, order=order) for order in range(1, window))
+                break
 
 
 def groups(graph: BlockGraph) -> dict[str, list[int]]:

@@ -40,7 +40,7 @@ class Reader(Protocol):
 class Tape(Behaviour):
     """In front of the denoiser: runs a table without gradients, and gives gradients back by recomputing.
 
-    Gradients may flow through the store: a reused answer then hands its gradient on to the evaluations whose values
+    Gradients flow through the store: a reused answer hands its gradient on to the evaluations whose values
     it was made from. Of stored values only those are held that the present step or later ones read; on the way back
     they are made again when they are needed.
 
@@ -51,7 +51,6 @@ class Tape(Behaviour):
             zeros is read by nobody.
         reader: Gets gradients and values.
         reads: Which values each cell reads, shape as `answered`; `None` = those whose weight is not zero.
-        through_store: Whether gradients flow through what is stored; if not, stored values count as constants.
         checkpoint_blocks: Whether each block is checkpointed inside the recomputation.
     """
 
@@ -63,11 +62,10 @@ class Tape(Behaviour):
         reader: Reader,
         *,
         reads: npt.NDArray[np.bool_] | None = None,
-        through_store: bool = True,
         checkpoint_blocks: bool = False,
     ) -> None:
         self.denoiser, self.branches = trajectory.sampling.denoiser, trajectory.sampler.branches
-        self.answered, self.reader, self.through_store = answered, reader, through_store
+        self.answered, self.reader = answered, reader
         self.reads = answered != 0 if reads is None else reads
         self.seats = [_Seat(block, checkpointed=checkpoint_blocks) for block in graph.blocks]
         self.anchor = torch.zeros((), requires_grad=True)
@@ -107,8 +105,7 @@ class Tape(Behaviour):
         said = [tensor for seat in self.seats[:-1] for tensor in floats(seat.said)]
         pulled = _pull(ends, [*wanted, *said], pulls)
         moment = Moment(self, evaluation, inputs, [*self._by_block(pulled[len(wanted) :]), grads])
-        if self.through_store:
-            self._owe(step, branch, moment.gradients)
+        self._owe(step, branch, moment.gradients)
         self.reader(moment)
         for seat in self.seats:
             seat.clear()

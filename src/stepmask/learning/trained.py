@@ -47,7 +47,7 @@ class TrainedForecasts:
             budget's store has no room for as many.
     """
 
-    passes: float = 13
+    passes: float = 15
     rate: float = 0.1
     window: int = WINDOW
 

@@ -1,12 +1,15 @@
 """Rival schedules as data in the same table: what every learned table must beat at equal MACs."""
 
 import math
+from fnmatch import fnmatchcase
 
 import numpy as np
+import numpy.typing as npt
 
 from stepmask.errors import InvalidBudget, InvalidSchedule
 from stepmask.schedule.budget import Budget, too_small_a_store
 from stepmask.schedule.forecasts import WINDOW, taylor_forecasts
+from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -37,11 +40,54 @@ def whole_step(reference: MaskSchedule, budget: float | Budget, *, order: int = 
     return _spread(reference, Budget.of(budget), order, skip_denoiser=True)
 
 
-def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoiser: bool) -> MaskSchedule:
-    if order not in range(WINDOW):
+def deepcache(reference: MaskSchedule, interval: float, *, branch: int = 0, order: int = 0) -> MaskSchedule:
+    """A U-Net computed whole at every `interval`-th step, and in between only near its output (arXiv 2312.00858).
+
+    In between, the last `branch + 1` layers of the way up are computed, with what they read over their skips; what
+    they read from below is forecast. A layer is a resnet and what follows it. Plain reuse at the branches that the
+    DeepCache package counts likewise (three layers a block) is bitwise its output.
+
+    Args:
+        reference: Any table of the denoiser and sampler; only its graph and fingerprints are used.
+        interval: Steps between two whole evaluations, at least 1; 2.5 means after two and three steps in turn.
+        branch: Where the way up is entered: 0 = at its last layer.
+        order: Of the forecast, 0 to 2.
+
+    Raises:
+        InvalidSchedule: The denoiser is no U-Net, it has no such branch, or the interval or the order is out of range.
+    """
+    _check_order(order)
+    entries = branches(reference.graph)
+    if branch not in range(len(entries)) or interval < 1:
         raise InvalidSchedule(
-            given=f"order {order}", expected="0 (reuse), 1 or 2", advice="Choose one of these Taylor orders"
+            given=f"branch {branch} and interval {interval:g} for {reference.denoiser.class_name}",
+            expected=f"one of its {len(entries)} branches, counted from 0, and an interval of at least 1",
+            advice="Only U-Nets have branches: layers on the way up, counted from the output",
         )
+    rows = np.tile(_shallow(reference.graph, entries[branch]), (reference.steps, 1))
+    rows[np.unique(np.ceil(np.arange(0, reference.steps, interval) - 1e-9).astype(int))] = True
+    answer = "reuse" if order == 0 else f"Taylor {order}"
+    provenance = {"table": f"DeepCache, interval {interval:g}, branch {branch}, {answer}"}
+    return reference.with_rows(rows, taylor_forecasts(rows, order), provenance=provenance)
+
+
+def branches(graph: BlockGraph) -> list[int]:
+    """Columns at which a U-Net's way up can be entered, from the output down; none of other denoisers."""
+    return [column for column, name in enumerate(graph.names) if fnmatchcase(name, "up_blocks.*.resnets.*")][::-1]
+
+
+def _shallow(graph: BlockGraph, first: int) -> npt.NDArray[np.bool_]:
+    """A U-Net's row that computes from a column on, and what it reads of the way down."""
+    down = np.array([name.startswith("down_blocks.") for name in graph.names])
+    row: npt.NDArray[np.bool_] = np.arange(len(graph)) >= first
+    for column in reversed(range(len(graph))):
+        if row[column]:
+            row |= graph.reads[column] & down
+    return row
+
+
+def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoiser: bool) -> MaskSchedule:
+    _check_order(order)
     count = math.floor(budget.share * reference.steps + 1e-9)
     kind = "whole-step" if skip_denoiser else "fixed-interval"
     if count < 1:
@@ -59,6 +105,13 @@ def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoise
     if not budget.stores(plan := lower(table)):
         raise too_small_a_store(budget, plan.peak_bytes)
     return table
+
+
+def _check_order(order: int) -> None:
+    if order not in range(WINDOW):
+        raise InvalidSchedule(
+            given=f"order {order}", expected="0 (reuse), 1 or 2", advice="Choose one of these Taylor orders"
+        )
 
 
 def _even_steps(steps: int, count: int) -> list[int]:

@@ -1,0 +1,77 @@
+"""Against the packages of others: their pattern as data in our table gives their output, bit by bit."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stepmask
+from stepmask import MaskSchedule
+from stepmask.denoiser.families import Granularity
+from stepmask.errors import InvalidSchedule
+from stepmask.schedule.baselines import deepcache
+from stepmask.schedule.rectify import lower
+
+from toys import bits, stepped_unet, tiny_stable_diffusion
+
+
+def words() -> dict[str, Any]:
+    drawn = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    return {"prompt_embeds": drawn[0], "negative_prompt_embeds": drawn[1], "output_type": "latent"}
+
+
+def latents(pipe: Any) -> Any:
+    return pipe(**words(), num_inference_steps=6, generator=torch.Generator().manual_seed(0)).images
+
+
+def deepcache_package(pipe: Any, interval: int, branch: int) -> Any:
+    """What the DeepCache package samples; it leaves its wrappers behind, so the pipeline is not used again."""
+    from DeepCache.extension.deepcache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.enable()
+    return latents(pipe)
+
+
+class TestDeepCache:
+    def test_by_hand(self) -> None:
+        # branch 0: the last resnet, and the way down to its skip; the upsampler under it is stored, the rest is dead
+        table = deepcache(stepped_unet(5), 2)
+        assert bits(table) == ["111111", "100001", "111111", "100001", "111111"]
+        assert lower(table).macs_share == pytest.approx((3 * 6 + 2 * 2) / 30)
+        assert lower(table).peak_bytes == 4
+
+    def test_a_deeper_branch_computes_more_of_both_ways(self) -> None:
+        assert bits(deepcache(stepped_unet(2), 2, branch=1))[1] == "110111"
+
+    def test_whole_steps_at_a_fractional_interval(self) -> None:
+        table = deepcache(stepped_unet(10), 2.5)
+        assert np.flatnonzero(table.rows.all(axis=1)).tolist() == [0, 3, 5, 8]
+
+    def test_a_forecast_reads_two_whole_steps(self) -> None:
+        assert deepcache(stepped_unet(5), 2, order=1).forecasts[3, 4].tolist() == [1.5, -0.5, 0]
+
+    @pytest.mark.parametrize(("interval", "branch", "order"), [(0.5, 0, 0), (2, 2, 0), (2, -1, 0), (2, 0, 3)])
+    def test_refuses_what_is_not_there(self, interval: float, branch: int, order: int) -> None:
+        with pytest.raises(InvalidSchedule):
+            deepcache(stepped_unet(5), interval, branch=branch, order=order)
+
+    def test_refuses_a_denoiser_without_a_way_up(self, reference: MaskSchedule) -> None:
+        with pytest.raises(InvalidSchedule, match="DiTTransformer2DModel"):
+            deepcache(reference, 2)
+
+    @pytest.mark.parametrize("granularity", ["sublayer", "block"])
+    @pytest.mark.parametrize(("interval", "branch"), [(2, 0), (3, 1), (3, 2), (2, 3), (3, 5)])
+    def test_its_pattern_in_our_table_gives_its_output(
+        self, granularity: Granularity, interval: int, branch: int
+    ) -> None:
+        pipe = tiny_stable_diffusion()
+        trajectory = stepmask.record(pipe, **words(), num_inference_steps=6)
+        graph = stepmask.trace(pipe, trajectory, granularity=granularity)
+        reference = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+        with stepmask.apply(pipe, deepcache(reference, interval, branch=branch)):
+            ours = latents(pipe)
+        assert not torch.equal(ours, trajectory.sampled.latent)
+        assert torch.equal(ours, deepcache_package(tiny_stable_diffusion(), interval, branch))
