@@ -86,6 +86,11 @@ class Emoji:
         weights *= torch.bincount(self.groups, weights).rsqrt()[self.groups]
         return torch.multinomial(weights, count, replacement=True)
 
+    def prompts(self, count: int) -> list[str]:
+        """Captions of as many pictures, evenly spread, none of them a skin tone."""
+        plain = [text for text in self.captions if "skin tone" not in text]
+        return [plain[index * len(plain) // count] for index in range(count)]
+
 
 def caption(style: str, name: str) -> str:
     """What a text encoder is told."""

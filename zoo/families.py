@@ -160,22 +160,26 @@ class LDM(_Captioned):
 
 
 class PixArt(_Captioned):
-    """PixArt-α in small: PixArtTransformer2DModel, a T5 encoder, DPM-Solver++."""
+    """PixArt-α in small: PixArtTransformer2DModel, a T5 encoder, DPM-Solver++; on from a class-conditional DiT.
 
-    def __init__(self, emoji: Emoji, vae: AutoencoderKL) -> None:
+    As its paper does (arXiv 2310.00426, "re-parameterization"), it begins with what the DiT has learned of drawing.
+    """
+
+    def __init__(self, emoji: Emoji, vae: AutoencoderKL, dit: DiTTransformer2DModel) -> None:
         tokenizer, self.text_encoder = t5(emoji.captions, LENGTH)
         super().__init__(emoji, vae, tokenizer)
         self.transformer = PixArtTransformer2DModel(
             num_attention_heads=6,
             attention_head_dim=32,
             cross_attention_dim=192,
-            num_layers=10,
+            num_layers=12,
             sample_size=16,
             in_channels=4,
             out_channels=4,
             caption_channels=self.text_encoder.config.d_model,
             use_additional_conditions=False,
         )
+        _take_over(self.transformer, dit)
         self.modules = nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.text_encoder})
 
     def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
@@ -192,3 +196,24 @@ class PixArt(_Captioned):
     def pipeline(self) -> PixArtAlphaPipeline:
         scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", algorithm_type="dpmsolver++")
         return PixArtAlphaPipeline(self.tokenizer, self.text_encoder, self.vae, self.transformer, scheduler)
+
+
+@torch.no_grad()
+def _take_over(pixart: PixArtTransformer2DModel, dit: DiTTransformer2DModel) -> None:
+    """Give a PixArt the weights of a DiT of its size: it then says what the DiT says to no label halfway through.
+
+    Words change nothing yet, for cross-attention answers zero; nor does the timestep.
+    """
+    shared = {key: value for key, value in dit.state_dict().items() if ".norm1." not in key}
+    renamed = {key.replace("proj_out_2", "proj_out"): value for key, value in shared.items()}
+    pixart.load_state_dict({key: value for key, value in renamed.items() if "proj_out_1" not in key}, strict=False)
+    halfway, no_label = torch.tensor([500]), torch.tensor([dit.config.num_embeds_ada_norm])
+    nn.init.zeros_(pixart.adaln_single.linear.weight)
+    nn.init.zeros_(pixart.adaln_single.linear.bias)
+    for block, taught in zip(pixart.transformer_blocks, dit.transformer_blocks, strict=True):
+        modulation = taught.norm1.linear(taught.norm1.silu(taught.norm1.emb(halfway, no_label)))
+        block.scale_shift_table.copy_(modulation.reshape(6, -1))
+        nn.init.zeros_(block.attn2.to_out[0].weight)
+        nn.init.zeros_(block.attn2.to_out[0].bias)
+    conditioning = dit.transformer_blocks[0].norm1.emb(halfway, no_label)
+    pixart.scale_shift_table.copy_(dit.proj_out_1(nn.functional.silu(conditioning)).reshape(2, -1))

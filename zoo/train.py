@@ -13,13 +13,18 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from card import card
 from emoji import Emoji
 from families import LDM, DiT, PixArt, PixelDDPM
 from grid import draw
+from stepmask.denoiser.conditioning import PROMPTS_NAME
 from training import Family, Training
 
 ZOO = Path(__file__).parent.parent / "src" / "stepmask" / "zoo"
 RUNS = Path("runs") / "zoo"
+
+PROMPTS = 128
+"""Captions that go beside a pipeline that is told any, to draw from."""
 
 
 def zoo_pipeline() -> Any:
@@ -31,17 +36,20 @@ FAMILIES: dict[str, Callable[[Emoji], Family]] = {
     "ddpm": PixelDDPM,
     "ldm": lambda emoji: LDM(emoji, zoo_pipeline().vae),
     "dit": lambda emoji: DiT(emoji, (pipe := zoo_pipeline()).vae, pipe.transformer),
-    "pixart": lambda emoji: PixArt(emoji, zoo_pipeline().vae),
+    "pixart": lambda emoji: PixArt(emoji, (pipe := zoo_pipeline()).vae, pipe.transformer),
 }
 
 
 def export(name: str, training: Training) -> None:
-    """Put the averaged pipeline into the package, and a grid of its samples and the log beside it."""
+    """Put the averaged pipeline into the package, and a grid of its samples, the log and a card beside it."""
     pipe, place = training.averaged(), ZOO / f"{name}-emoji"
     draw(pipe, training.folder / "samples.png")
     pipe.to(torch.float16).save_pretrained(place)
     for kept in ("samples.png", "log.jsonl"):
         shutil.copy(training.folder / kept, place / kept)
+    (place / "README.md").write_text(card(name, training.family, pipe, place / "log.jsonl"))
+    if "tokenizer" in pipe.components:
+        (place / PROMPTS_NAME).write_text("\n".join(training.family.emoji.prompts(PROMPTS)) + "\n")
 
 
 def main() -> None:
