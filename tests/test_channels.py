@@ -101,8 +101,8 @@ class TestRealClasses:
             expected = evaluations(denoiser, example)
         with stepmask.apply(denoiser, per_channel(scalar)) as masked:
             torch.testing.assert_close(evaluations(denoiser, example), expected, atol=1e-5, rtol=1e-4)
-            assert masked.peak_store_bytes == masked.plan.peak_bytes == lower(scalar).peak_bytes
-            assert masked.vector_bytes == masked.plan.vector_bytes > 0
+            assert masked.peak_store_bytes == masked.plans[0].peak_bytes == lower(scalar).peak_bytes
+            assert masked.vector_bytes == masked.plans[0].vector_bytes > 0
 
     def test_rectification_changes_no_sample(
         self, make: Any, example: Any, granularity: Any, monkeypatch: pytest.MonkeyPatch
@@ -142,7 +142,7 @@ class TestVectorsInARun:
             denoiser(x, 0.0)
             assert masked.vector_bytes == 0
             denoiser(x, 0.0)
-            assert masked.vector_bytes == masked.plan.vector_bytes == 2 * (2 * 2) * 4
+            assert masked.vector_bytes == masked.plans[0].vector_bytes == 2 * (2 * 2) * 4
             places = [tensor.data_ptr() for vectors in masked.seats[0].vectors.values() for tensor in vectors]
             denoiser(x, 0.0)
             masked.restart()

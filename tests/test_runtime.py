@@ -160,8 +160,8 @@ class TestRealClasses:
         schedule = random_table(graph, denoiser, 6, seed)
         with stepmask.apply(denoiser, schedule) as masked:
             said = evaluations(denoiser, example)
-            assert masked.computed_macs == masked.plan.macs
-            assert masked.peak_store_bytes == masked.plan.peak_bytes
+            assert masked.computed_macs == masked.plans[0].macs
+            assert masked.peak_store_bytes == masked.plans[0].peak_bytes
             assert masked.store_bytes == 0
         poison = lambda tensor: tensor.new_full((), torch.nan).expand(tensor.shape)  # noqa: E731
         monkeypatch.setattr("stepmask.denoiser.runtime.placeholder", poison)
@@ -391,3 +391,17 @@ def test_branches_have_stores_of_their_own() -> None:
     with stepmask.apply(denoiser, two):
         assert outputs(denoiser, (ONE, 0.0), (FOUR, 0.0), (ONE, 0.0), (FOUR, 0.0)) == [15.0, 60.0, 15.0, 60.0]
     assert bits(two) == ["11", "01"]
+
+
+def test_branches_may_have_rows_of_their_own() -> None:
+    # as above, but the second branch computes at step 1 too: 6 + 2·6 = 18, ·5 = 90; the first reuses 2: (3 + 2)·5 = 25
+    denoiser = Chain()
+    one = chain_table(denoiser, "output", "11", "01")
+    two = MaskSchedule(one.graph, one.rows, one.denoiser, SamplerFingerprint("", (1.0, 0.0), (), branches=2))
+    full, three, six = two.with_rows(np.ones_like(two.rows)), torch.full((2,), 3.0), torch.full((2,), 6.0)
+    with stepmask.apply(denoiser, [two, full]) as masked:
+        assert outputs(denoiser, (ONE, 0.0), (FOUR, 0.0), (three, 0.0), (six, 0.0)) == [15.0, 60.0, 25.0, 90.0]
+        assert masked.computed_macs == sum(plan.macs for plan in masked.plans)
+    for wrong in ([], [one, one], [two, two, two], [two, chain_table(denoiser, "delta", "11", "01")]):
+        with pytest.raises(ScheduleMismatch, match="as many as a step has branches"):
+            stepmask.apply(denoiser, wrong)

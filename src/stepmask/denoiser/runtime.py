@@ -1,6 +1,6 @@
 """`apply`: run a denoiser under a schedule. Holds the clock, the store, and the check that the plan was followed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +27,7 @@ from stepmask.schedule.rectify import Cell, lower
 from stepmask.schedule.schedule import MaskSchedule
 
 
-def apply(pipe: Any, schedule: MaskSchedule) -> "Masked":
+def apply(pipe: Any, schedule: MaskSchedule | Sequence[MaskSchedule]) -> "Masked":
     """Put a schedule on a pipeline, or on a plain denoiser.
 
         with stepmask.apply(pipe, schedule):
@@ -41,13 +41,16 @@ def apply(pipe: Any, schedule: MaskSchedule) -> "Masked":
 
     Args:
         pipe: A diffusers pipeline, or a plain denoiser.
-        schedule: Made for this denoiser and sampler. It is rectified first, which changes no sample.
+        schedule: Made for this denoiser and sampler. It is rectified first, which changes no sample. Branches that are
+            evaluated one after the other (guidance in two calls) share its rows; a sequence has one schedule for each,
+            in the order of their calls.
 
     Raises:
-        ScheduleMismatch: The schedule is for another denoiser, or names blocks that are not there.
+        ScheduleMismatch: The schedule is for another denoiser, or names blocks that are not there; or several are not
+            one for each branch, over the same blocks and sampler.
         AlreadyApplied: The denoiser is masked, or cached by diffusers, already.
     """
-    return Masked(pipe, schedule)
+    return Masked(pipe, [schedule] if isinstance(schedule, MaskSchedule) else schedule)
 
 
 class Masked:
@@ -56,11 +59,13 @@ class Masked:
     Leaving the context without an exception raises `RunError` if the last run ended early.
     """
 
-    def __init__(self, pipe: Any, schedule: MaskSchedule) -> None:
+    def __init__(self, pipe: Any, schedules: Sequence[MaskSchedule]) -> None:
         denoiser, self.scheduler = denoiser_of(pipe), scheduler_of(pipe)
         refuse_if_taken(denoiser)
+        _check_branches(schedules)
+        schedule = schedules[0]
         schedule.denoiser.check(fingerprint_of(denoiser))
-        self.pipe, self.schedule, self.plan = pipe, schedule, lower(schedule)
+        self.pipe, self.sampler, self.plans = pipe, schedule.sampler, [lower(table) for table in schedules]
         self.clock = _Clock(self)
         self.seats = [_Seat(self.clock, column, block) for column, block in enumerate(schedule.graph.blocks)]
         modules = _modules(denoiser, schedule)
@@ -75,7 +80,7 @@ class Masked:
 
     def _start(self) -> None:
         self.clock.stop()
-        self.schedule.sampler.check(describe(self.scheduler, self.schedule.sampler.branches))
+        self.sampler.check(describe(self.scheduler, self.sampler.branches))
         self.restart()
 
     def restart(self) -> None:
@@ -126,6 +131,18 @@ class Masked:
         return sum(seat.computed * seat.block.macs for seat in self.seats)
 
 
+def _check_branches(schedules: Sequence[MaskSchedule]) -> None:
+    """Refuse several schedules that are not one for each branch of the same sampler, over the same blocks."""
+    made_for = [(schedule.graph, schedule.denoiser, schedule.sampler) for schedule in schedules]
+    alike = all(other == made_for[0] for other in made_for)
+    if not schedules or not alike or len(schedules) not in (1, schedules[0].sampler.branches):
+        raise ScheduleMismatch(
+            given=f"{len(schedules)} schedules",
+            expected="one, or as many as a step has branches, over the same graph, denoiser and sampler",
+            advice="Pass a single schedule, or make them from one: schedule.with_rows(...)",
+        )
+
+
 def _modules(denoiser: nn.Module, schedule: MaskSchedule) -> list[nn.Module]:
     modules = dict(denoiser.named_modules())
     names = schedule.graph.names[:-1]
@@ -143,8 +160,8 @@ class _Clock:
 
     def __init__(self, masked: Masked) -> None:
         self.masked = masked
-        self.branches = masked.schedule.sampler.branches
-        self.evaluations = masked.schedule.steps * self.branches
+        self.branches = masked.sampler.branches
+        self.evaluations = masked.sampler.steps * self.branches
         self.running = False
         self.evaluation = self.step = self.branch = 0
         self.answered = 0  # blocks that have answered in this evaluation
@@ -171,7 +188,12 @@ class _Clock:
                 "replace the scheduler",
             )
         self.step, self.branch = divmod(self.evaluation, self.branches)
-        self.row, self.answered = self.masked.plan.cells[self.step], 0
+        self.row, self.answered = self.masked.plans[self.planned].cells[self.step], 0
+
+    @property
+    def planned(self) -> int:
+        """Which of the plans this evaluation follows."""
+        return self.branch % len(self.masked.plans)
 
     def end(self, *, forward_ran: bool) -> None:
         """Check that every block has answered, and go on to the next evaluation."""
@@ -198,7 +220,7 @@ class _Seat(Behaviour):
         self.computed = 0
         self.stored: list[list[Any]] = [[]]  # by branch, newest first
         self.like: Any = None  # an expanded zero of the output's shape
-        self.vectors: dict[int, tuple[Tensor, ...]] = {}  # by step, where the values are
+        self.vectors: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by plan and step, where the values are
 
     def clear(self, branches: int) -> None:
         self.stored, self.like = [[] for _ in range(branches)], None
@@ -240,12 +262,17 @@ class _Seat(Behaviour):
 
     def vectors_for(self, value: Any) -> tuple[Tensor, ...]:
         """The vectors of this step; those of all steps are brought to the value when the first is needed."""
-        like, held = next(tensors(value)), self.vectors.get(self.clock.step)
+        key = self.clock.planned, self.clock.step
+        like, held = next(tensors(value)), self.vectors.get(key)
         if held is None or (held[0].device, held[0].dtype) != (like.device, like.dtype):
-            cells = enumerate(row[self.column].vectors for row in self.clock.masked.plan.cells)
-            arrays = {step: vectors for step, vectors in cells if vectors is not None}
+            arrays = {
+                (number, step): vectors
+                for number, plan in enumerate(self.clock.masked.plans)
+                for step, row in enumerate(plan.cells)
+                if (vectors := row[self.column].vectors) is not None
+            }
             self.vectors = dict(zip(arrays, on_channels(list(arrays.values()), like), strict=True))
-        return self.vectors[self.clock.step]
+        return self.vectors[key]
 
     def free(self, keeps: int) -> None:
         """Let go of all but the newest `keeps` values."""
