@@ -504,6 +504,16 @@ class TestProfile:
         for merged in (Profile.merge(*halves), halves[0] + halves[1]):
             np.testing.assert_array_equal(merged.inner, whole.inner)
             np.testing.assert_array_equal(merged.offset, whole.offset)
+            assert merged.samples.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+        assert whole.samples.tolist() == [0, 1] * 4
+
+    def test_the_error_of_a_sample_is_the_mean_over_its_rows(self) -> None:
+        profile = random_profile(unet_graph(), 6, rows=4, offset=0.1)
+        counted = Profile(profile.around, profile.inner, profile.held, profile.offset, np.array([0, 1, 1, 1]))
+        schedule = fixed_interval(profile.around, 0.5)
+        one, *three = np.square(profile.offset + profile.effects(schedule))
+        assert counted.predicted_errors(schedule).tolist() == pytest.approx([one, np.mean(three)])
+        assert counted.predicted_error(schedule) == pytest.approx((one + np.mean(three)) / 2)
 
     def test_what_does_not_belong_together_is_not_merged(self) -> None:
         profile = random_profile(unet_graph(), 6)
@@ -522,12 +532,14 @@ class TestProfile:
     def test_saved_and_loaded_allocates_the_same(self, tmp_path: Path) -> None:
         profile = random_profile(unet_graph(), 8, offset=0.1)
         profile = Profile(
-            fixed_interval(profile.around, 0.5, order=1), profile.inner, profile.held, profile.offset, {"probes": 8}
-        )
+            fixed_interval(profile.around, 0.5, order=1), profile.inner, profile.held, profile.offset,
+            np.arange(8) // 2, {"probes": 8},
+        )  # fmt: skip
         profile.save_pretrained(tmp_path)
         loaded = Profile.from_pretrained(tmp_path)
         assert loaded.provenance == {"probes": 8}
         assert loaded.around == profile.around
+        assert loaded.samples.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
         for (ours, error), (theirs, same) in zip(profile.pareto(), loaded.pareto(), strict=True):
             assert ours == theirs
             assert error == same
@@ -565,6 +577,9 @@ class TestProfile:
         ]:  # fmt: skip
             with pytest.raises(InvalidProfile):
                 Profile(profile.around, *arrays)
+        for samples in ([0, 1], [1] * 8, [0] * 7 + [2], [-1] * 8):
+            with pytest.raises(InvalidProfile, match="a sample a row"):
+                Profile(profile.around, inner, held, offset, np.array(samples))
 
     def test_a_schedule_that_the_profile_does_not_know_is_refused(self) -> None:
         profile = random_profile(unet_graph(), 8, ages=2)

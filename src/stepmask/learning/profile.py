@@ -21,6 +21,7 @@ from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
 
 FORMAT = "stepmask-profile/1"
+ARRAYS = ("inner", "held", "offset", "samples")
 JSON_NAME, ARRAYS_NAME = "profile.json", "profile.safetensors"
 
 Floats = npt.NDArray[np.float64]
@@ -44,6 +45,7 @@ class Profile:
         inner: (rows, steps, blocks, ages + 1), float32; rows = probes × samples.
         held: As `inner`, for the gradient with all other blocks of the step holding their answers.
         offset: (rows,), float32: the measurements of x_0 − x_0 ref in the run that was swept; 0 for the reference.
+        samples: (rows,): which sample each row measures, counted from 0; `None` = one each.
         provenance: Where it comes from: plain JSON values, not interpreted.
 
     Raises:
@@ -54,6 +56,7 @@ class Profile:
     inner: npt.NDArray[np.float32]
     held: npt.NDArray[np.float32]
     offset: npt.NDArray[np.float32]
+    samples: npt.NDArray[np.int64] = None  # type: ignore[assignment]  # filled below
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,7 +70,10 @@ class Profile:
             raise _invalid(f"an offset of shape {offset.shape}", f"({len(inner)},), one number a row, at least one")
         if not all(np.isfinite(array).all() for array in (inner, held, offset)):
             raise _invalid("numbers that are not finite", "finite inner products")
-        for name, array in (("inner", inner), ("held", held), ("offset", offset)):
+        samples = np.arange(len(inner)) if self.samples is None else np.array(self.samples, dtype=np.int64)
+        if samples.shape != offset.shape or not np.array_equal(np.unique(samples), np.arange(samples.max() + 1)):
+            raise _invalid(f"samples of shape {samples.shape}", f"({len(inner)},), a sample a row, none left out")
+        for name, array in (("inner", inner), ("held", held), ("offset", offset), ("samples", samples)):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
 
@@ -147,14 +153,26 @@ class Profile:
         effects: Floats = inner.reshape(len(inner), -1) @ change.ravel()
         return effects
 
-    def predicted_error(self, schedule: MaskSchedule) -> float:
-        """‖x_0 − x_0 ref‖² / ‖x_0 ref‖² under a schedule, to first order around the swept run.
+    def predicted_errors(self, schedule: MaskSchedule) -> Floats:
+        """‖x_0 − x_0 ref‖² / ‖x_0 ref‖² of each sample under a schedule, to first order; shape (samples,).
+
+        First order overstates what happens to the most sensitive samples: to rank tables, compare geometric means.
 
         Raises:
             ScheduleMismatch: As `effects`.
             InvalidSchedule: As `effects`.
         """
-        return float(np.square(self.offset + self.effects(schedule)).mean())
+        squares = np.square(self.offset + self.effects(schedule))
+        return np.asarray(np.bincount(self.samples, squares) / np.bincount(self.samples))
+
+    def predicted_error(self, schedule: MaskSchedule) -> float:
+        """The mean of `predicted_errors`.
+
+        Raises:
+            ScheduleMismatch: As `effects`.
+            InvalidSchedule: As `effects`.
+        """
+        return float(self.predicted_errors(schedule).mean())
 
     def schedule(self, budget: float | Budget) -> MaskSchedule:
         """The table within a budget that predicts the smallest error, among exact paths and regular tables.
@@ -189,11 +207,13 @@ class Profile:
         first = profiles[0]
         for other in profiles[1:]:
             _check_same(first, other)
+        counted = np.cumsum([0, *(profile.samples.max() + 1 for profile in profiles)])
         return cls(
             first.around,
             np.concatenate([profile.inner for profile in profiles]),
             np.concatenate([profile.held for profile in profiles]),
             np.concatenate([profile.offset for profile in profiles]),
+            np.concatenate([profile.samples + before for profile, before in zip(profiles, counted, strict=False)]),
             {"merged": [dict(profile.provenance) for profile in profiles]},
         )
 
@@ -208,7 +228,7 @@ class Profile:
         """
         from safetensors.numpy import save
 
-        arrays = save({name: np.ascontiguousarray(getattr(self, name)) for name in ("inner", "held", "offset")})
+        arrays = save({name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS})
         data = {
             "format": FORMAT,
             "arrays_sha256": hashlib.sha256(arrays).hexdigest(),
@@ -239,7 +259,7 @@ class Profile:
                 raise _invalid(f"{folder}: arrays that are cut short or of another profile", "both files of one save")
             arrays = load(content)
             around = MaskSchedule.from_json(json.dumps(data["around"]))
-            return cls(around, arrays["inner"], arrays["held"], arrays["offset"], data["provenance"])
+            return cls(around, **{name: arrays[name] for name in ARRAYS}, provenance=data["provenance"])
         except InvalidProfile:
             raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, StepmaskError) as error:

@@ -85,7 +85,8 @@ def sweep(
             torch.autograd.grad(latent, tape.anchor, pull, retain_graph=left > 0)
     provenance = {"probes": probes, "seed": seed, "samples": measure.samples, "decoded": decode is not None}
     inner, held = np.concatenate(readings.probes, axis=1)
-    return Profile(around, inner, held, np.concatenate(offsets), provenance)
+    samples = np.tile(np.arange(measure.samples), probes)
+    return Profile(around, inner, held, np.concatenate(offsets), samples, provenance)
 
 
 def _run(tape: Tape, trajectory: Trajectory, *, reference: bool) -> Tensor:
