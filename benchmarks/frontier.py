@@ -52,6 +52,7 @@ class Contest(Setting):
             "share": share,
             "reference_samplings_of_16": cost,
             "table": learned[LEARNED].provenance["table"],
+            "learner": learned[LEARNED].provenance["learner"],
             "rows": rows(report),
         }
 
