@@ -6,6 +6,7 @@ Finished cells lie in runs/frontier, so that a killed run goes on where it stopp
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from math import ceil
 from pathlib import Path
 from statistics import fmean, geometric_mean, median
 from typing import Any
@@ -59,9 +60,10 @@ class Contest(Setting):
     def learners(self, share: float) -> dict[str, Callable[[], MaskSchedule]]:
         """The learners to compare, ready to go."""
         budget = self.budget(share)
+        paper = PerTimestep(iterations=10, max_age=max(5, ceil(1 / share)))
         return {
             LEARNED: lambda: stepmask.learn(self.pipe, self.trajectories, budget, learner=TrainedForecasts()),
-            "per-timestep": lambda: stepmask.learn(self.pipe, self.few, budget, learner=PerTimestep(iterations=10)),
+            "per-timestep": lambda: stepmask.learn(self.pipe, self.few, budget, learner=paper),
         }
 
     def baselines(self, share: float) -> dict[str, MaskSchedule | int]:
