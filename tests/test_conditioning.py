@@ -84,7 +84,3 @@ class TestDenoiserOf:
 
         with pytest.raises(TraceError, match=r"transformer and transformer_2.*pass it itself"):
             denoiser_of(Two())
-
-    def test_none_is_an_error(self) -> None:
-        with pytest.raises(TraceError, match="neither a transformer nor a U-Net"):
-            denoiser_of(object())

@@ -139,5 +139,5 @@ def test_delta_needs_a_stream() -> None:
 
 
 def test_a_pipeline_without_a_denoiser_is_refused() -> None:
-    with pytest.raises(TraceError, match="without a transformer or a U-Net"):
+    with pytest.raises(TraceError, match="neither a transformer nor a U-Net"):
         stepmask.trace(object(), (torch.zeros(1),))
