@@ -1,17 +1,14 @@
 """How well a sweep's predicted error ranks random tables of equal MACs: Spearman's correlation with the true error."""
 
 import argparse
-from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import spearmanr
 
 import stepmask
 from results import save
-from setting import Setting, timed
-from stepmask import MaskSchedule, Profile, Trajectory
-from stepmask.denoiser.runtime import apply
-from stepmask.evaluation.metrics import latent_errors
+from setting import Setting, by_sample, timed
+from stepmask import MaskSchedule, Profile
 from stepmask.learning.rounding import round_scores
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.rectify import lower
@@ -30,15 +27,6 @@ def random_table(full: MaskSchedule, generator: np.random.Generator) -> MaskSche
     return round_scores(scores, full, Budget(macs=0.5), max_age=AGES)
 
 
-def true_errors(trajectories: Sequence[Trajectory], table: MaskSchedule) -> list[float]:
-    """Latent error of every sample under a table."""
-    found: list[float] = []
-    for trajectory in trajectories:
-        with apply(trajectory.sampling.pipe, table):
-            found += latent_errors(trajectory.sampling().latent, trajectory.sampled.latent)
-    return found
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--tables", type=int, default=50)
@@ -47,18 +35,12 @@ def main() -> None:
     asked = arguments.parse_args()
     setting = Setting("zoo:dit-emoji", 20)
     trajectories = [setting.record(8, seed) for seed in range(asked.batches)]
-    swept, generator = [], np.random.default_rng(0)
-    sweep_s = 0.0
-    for trajectory in trajectories:
-        profile, seconds = timed(
-            lambda run=trajectory: stepmask.sweep(setting.pipe, run, probes=asked.probes, ages=AGES)
-        )
-        swept.append(profile)
-        sweep_s += seconds
-    profile = Profile.merge(*swept)
+    sweeps = (stepmask.sweep(setting.pipe, run, probes=asked.probes, ages=AGES) for run in trajectories)
+    profile, sweep_s = timed(lambda: Profile.merge(*sweeps))
+    generator = np.random.default_rng(0)
     tables = [random_table(profile.around, generator) for _ in range(asked.tables)]
     predicted = np.array([profile.predicted_errors(table) for table in tables])
-    true = np.array([true_errors(trajectories, table) for table in tables])
+    true = np.array([[error for run in trajectories for error in by_sample(run, table)] for table in tables])
     correlation = float(spearmanr(predicted.mean(1), true.mean(1)).statistic)
     save(
         "prediction",

@@ -57,10 +57,15 @@ class Setting:
         return lower(fixed_interval(self.full, share)).macs_share
 
 
+def by_sample(run: Trajectory, table: MaskSchedule) -> list[float]:
+    """A table's latent errors on the samples of a reference run."""
+    with apply(run.sampling.pipe, table):
+        return latent_errors(run.sampling().latent, run.sampled.latent)
+
+
 def errors(held_out: Trajectory, table: MaskSchedule) -> dict[str, float]:
     """Mean and geometric mean of a table's latent errors on the samples of a reference run."""
-    with apply(held_out.sampling.pipe, table):
-        found = latent_errors(held_out.sampling().latent, held_out.sampled.latent)
+    found = by_sample(held_out, table)
     return {"error": fmean(found), "geometric_error": geometric_mean(found)}
 
 

@@ -136,12 +136,12 @@ def tiny_dit(layers: int = 3) -> nn.Module:
     return _stirred(denoiser)
 
 
-def tiny_unet() -> nn.Module:
+def tiny_unet(layers: int = 1) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     denoiser = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=layers, block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
     )  # fmt: skip
@@ -150,17 +150,12 @@ def tiny_unet() -> nn.Module:
 
 def tiny_stable_diffusion() -> Any:
     """A StableDiffusionPipeline with random weights and three layers a block, as Stable Diffusion has; no words."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
     torch.manual_seed(0)
-    denoiser = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
-    )  # fmt: skip
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-    parts = (vae, None, None, _stirred(denoiser), scheduler, None, None)
+    parts = (vae, None, None, tiny_unet(layers=2), scheduler, None, None)
     pipe = StableDiffusionPipeline(*parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,6 +1,7 @@
 """The training pictures: emoji in three drawing styles, with their names and groups."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -76,15 +77,19 @@ class Emoji:
         return torch.nn.functional.avg_pool2d(pictures, self.images.shape[-1] // size)
 
     def draw(self, count: int) -> Tensor:
-        """Indices at random.
+        """Indices at random, by `weights`."""
+        return torch.multinomial(self.weights, count, replacement=True)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """How often each picture is drawn, shape (N,).
 
         The skin tones of a drawing weigh as much as the drawing itself, and groups as the square root of what is in
         them, or people would be six of ten.
         """
         toned = torch.tensor(["skin tone" in name for name in self.names])
         weights = torch.where(toned, 1 / TONED, 1.0).double()
-        weights *= torch.bincount(self.groups, weights).rsqrt()[self.groups]
-        return torch.multinomial(weights, count, replacement=True)
+        return weights * torch.bincount(self.groups, weights).rsqrt()[self.groups]
 
     def prompts(self, count: int) -> list[str]:
         """Captions of as many pictures, evenly spread, none of them a skin tone."""

@@ -202,7 +202,8 @@ class PixArt(_Captioned):
 def _take_over(pixart: PixArtTransformer2DModel, dit: DiTTransformer2DModel) -> None:
     """Give a PixArt the weights of a DiT of its size: it then says what the DiT says to no label halfway through.
 
-    Words change nothing yet, for cross-attention answers zero; nor does the timestep.
+    But for the epsilons of their layer norms, that is. Words change nothing yet, for cross-attention answers zero; nor
+    does the timestep.
     """
     shared = {key: value for key, value in dit.state_dict().items() if ".norm1." not in key}
     renamed = {key.replace("proj_out_2", "proj_out"): value for key, value in shared.items()}

@@ -1,6 +1,7 @@
 """Where a learner may start: regular tables that fit a budget, in families by how they spend it."""
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,8 +64,17 @@ def _regular(
 ) -> list[MaskSchedule]:
     """Tables of one kind with the most computed steps that fit, by Taylor order."""
     shares = (count / reference.steps for count in range(most, 0, -1))
-    covered = next((share for share in shares if budget.covers(budget.spent(lower(make(reference, share))))), None)
-    return [] if covered is None else [make(reference, covered, order=order) for order in range(window)]
+    return _first_that_fits(functools.partial(make, reference), shares, budget, range(window))
+
+
+def _first_that_fits(
+    make: Callable[..., MaskSchedule], settings: Iterable[float], budget: Budget, orders: Iterable[int]
+) -> list[MaskSchedule]:
+    """The tables of the first setting that a budget covers, by Taylor order; none if it covers no setting."""
+    for setting in settings:
+        if budget.covers(budget.spent(lower(make(setting)))):
+            return [make(setting, order=order) for order in orders]
+    return []
 
 
 def _refreshed(reference: MaskSchedule, budget: Budget, window: int, most: int) -> Iterator[MaskSchedule]:
@@ -79,10 +89,10 @@ def _refreshed(reference: MaskSchedule, budget: Budget, window: int, most: int) 
 def _shallow(reference: MaskSchedule, budget: Budget, window: int, most: int) -> Iterator[MaskSchedule]:
     """DeepCache's tables of a U-Net with the most whole evaluations that fit, by branch and Taylor order from 1."""
     for branch in range(len(branches(reference.graph))):
-        for interval in (reference.steps / count for count in range(most, 1, -1)):
-            if budget.covers(budget.spent(lower(deepcache(reference, interval, branch=branch)))):
-                yield from (deepcache(reference, interval, branch=branch, order=order) for order in range(1, window))
-                break
+        intervals = (reference.steps / count for count in range(most, 1, -1))
+        yield from _first_that_fits(
+            functools.partial(deepcache, reference, branch=branch), intervals, budget, range(1, window)
+        )
 
 
 def groups(graph: BlockGraph) -> dict[str, list[int]]:
