@@ -29,7 +29,8 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/regular_tables.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/prediction.py
-	$(BIN)/python benchmarks/frontier.py
+	for pipeline in dit ldm ddpm pixart; do $(BIN)/python benchmarks/frontier.py --pipeline zoo:$$pipeline-emoji || exit 1; done
+	$(BIN)/python benchmarks/unets.py
 
 clean:
 	rm -rf $(VENV) demo-out runs build dist

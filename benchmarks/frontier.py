@@ -6,6 +6,7 @@ Finished cells lie in runs/frontier, so that a killed run goes on where it stopp
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from math import ceil
 from pathlib import Path
 from statistics import fmean, geometric_mean, median
@@ -13,16 +14,21 @@ from typing import Any
 
 import stepmask
 from results import FOLDER, save
-from setting import Setting, timed
+from setting import Setting, errors, timed
 from stepmask import MaskSchedule
+from stepmask.errors import InvalidBudget
 from stepmask.evaluation.compare import evaluate
 from stepmask.evaluation.report import Report
 from stepmask.files import write_whole
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.trained import TrainedForecasts
-from stepmask.schedule.baselines import fixed_interval, whole_step
+from stepmask.schedule.baselines import branches, deepcache_within, fixed_interval, whole_step
 
-RIVALS = ("fewer steps", "interval, order 0", "interval, order 1", "interval, order 2", "per-timestep")
+RIVALS = (
+    "fewer steps",
+    "per-timestep",
+    *(f"{kind}, order {order}" for kind in ("interval", "DeepCache") for order in (0, 1, 2)),
+)
 LEARNED = "trained forecasts"
 AGES = 9
 RUNS = Path("runs") / "frontier"
@@ -31,7 +37,7 @@ RUNS = Path("runs") / "frontier"
 class Contest(Setting):
     """A setting with its calibration runs and what one sweep found: all that the contenders learn from."""
 
-    def __init__(self, pipeline: str, steps: int, guidance: float) -> None:
+    def __init__(self, pipeline: str, steps: int, guidance: float | None) -> None:
         super().__init__(pipeline, steps, guidance)
         self.trajectories = [self.record(8, seed) for seed in range(100, 108)]
         self.few = self.record(4, 0)
@@ -45,11 +51,12 @@ class Contest(Setting):
             cost[name] = seconds / self.reference_s
         learned["one sweep"] = self.profile.schedule(self.budget(share))
         cost["one sweep"] = self.sweep_s / self.reference_s
-        rivals = {name: table for name, table in {**learned, **self.baselines(share)}.items() if name != LEARNED}
-        report = evaluate(self.pipe, learned[LEARNED], rivals=rivals, repeats=1, **self.call(samples, 1))
+        rivals = {**learned, **self.baselines(share), **self.deepcaches(share, samples)}
+        del rivals[LEARNED]
+        report = evaluate(self.pipe, learned[LEARNED], rivals=rivals, repeats=1, **self.call(samples, 1, held_out=True))
         return {
-            "steps": self.full.steps,
-            "guidance": self.guided["guidance_scale"],
+            "steps": self.steps,
+            "guidance": self.guidance,
             "share": share,
             "reference_samplings_of_16": cost,
             "table": learned[LEARNED].provenance["table"],
@@ -73,7 +80,24 @@ class Contest(Setting):
             for name, make in (("interval", fixed_interval), ("whole step", whole_step))
             for order in (0, 1, 2)
         }
-        return {**tables, "fewer steps": int(share * self.full.steps + 1e-9)}
+        return {**tables, "fewer steps": int(share * self.steps + 1e-9)}
+
+    def deepcaches(self, share: float, samples: int) -> dict[str, MaskSchedule]:
+        """DeepCache's table of a U-Net by Taylor order, at the branch that does best on other held-out samples."""
+        if not branches(self.full.graph):
+            return {}
+        held_out = self.record(samples, 1, held_out=True)
+        tables = {order: list(self._by_branch(share, order)) for order in (0, 1, 2)}
+        return {
+            f"DeepCache, order {order}": min(by_branch, key=lambda table: errors(held_out, table)["error"])
+            for order, by_branch in tables.items()
+            if by_branch
+        }
+
+    def _by_branch(self, share: float, order: int) -> Iterator[MaskSchedule]:
+        for branch in range(len(branches(self.full.graph))):
+            with suppress(InvalidBudget):
+                yield deepcache_within(self.full, self.budget(share), branch=branch, order=order)
 
 
 def rows(report: Report) -> dict[str, Any]:
@@ -95,7 +119,7 @@ def cells(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for guidance in asked.guidance:
             contest = None
             for share in asked.shares:
-                kept = RUNS / f"{steps}-{guidance:g}-{share:g}-{asked.samples}.json"
+                kept = RUNS / f"{name_of(asked.pipeline)}-{steps}-{guidance}-{share:g}-{asked.samples}.json"
                 if not kept.exists():
                     contest = contest or Contest(asked.pipeline, steps, guidance)
                     write_whole(kept, json.dumps(contest.measure(share, asked.samples)))
@@ -104,7 +128,18 @@ def cells(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def ratio(cell: dict[str, Any]) -> float:
     """Error of the learned table over that of its best rival."""
-    return float(cell["rows"][LEARNED]["error"] / min(cell["rows"][name]["error"] for name in RIVALS))
+    rivals = (cell["rows"][name]["error"] for name in RIVALS if name in cell["rows"])
+    return float(cell["rows"][LEARNED]["error"] / min(rivals))
+
+
+def title(cell: dict[str, Any]) -> str:
+    guidance = "the pipeline's own guidance" if cell["guidance"] is None else f"guidance {cell['guidance']:g}"
+    return f"{cell['steps']} steps, {guidance}"
+
+
+def name_of(pipeline: str) -> str:
+    """What files of a pipeline's results are called."""
+    return pipeline.removeprefix("zoo:").replace("/", "-")
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
@@ -113,16 +148,17 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = sorted({(cell["steps"], cell["guidance"]) for cell in found})
+    settings = list(dict.fromkeys(map(title, found)))
     figure, axes = pyplot.subplots(len(settings), 2, figsize=(10, 4 * len(settings)), squeeze=False, layout="tight")
-    for (steps, guidance), pair in zip(settings, axes, strict=True):
-        here = [cell for cell in found if (cell["steps"], cell["guidance"]) == (steps, guidance)]
+    for setting, pair in zip(settings, axes, strict=True):
+        here = [cell for cell in found if title(cell) == setting]
         for axis, key, label in zip(pair, ("macs", "speedup"), ("share of MACs", "denoiser speed-up"), strict=True):
             for name in here[0]["rows"]:
-                points = sorted((cell["rows"][name][key], cell["rows"][name]["error"]) for cell in here)
+                rows = [cell["rows"][name] for cell in here if name in cell["rows"]]
+                points = sorted((row[key], row["error"]) for row in rows)
                 style = {"linewidth": 2.5, "color": "black"} if name == LEARNED else {"linewidth": 1}
                 axis.plot(*zip(*points, strict=True), marker="o", label=name, **style)
-            axis.set(yscale="log", xlabel=label, ylabel="latent error", title=f"{steps} steps, guidance {guidance:g}")
+            axis.set(yscale="log", xlabel=label, ylabel="latent error", title=setting)
     axes[0, 0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
@@ -131,20 +167,16 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--pipeline", default="zoo:dit-emoji")
     arguments.add_argument("--steps", type=int, nargs="+", default=[20, 50])
-    arguments.add_argument("--guidance", type=float, nargs="+", default=[4.0])
+    arguments.add_argument("--guidance", type=float, nargs="+", default=[None], help="the pipeline's own if not given")
     arguments.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35, 0.25])
     arguments.add_argument("--samples", type=int, default=32)
     asked = arguments.parse_args()
     found = list(cells(asked))
-    plot(found, FOLDER / "frontier.png")
-    ratios = {f"{c['steps']} steps, guidance {c['guidance']:g}, {c['share']:g}": round(ratio(c), 3) for c in found}
+    plot(found, FOLDER / f"frontier-{name_of(asked.pipeline)}.png")
+    ratios = {f"{title(cell)}, {cell['share']:g}": round(ratio(cell), 3) for cell in found}
     save(
-        "frontier",
-        {
-            "what": f"{asked.pipeline}, DDIM, {asked.samples} held-out samples",
-            "cells": found,
-            "over_best_rival": ratios,
-        },
+        f"frontier-{name_of(asked.pipeline)}",
+        {"what": f"{asked.pipeline}, {asked.samples} held-out samples", "cells": found, "over_best_rival": ratios},
         goal="error at most half of the best rival's at shares 0.5, 0.35 and 0.25",
         met=all(value <= 0.5 for value in ratios.values()),
     )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from statistics import fmean, geometric_mean
 from typing import Any, TypeVar
@@ -29,16 +30,18 @@ class Setting:
     def __init__(self, pipeline: str, steps: int, guidance: float | None = None) -> None:
         self.pipe: Any = zoo.load(pipeline)
         self.pipe.set_progress_bar_config(disable=True)
-        self.sampled = {"num_inference_steps": steps}
-        self.guided = {} if guidance is None else {"guidance_scale": guidance}
+        self.steps, self.guidance = steps, guidance
+        self.learned_from, self.held_out = _split(Conditioning.of(self.pipe))
 
-    def call(self, count: int, seed: int) -> dict[str, Any]:
-        """Arguments of the pipeline for `count` samples."""
-        return {**Conditioning.of(self.pipe).call(count, seed), **self.sampled, **self.guided}
+    def call(self, count: int, seed: int, *, held_out: bool = False) -> dict[str, Any]:
+        """Arguments of the pipeline for `count` samples; of prompts, one half is held out from what learns."""
+        told = (self.held_out if held_out else self.learned_from).call(count, seed)
+        guided = {} if self.guidance is None else {"guidance_scale": self.guidance}
+        return {**told, **guided, "num_inference_steps": self.steps}
 
-    def record(self, count: int, seed: int) -> Trajectory:
+    def record(self, count: int, seed: int, *, held_out: bool = False) -> Trajectory:
         """A reference run of `count` samples."""
-        return stepmask.record(self.pipe, seed=seed, **self.call(count, seed))
+        return stepmask.record(self.pipe, seed=seed, **self.call(count, seed, held_out=held_out))
 
     @cached_property
     def reference_s(self) -> float:
@@ -55,6 +58,13 @@ class Setting:
     def budget(self, share: float) -> float:
         """What the fixed interval at a share of computed steps spends, glue included: every learner may as well."""
         return lower(fixed_interval(self.full, share)).macs_share
+
+
+def _split(told: Conditioning) -> tuple[Conditioning, Conditioning]:
+    """Every other prompt each; labels are too few to be held out, and what is drawn differs by the seed."""
+    if told.argument != "prompt":
+        return told, told
+    return replace(told, choices=told.choices[::2]), replace(told, choices=told.choices[1::2])
 
 
 def by_sample(run: Trajectory, table: MaskSchedule) -> list[float]:

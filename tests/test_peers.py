@@ -9,8 +9,9 @@ import torch
 import stepmask
 from stepmask import MaskSchedule
 from stepmask.denoiser.families import Granularity
-from stepmask.errors import InvalidSchedule
-from stepmask.schedule.baselines import deepcache
+from stepmask.errors import InvalidBudget, InvalidSchedule
+from stepmask.schedule.baselines import deepcache, deepcache_within
+from stepmask.schedule.budget import Budget
 from stepmask.schedule.rectify import lower
 
 from toys import bits, stepped_unet, tiny_stable_diffusion
@@ -52,6 +53,14 @@ class TestDeepCache:
 
     def test_a_forecast_reads_two_whole_steps(self) -> None:
         assert deepcache(stepped_unet(5), 2, order=1).forecasts[3, 4].tolist() == [1.5, -0.5, 0]
+
+    def test_the_most_that_a_budget_covers(self) -> None:
+        # a third of a step at branch 0: four whole steps of twelve are 20 of 36, five are 22, and one is 14
+        assert deepcache_within(stepped_unet(12), 0.6) == deepcache(stepped_unet(12), 3)
+        with pytest.raises(InvalidBudget, match=f"at least {14 / 36:.4f}"):
+            deepcache_within(stepped_unet(12), 0.35)
+        with pytest.raises(InvalidBudget, match="at least 4 bytes"):
+            deepcache_within(stepped_unet(12), Budget(macs=0.6, store_bytes=3))
 
     @pytest.mark.parametrize(("interval", "branch", "order"), [(0.5, 0, 0), (2, 2, 0), (2, -1, 0), (2, 0, 3)])
     def test_refuses_what_is_not_there(self, interval: float, branch: int, order: int) -> None:

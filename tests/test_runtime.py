@@ -16,7 +16,19 @@ from stepmask.schedule.fingerprint import SamplerFingerprint
 from stepmask.schedule.graph import DENOISER, BlockGraph
 from stepmask.schedule.rectify import lower, rectify
 
-from toys import Chain, Scale, Skips, bits, sampler, table, tiny_dit, tiny_pixel_unet, tiny_unet
+from toys import (
+    Chain,
+    Scale,
+    Skips,
+    bits,
+    sampler,
+    table,
+    tiny_dit,
+    tiny_pixart,
+    tiny_pixel_unet,
+    tiny_unet,
+    unrectified,
+)
 
 
 def chain_table(denoiser: Chain, reuse: Any, *rows: str, **options: Any) -> MaskSchedule:
@@ -116,6 +128,12 @@ def random_table(graph: BlockGraph, denoiser: nn.Module, steps: int, seed: int) 
 UNET = (torch.zeros(2, 4, 8, 8), torch.tensor(7), torch.ones(2, 3, 8))
 PIXEL = (torch.zeros(2, 3, 8, 8), torch.tensor(7))
 DIT = (torch.zeros(2, 4, 8, 8), torch.tensor([7, 7]), torch.tensor([1, 2]))
+PIXART = (
+    torch.zeros(2, 4, 8, 8),
+    torch.ones(2, 3, 8),
+    torch.tensor([7, 7]),
+    dict.fromkeys(("resolution", "aspect_ratio")),
+)
 
 
 def evaluations(denoiser: nn.Module, example: tuple[Any, ...], steps: int = 6) -> list[Tensor]:
@@ -129,7 +147,8 @@ on_real_classes = pytest.mark.parametrize(
     ("make", "example", "granularity"),
     [
         (tiny_dit, DIT, "block"), (tiny_dit, DIT, "sublayer"), (tiny_unet, UNET, "block"),
-        (tiny_unet, UNET, "sublayer"), (tiny_pixel_unet, PIXEL, "block"),
+        (tiny_unet, UNET, "sublayer"), (tiny_pixel_unet, PIXEL, "block"), (tiny_pixart, PIXART, "block"),
+        (tiny_pixart, PIXART, "sublayer"),
     ],
 )  # fmt: skip
 
@@ -165,6 +184,18 @@ class TestRealClasses:
             assert masked.store_bytes == 0
         poison = lambda tensor: tensor.new_full((), torch.nan).expand(tensor.shape)  # noqa: E731
         monkeypatch.setattr("stepmask.denoiser.runtime.placeholder", poison)
+        with stepmask.apply(denoiser, rectify(schedule)):
+            assert all(torch.equal(a, b) for a, b in zip(evaluations(denoiser, example), said, strict=True))
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_rectification_changes_no_sample(self, make: Any, example: Any, granularity: Any, seed: int) -> None:
+        denoiser = make()
+        schedule = random_table(stepmask.trace(denoiser, example, granularity=granularity), denoiser, 6, seed)
+        schedule = schedule.with_rows(schedule.rows | (np.arange(len(schedule.graph)) == len(schedule.graph) - 1))
+        everything = unrectified(schedule)
+        assert lower(everything).macs == (schedule.rows * [block.macs for block in schedule.graph.blocks]).sum()
+        with stepmask.apply(denoiser, everything):
+            said = evaluations(denoiser, example)
         with stepmask.apply(denoiser, rectify(schedule)):
             assert all(torch.equal(a, b) for a, b in zip(evaluations(denoiser, example), said, strict=True))
 

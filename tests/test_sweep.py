@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -331,7 +332,7 @@ def random_profile(
     drift = draw.normal(size=(rows, steps, len(graph), ages + 1)) * draw.uniform(0.1, 1, size=(1, steps, len(graph), 1))
     around = MaskSchedule.all_compute(graph, table(graph, "").denoiser, table(graph, *[""] * steps).sampler)
     inner = np.cumsum(drift, axis=3)
-    return Profile(around, inner, held * inner, offset * draw.normal(size=rows))
+    return Profile(around, inner, held * inner, offset * draw.normal(size=rows), np.arange(rows))
 
 
 def cell_error(profile: Profile, step: int, column: int, age: int, gap: int) -> float:
@@ -417,7 +418,7 @@ class TestAllocation:
         profile = random_profile(graph, 6, ages=5)
         inner = profile.inner * 100
         inner[:, :, graph.column("up0")] = 1.0
-        schedule = Profile(profile.around, inner, inner, profile.offset).schedule(0.5)
+        schedule = replace(profile, inner=inner, held=inner).schedule(0.5)
         assert bits(schedule) == ["11111", *["00000"] * 5]
         assert schedule.rows[:, -1].all()
 
@@ -509,7 +510,7 @@ class TestProfile:
 
     def test_the_error_of_a_sample_is_the_mean_over_its_rows(self) -> None:
         profile = random_profile(unet_graph(), 6, rows=4, offset=0.1)
-        counted = Profile(profile.around, profile.inner, profile.held, profile.offset, np.array([0, 1, 1, 1]))
+        counted = replace(profile, samples=np.array([0, 1, 1, 1]))
         schedule = fixed_interval(profile.around, 0.5)
         one, *three = np.square(profile.offset + profile.effects(schedule))
         assert counted.predicted_errors(schedule).tolist() == pytest.approx([one, np.mean(three)])
@@ -521,7 +522,7 @@ class TestProfile:
             "ages": random_profile(unet_graph(), 6, ages=3),
             "blocks": random_profile(chain_graph(5, "output"), 6),
             "steps": random_profile(unet_graph(), 7),
-            "tables": Profile(fixed_interval(profile.around, 0.5), profile.inner, profile.held, profile.offset),
+            "tables": replace(profile, around=fixed_interval(profile.around, 0.5)),
         }
         for what, other in others.items():
             with pytest.raises(InvalidProfile, match=what):
@@ -531,10 +532,8 @@ class TestProfile:
 
     def test_saved_and_loaded_allocates_the_same(self, tmp_path: Path) -> None:
         profile = random_profile(unet_graph(), 8, offset=0.1)
-        profile = Profile(
-            fixed_interval(profile.around, 0.5, order=1), profile.inner, profile.held, profile.offset,
-            np.arange(8) // 2, {"probes": 8},
-        )  # fmt: skip
+        around, samples = fixed_interval(profile.around, 0.5, order=1), np.arange(8) // 2
+        profile = replace(profile, around=around, samples=samples, provenance={"probes": 8})
         profile.save_pretrained(tmp_path)
         loaded = Profile.from_pretrained(tmp_path)
         assert loaded.provenance == {"probes": 8}
@@ -576,7 +575,7 @@ class TestProfile:
             (inner * np.nan, held, offset), (inner[:0], held[:0], offset[:0]),
         ]:  # fmt: skip
             with pytest.raises(InvalidProfile):
-                Profile(profile.around, *arrays)
+                Profile(profile.around, *arrays, profile.samples)
         for samples in ([0, 1], [1] * 8, [0] * 7 + [2], [-1] * 8):
             with pytest.raises(InvalidProfile, match="a sample a row"):
                 Profile(profile.around, inner, held, offset, np.array(samples))

@@ -120,6 +120,13 @@ def per_channel(schedule: MaskSchedule) -> MaskSchedule:
     return schedule.with_rows(schedule.rows, blends, channels=channels)
 
 
+def unrectified(schedule: MaskSchedule) -> MaskSchedule:
+    """The same table over a graph whose denoiser reads every block: nothing in it is dead, all of it is run."""
+    *blocks, denoiser = schedule.graph.blocks
+    graph = BlockGraph((*blocks, replace(denoiser, reads=tuple(block.name for block in blocks))))
+    return MaskSchedule(graph, schedule.rows, schedule.denoiser, schedule.sampler, schedule.forecasts)
+
+
 def bits(schedule: MaskSchedule) -> list[str]:
     """Rows as strings, without the denoiser's own bit."""
     return ["".join("01"[int(bit)] for bit in row[:-1]) for row in schedule.rows]

@@ -5,10 +5,11 @@ Rooms that need torch are imported inside the commands, so that `stepmask show` 
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stepmask.errors import MissingExtra, StepmaskError
+from stepmask.errors import InvalidBudget, MissingExtra, StepmaskError
 
 try:
     import typer
@@ -223,7 +224,7 @@ def _learn(pipe: Any, calls: dict[int, dict[str, Any]], budget: "Budget", folder
 
 
 def _rivals(schedule: "MaskSchedule", budget: float) -> dict[str, "MaskSchedule | int"]:
-    from stepmask.schedule.baselines import fixed_interval, whole_step
+    from stepmask.schedule.baselines import branches, deepcache_within, fixed_interval, whole_step
 
     tables: dict[str, MaskSchedule | int] = {
         "interval, reuse": fixed_interval(schedule, budget),
@@ -231,6 +232,10 @@ def _rivals(schedule: "MaskSchedule", budget: float) -> dict[str, "MaskSchedule 
         "interval, Taylor 2": fixed_interval(schedule, budget, order=2),
         "whole step, reuse": whole_step(schedule, budget),
     }
+    if branches(schedule.graph):
+        with suppress(InvalidBudget):  # a smaller budget than its last layers cost leaves this rival out
+            tables["DeepCache, reuse"] = deepcache_within(schedule, budget)
+            tables["DeepCache, Taylor 1"] = deepcache_within(schedule, budget, order=1)
     return {**tables, "fewer steps": round(budget * schedule.steps)}
 
 

@@ -45,7 +45,7 @@ class Profile:
         inner: (rows, steps, blocks, ages + 1), float32; rows = probes × samples.
         held: As `inner`, for the gradient with all other blocks of the step holding their answers.
         offset: (rows,), float32: the measurements of x_0 − x_0 ref in the run that was swept; 0 for the reference.
-        samples: (rows,): which sample each row measures, counted from 0; `None` = one each.
+        samples: (rows,): which sample each row measures, counted from 0.
         provenance: Where it comes from: plain JSON values, not interpreted.
 
     Raises:
@@ -56,7 +56,7 @@ class Profile:
     inner: npt.NDArray[np.float32]
     held: npt.NDArray[np.float32]
     offset: npt.NDArray[np.float32]
-    samples: npt.NDArray[np.int64] = None  # type: ignore[assignment]  # filled below
+    samples: npt.NDArray[np.int64]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class Profile:
             raise _invalid(f"an offset of shape {offset.shape}", f"({len(inner)},), one number a row, at least one")
         if not all(np.isfinite(array).all() for array in (inner, held, offset)):
             raise _invalid("numbers that are not finite", "finite inner products")
-        samples = np.arange(len(inner)) if self.samples is None else np.array(self.samples, dtype=np.int64)
+        samples = np.array(self.samples, dtype=np.int64)
         if samples.shape != offset.shape or not np.array_equal(np.unique(samples), np.arange(samples.max() + 1)):
             raise _invalid(f"samples of shape {samples.shape}", f"({len(inner)},), a sample a row, none left out")
         for name, array in (("inner", inner), ("held", held), ("offset", offset), ("samples", samples)):

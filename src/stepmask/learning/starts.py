@@ -1,13 +1,14 @@
 """Where a learner may start: regular tables that fit a budget, in families by how they spend it."""
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from stepmask.schedule.baselines import branches, deepcache, fixed_interval, whole_step
+from stepmask.errors import InvalidBudget
+from stepmask.schedule.baselines import branches, deepcache_within, fixed_interval, whole_step
 from stepmask.schedule.budget import Budget, too_small_a_store
 from stepmask.schedule.forecasts import taylor_forecasts
 from stepmask.schedule.graph import BlockGraph
@@ -50,7 +51,7 @@ def families(reference: MaskSchedule, budget: Budget, window: int) -> list[Famil
         (list(_filled(reference, budget, window, most)), 1.0),
         (_regular(whole_step, reference, budget, window, most), HANDICAP),
         (list(_refreshed(reference, budget, window, most)), HANDICAP),
-        (list(_shallow(reference, budget, window, most)), 1.0),
+        (list(_shallow(reference, budget, window)), 1.0),
     ]
     fitting = [([table for table in tables if budget.stores(lower(table))], handicap) for tables, handicap in kinds]
     found = [Family(tuple(ts), max(int(t.windows.max()) for t in ts), handicap) for ts, handicap in fitting if ts]
@@ -62,18 +63,10 @@ def families(reference: MaskSchedule, budget: Budget, window: int) -> list[Famil
 def _regular(
     make: Callable[..., MaskSchedule], reference: MaskSchedule, budget: Budget, window: int, most: int
 ) -> list[MaskSchedule]:
-    """Tables of one kind with the most computed steps that fit, by Taylor order."""
-    shares = (count / reference.steps for count in range(most, 0, -1))
-    return _first_that_fits(functools.partial(make, reference), shares, budget, range(window))
-
-
-def _first_that_fits(
-    make: Callable[..., MaskSchedule], settings: Iterable[float], budget: Budget, orders: Iterable[int]
-) -> list[MaskSchedule]:
-    """The tables of the first setting that a budget covers, by Taylor order; none if it covers no setting."""
-    for setting in settings:
-        if budget.covers(budget.spent(lower(make(setting)))):
-            return [make(setting, order=order) for order in orders]
+    """Tables of one kind with the most computed steps that fit, by Taylor order; none if not one step fits."""
+    for count in range(most, 0, -1):
+        if budget.covers(budget.spent(lower(make(reference, count / reference.steps)))):
+            return [make(reference, count / reference.steps, order=order) for order in range(window)]
     return []
 
 
@@ -86,13 +79,12 @@ def _refreshed(reference: MaskSchedule, budget: Budget, window: int, most: int) 
             yield from (table for table in tables if table is not None)
 
 
-def _shallow(reference: MaskSchedule, budget: Budget, window: int, most: int) -> Iterator[MaskSchedule]:
-    """DeepCache's tables of a U-Net with the most whole evaluations that fit, by branch and Taylor order from 1."""
+def _shallow(reference: MaskSchedule, budget: Budget, window: int) -> Iterator[MaskSchedule]:
+    """DeepCache's tables of a U-Net that fit, by branch and Taylor order from 1."""
     for branch in range(len(branches(reference.graph))):
-        intervals = (reference.steps / count for count in range(most, 1, -1))
-        yield from _first_that_fits(
-            functools.partial(deepcache, reference, branch=branch), intervals, budget, range(1, window)
-        )
+        for order in range(1, window):
+            with suppress(InvalidBudget):
+                yield deepcache_within(reference, budget, branch=branch, order=order)
 
 
 def groups(graph: BlockGraph) -> dict[str, list[int]]:

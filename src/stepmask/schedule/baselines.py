@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import InvalidBudget, InvalidSchedule
-from stepmask.schedule.budget import Budget, too_small_a_store
+from stepmask.schedule.budget import Budget, too_small_a_share, too_small_a_store
 from stepmask.schedule.forecasts import WINDOW, taylor_forecasts
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
@@ -68,6 +68,32 @@ def deepcache(reference: MaskSchedule, interval: float, *, branch: int = 0, orde
     rows[np.unique(np.ceil(np.arange(0, reference.steps, interval) - 1e-9).astype(int))] = True
     provenance = {"table": f"DeepCache, interval {interval:g}, branch {branch}, {answer}"}
     return reference.with_rows(rows, taylor_forecasts(rows, order), provenance=provenance)
+
+
+def deepcache_within(
+    reference: MaskSchedule, budget: float | Budget, *, branch: int = 0, order: int = 0
+) -> MaskSchedule:
+    """DeepCache's table at a branch with the most whole evaluations that a budget's share covers, evenly spread.
+
+    Args:
+        reference: As in `deepcache`.
+        budget: Of the whole run.
+        branch: As in `deepcache`.
+        order: As in `deepcache`.
+
+    Raises:
+        InvalidBudget: Not even one whole evaluation is covered, or the store is too small for the table.
+        InvalidSchedule: As `deepcache`.
+        NotTimed: The budget is in time, and the blocks were not timed.
+    """
+    budget = Budget.of(budget)
+    for count in range(reference.steps, 0, -1):
+        table = deepcache(reference, reference.steps / count, branch=branch, order=order)
+        if budget.covers(spent := budget.spent(plan := lower(table))):
+            if not budget.stores(plan):
+                raise too_small_a_store(budget, plan.peak_bytes)
+            return table
+    raise too_small_a_share(budget, spent, why=f"one whole evaluation at branch {branch}", instead="enter nearer to 0")
 
 
 def branches(graph: BlockGraph) -> list[int]:

@@ -1,5 +1,6 @@
 """Small trained pipelines that ship with the package, and the way from a name to a pipeline."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,28 @@ def load(source: str, **options: Any) -> Any:
 
     Raises:
         PipelineNotFound: Nothing loadable is there.
-        MissingExtra: diffusers is not installed.
+        MissingExtra: diffusers is not installed, or transformers, for a pipeline with a text encoder.
     """
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
-        raise MissingExtra(
-            given="no diffusers", expected="it, to load pipelines", advice="pip install 'stepmask[diffusers]'"
-        ) from error
+        raise _missing("diffusers") from error
     place = folder(source.removeprefix("zoo:")) if source.startswith("zoo:") else source
     try:
         return DiffusionPipeline.from_pretrained(place, **options)
+    except (ImportError, AttributeError) as error:  # what diffusers raises in place of saying what it misses
+        if find_spec("transformers") is None:
+            raise _missing("transformers") from error
+        raise
     except (OSError, ValueError) as error:
         raise PipelineNotFound(
             given=f"{source}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             expected="zoo:NAME, a diffusers folder, or a repository on the Hugging Face hub",
             advice=f"The zoo has {', '.join(f'zoo:{n}' for n in names())}",
         ) from error
+
+
+def _missing(package: str) -> MissingExtra:
+    return MissingExtra(
+        given=f"no {package}", expected="it, to load the pipeline", advice="pip install 'stepmask[diffusers]'"
+    )
