@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from stepmask import MaskSchedule, zoo
+from stepmask import MaskSchedule
 from stepmask.cli import app, main
-from stepmask.errors import PipelineNotFound
 
 runner = CliRunner()
 
@@ -114,17 +113,3 @@ def test_arguments_that_are_not_json(folder: str) -> None:
     assert runner.invoke(app, ["blocks", folder, "--call", "[1]"]).exit_code == 2
     assert runner.invoke(app, ["blocks", folder, "--granularity", "atom"]).exit_code == 2
     assert runner.invoke(app, ["blocks", folder, "--prompts", "p.txt", "--labels", "1"]).exit_code == 2
-
-
-class TestZoo:
-    def test_the_embedded_pipeline_loads_as_diffusers_does(self) -> None:
-        from diffusers import DiffusionPipeline, DiTPipeline
-
-        pipe = DiffusionPipeline.from_pretrained(zoo.folder("dit-emoji"))
-        assert isinstance(pipe, DiTPipeline)
-        assert len(pipe.labels) == 27
-        assert "dit-emoji" in zoo.names()
-
-    def test_a_name_that_is_not_there(self) -> None:
-        with pytest.raises(PipelineNotFound, match="zoo:dit-emoji"):
-            zoo.load("zoo:sd15")

@@ -1,0 +1,84 @@
+"""The pipelines that ship with the package: they load, stay small, say where they come from, and obey the laws."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stepmask
+from stepmask import MaskSchedule, zoo
+from stepmask.denoiser.conditioning import Conditioning
+from stepmask.denoiser.families import Granularity
+from stepmask.errors import PipelineNotFound
+from stepmask.schedule.rectify import lower, rectify
+
+from toys import unrectified
+
+MIB = 2**20
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def load(name: str) -> Any:
+    pipe = zoo.load(f"zoo:{name}")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("name", zoo.names())
+class TestEach:
+    def test_diffusers_loads_the_folder_as_it_is(self, name: str) -> None:
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(zoo.folder(name))
+        assert type(pipe).__name__ == DiffusionPipeline.load_config(zoo.folder(name))["_class_name"]
+
+    def test_it_is_small(self, name: str) -> None:
+        assert size(zoo.folder(name)) <= 25 * MIB
+
+    def test_its_card_names_the_makers_of_the_pictures(self, name: str) -> None:
+        card = (zoo.folder(name) / "README.md").read_text()
+        assert all(maker in card for maker in ("license: apache-2.0", "Noto Emoji", "© Twitter", "Microsoft Fluent"))
+
+    @pytest.mark.parametrize("granularity", ["sublayer", "block"])
+    def test_rectified_and_unrectified_sample_the_same(self, name: str, granularity: Granularity) -> None:
+        pipe = load(name)
+        run = stepmask.record(pipe, seed=3, **Conditioning.of(pipe).call(1, 3), num_inference_steps=5)
+        graph = stepmask.trace(pipe, run, granularity=granularity)
+        rows = np.random.default_rng(0).random((5, len(graph))) < 0.5
+        rows[0], rows[:, -1] = True, True
+        schedule = MaskSchedule.all_compute(graph, run.denoiser, run.sampler).with_rows(rows)
+        with stepmask.apply(pipe, unrectified(schedule)):
+            everything = run.sampling().latent
+        with stepmask.apply(pipe, rectify(schedule)) as masked:
+            assert torch.equal(run.sampling().latent, everything)
+            assert masked.computed_macs == lower(schedule).macs <= lower(unrectified(schedule)).macs
+        assert not torch.equal(everything, run.sampled.latent)
+
+
+def test_all_together_are_small() -> None:
+    assert sum(size(zoo.folder(name)) for name in zoo.names()) <= 64 * MIB
+
+
+def test_labels_have_names() -> None:
+    assert len(load("dit-emoji").labels) == 27
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(PipelineNotFound, match="zoo:dit-emoji"):
+        zoo.load("zoo:sd15")
+
+
+@pytest.mark.parametrize("package", ["diffusers", "transformers"])
+def test_a_package_that_is_not_there(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from stepmask import zoo; zoo.load('zoo:ldm-emoji')"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert f"MissingExtra: no {package}" in ran.stderr
+    assert "stepmask[diffusers]" in ran.stderr
