@@ -34,8 +34,8 @@ STYLELESS = 0.3
 class _OnEmoji:
     """What all families share: pictures to draw, and linear betas."""
 
-    batch = 32
-    rate = 5e-4
+    batch = 16
+    rate = 1e-3
 
     def __init__(self, emoji: Emoji) -> None:
         self.emoji = emoji
@@ -56,7 +56,7 @@ class PixelDDPM(_OnEmoji):
             block_out_channels=(32, 64, 96, 96),
             down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-            layers_per_block=2,
+            layers_per_block=1,
             norm_num_groups=16,
             attention_head_dim=32,
         ).to(memory_format=torch.channels_last)
@@ -93,6 +93,8 @@ class _Latent(_OnEmoji):
 class DiT(_Latent):
     """By group and style: DiTTransformer2DModel, trained on from given weights."""
 
+    rate = 5e-4
+
     def __init__(self, emoji: Emoji, vae: AutoencoderKL, transformer: DiTTransformer2DModel) -> None:
         super().__init__(emoji, vae)
         self.transformer = transformer  # leaves out a tenth of the labels by itself
@@ -123,7 +125,7 @@ class _Captioned(_Latent):
 
 
 class LDM(_Captioned):
-    """Stable Diffusion in small: UNet2DConditionModel and a CLIP text encoder."""
+    """Stable Diffusion in small: UNet2DConditionModel and a CLIP text encoder; no attention at full size."""
 
     def __init__(self, emoji: Emoji, vae: AutoencoderKL) -> None:
         tokenizer, self.text_encoder = clip(emoji.captions, LENGTH)
@@ -132,8 +134,8 @@ class LDM(_Captioned):
         self.unet = UNet2DConditionModel(
             sample_size=16,
             block_out_channels=(48, 96, 144),
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             layers_per_block=1,
             norm_num_groups=16,
             attention_head_dim=4,
@@ -164,6 +166,8 @@ class PixArt(_Captioned):
 
     As its paper does (arXiv 2310.00426, "re-parameterization"), it begins with what the DiT has learned of drawing.
     """
+
+    rate = 5e-4
 
     def __init__(self, emoji: Emoji, vae: AutoencoderKL, dit: DiTTransformer2DModel) -> None:
         tokenizer, self.text_encoder = t5(emoji.captions, LENGTH)
