@@ -18,7 +18,7 @@ from stepmask.schedule.rectify import lower, rectify
 
 from toys import unrectified
 
-MIB = 2**20
+MB = 10**6
 
 
 def size(folder: Path) -> int:
@@ -40,7 +40,7 @@ class TestEach:
         assert type(pipe).__name__ == DiffusionPipeline.load_config(zoo.folder(name))["_class_name"]
 
     def test_it_is_small(self, name: str) -> None:
-        assert size(zoo.folder(name)) <= 25 * MIB
+        assert size(zoo.folder(name)) <= 25 * MB
 
     def test_its_card_names_the_makers_of_the_pictures(self, name: str) -> None:
         card = (zoo.folder(name) / "README.md").read_text()
@@ -63,7 +63,7 @@ class TestEach:
 
 
 def test_all_together_are_small() -> None:
-    assert sum(size(zoo.folder(name)) for name in zoo.names()) <= 64 * MIB
+    assert sum(size(zoo.folder(name)) for name in zoo.names()) <= 64 * MB
 
 
 def test_labels_have_names() -> None:

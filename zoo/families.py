@@ -133,7 +133,7 @@ class LDM(_Captioned):
         self.scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1)
         self.unet = UNet2DConditionModel(
             sample_size=16,
-            block_out_channels=(48, 96, 144),
+            block_out_channels=(48, 96, 128),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             layers_per_block=1,
