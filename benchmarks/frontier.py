@@ -163,6 +163,17 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def markdown(found: list[dict[str, Any]]) -> str:
+    """A table of errors for people: a row per contender, a column per cell, and what is learned over its best rival."""
+    names = dict.fromkeys(name for cell in found for name in cell["rows"])
+    lines = [["", *(f"{title(cell)}, {cell['share']:g}" for cell in found)], ["---"] * (len(found) + 1)]
+    for name in names:
+        errors = (cell["rows"].get(name, {}).get("error") for cell in found)
+        lines.append([name, *("–" if error is None else f"{error:.2g}" for error in errors)])
+    lines.append(["learned, over the best rival", *(f"{ratio(cell):.2f}" for cell in found)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--pipeline", default="zoo:dit-emoji")
@@ -180,6 +191,7 @@ def main() -> None:
         goal="error at most half of the best rival's at shares 0.5, 0.35 and 0.25",
         met=all(value <= 0.5 for value in ratios.values()),
     )
+    print(markdown(found))
 
 
 if __name__ == "__main__":
