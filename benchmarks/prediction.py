@@ -31,7 +31,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--tables", type=int, default=50)
     arguments.add_argument("--batches", type=int, default=8, help="of 8 samples each")
-    arguments.add_argument("--probes", type=int, default=4)
+    arguments.add_argument("--probes", type=int, default=2)
     asked = arguments.parse_args()
     setting = Setting("zoo:dit-emoji", 20)
     trajectories = [setting.record(8, seed) for seed in range(asked.batches)]
