@@ -5,6 +5,7 @@ pipeline of the averaged weights goes to src/stepmask/zoo/NAME in float16, with 
 """
 
 import argparse
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,11 +46,18 @@ def export(name: str, training: Training) -> None:
     pipe, place = training.averaged(), ZOO / f"{name}-emoji"
     draw(pipe, training.folder / "samples.png")
     pipe.to(torch.float16).save_pretrained(place)
+    if "text_encoder" in pipe.components:
+        _compute_in_float32(place / "text_encoder" / "config.json")
     for kept in ("samples.png", "log.jsonl"):
         shutil.copy(training.folder / kept, place / kept)
     (place / "README.md").write_text(card(name, training.family, pipe, place / "log.jsonl"))
     if "tokenizer" in pipe.components:
         (place / PROMPTS_NAME).write_text("\n".join(training.family.emoji.prompts(PROMPTS)) + "\n")
+
+
+def _compute_in_float32(config: Path) -> None:
+    """Let transformers load a model in float32, as diffusers does, and not as it lies in the file."""
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
 def main() -> None:
