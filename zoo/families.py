@@ -1,5 +1,6 @@
 """The four families: which modules, which scheduler, how a batch is predicted, which pipeline comes out."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from emoji import Emoji
-from text import clip, t5
+from text import clip, t5, teach
 
 LENGTH = 32
 """Tokens of a caption, padding included."""
@@ -40,6 +41,9 @@ class _OnEmoji:
     def __init__(self, emoji: Emoji) -> None:
         self.emoji = emoji
         self.scheduler: Any = DDIMScheduler(beta_schedule="linear", clip_sample=False)
+
+    def prepare(self) -> None:
+        """Most begin at once."""
 
     def draw(self, count: int) -> Tensor:
         return self.emoji.draw(count)
@@ -117,6 +121,14 @@ class _Captioned(_Latent):
         texts = emoji.captions + emoji.plain_names + [""] * len(emoji.names)
         self.tokens = tokenizer(texts, **padded)
 
+    def prepare(self) -> None:
+        """Teach the text encoder, untrained as it is, the captions' pictures at half their size."""
+        teach(self.text_encoder, self.summary, self.draw, nn.functional.avg_pool2d(self.latents, 2))
+
+    @abstractmethod
+    def summary(self, indices: Tensor) -> Tensor:
+        """What the text encoder says of some captions as a whole, shape (count, width)."""
+
     def captions(self, indices: Tensor) -> dict[str, Tensor]:
         """Tokens and mask of some captions: with style, a third without, a tenth empty."""
         drawn, count = torch.rand(len(indices)), len(self.emoji.names)
@@ -143,8 +155,15 @@ class LDM(_Captioned):
         ).to(memory_format=torch.channels_last)
         self.modules = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
 
+    def words(self, indices: Tensor) -> Tensor:
+        """States of some captions' tokens, shape (count, length, width)."""
+        return self.text_encoder(self.captions(indices)["input_ids"])[0]
+
+    def summary(self, indices: Tensor) -> Tensor:
+        return self.words(indices)[:, -1]  # CLIP reads from left to right
+
     def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
-        words = self.text_encoder(self.captions(indices)["input_ids"])[0]
+        words = self.words(indices)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         return self.unet(noisy, timesteps, encoder_hidden_states=words).sample
 
@@ -186,13 +205,21 @@ class PixArt(_Captioned):
         _take_over(self.transformer, dit)
         self.modules = nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.text_encoder})
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
+    def words(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """States of some captions' tokens, shape (count, length, width), and which of them count."""
         told = self.captions(indices)
-        words = self.text_encoder(told["input_ids"], attention_mask=told["attention_mask"])[0]
+        return self.text_encoder(told["input_ids"], attention_mask=told["attention_mask"])[0], told["attention_mask"]
+
+    def summary(self, indices: Tensor) -> Tensor:
+        words, mask = self.words(indices)
+        return (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
+        words, mask = self.words(indices)
         return self.transformer(
             noisy,
             encoder_hidden_states=words,
-            encoder_attention_mask=told["attention_mask"],
+            encoder_attention_mask=mask,
             timestep=timesteps,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ).sample

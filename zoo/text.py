@@ -1,11 +1,18 @@
 """Small text encoders with tokenizers of their own, trained on the captions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 WIDTH = 128
 VOCABULARY = 2000
+
+TAUGHT = 1000
+"""Iterations in which an encoder is taught what captions look like, each of `TOLD` captions."""
+
+TOLD = 256
 
 
 def clip(captions: Sequence[str], length: int) -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -44,3 +51,30 @@ def t5(captions: Sequence[str], length: int) -> tuple[T5Tokenizer, T5EncoderMode
         eos_token_id=tokenizer.eos_token_id,
     )
     return tokenizer, T5EncoderModel(config)
+
+
+def teach(
+    encoder: nn.Module, summary: Callable[[Tensor], Tensor], draw: Callable[[int], Tensor], pictures: Tensor
+) -> None:
+    """Let an encoder tell a caption's picture, before any denoiser listens to it.
+
+    An untrained encoder says much the same to every caption, and a denoiser learns for hours to do without it.
+
+    Args:
+        encoder: What learns.
+        summary: Indices to what the encoder says to their captions, shape (count, width).
+        draw: Count to as many pictures' indices.
+        pictures: What is to be told, shape (N, …).
+    """
+    wanted = ((pictures - pictures.mean(0)) / pictures.std()).flatten(1)
+    tell = nn.Linear(WIDTH, wanted.shape[1])
+    optimiser = torch.optim.AdamW([*encoder.parameters(), *tell.parameters()], weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, TAUGHT, pct_start=0.1)
+    for _ in range(TAUGHT):
+        indices = draw(TOLD)
+        loss = nn.functional.mse_loss(tell(summary(indices)), wanted[indices])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
