@@ -94,9 +94,14 @@ def test_a_pattern_without_a_match_is_an_error() -> None:
         stepmask.trace(Chain(), (torch.zeros(2), 0.0), blocks={"layers.*": "output", "typo.*": "output"})
 
 
-def test_an_unknown_class_asks_for_a_pattern() -> None:
+def test_an_unknown_class_has_the_elements_of_its_module_lists_as_blocks() -> None:
+    graph = stepmask.trace(Chain(), (torch.zeros(2), 0.0))
+    assert graph.names == ("layers.0", "layers.1", DENOISER)
+
+
+def test_an_unknown_class_without_module_lists_asks_for_a_pattern() -> None:
     with pytest.raises(TraceError, match=r"blocks='layers\.\*'"):
-        stepmask.trace(Chain(), (torch.zeros(2), 0.0))
+        stepmask.trace(Skips(), (torch.zeros(2),))
 
 
 def test_blocks_inside_blocks_are_refused() -> None:
@@ -141,3 +146,22 @@ def test_delta_needs_a_stream() -> None:
 def test_a_pipeline_without_a_denoiser_is_refused() -> None:
     with pytest.raises(TraceError, match="neither a transformer nor a U-Net"):
         stepmask.trace(object(), (torch.zeros(1),))
+
+
+class Assembled(nn.Module):
+    """x ↦ (2x, 3x) side by side, each written into its place, then 5 times that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.both = Scale(2.0), Scale(3.0), Scale(5.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = x.new_zeros(2, len(x))
+        joined[0] = self.left(x)
+        joined[1] = self.right(x)
+        return self.both(joined)
+
+
+def test_what_is_written_into_a_part_is_read_with_the_whole() -> None:
+    graph = stepmask.trace(Assembled(), (torch.zeros(3),), blocks=dict.fromkeys(("left", "right", "both"), "output"))
+    assert graph.blocks[2].reads == ("left", "right")

@@ -140,7 +140,7 @@ def tiny_dit(layers: int = 3) -> nn.Module:
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=layers, sample_size=8,
         num_embeds_ada_norm=1000, norm_type="ada_norm_zero", norm_elementwise_affine=False,
     )  # fmt: skip
-    return _stirred(denoiser)
+    return stirred(denoiser)
 
 
 def tiny_unet(layers: int = 1) -> nn.Module:
@@ -152,7 +152,7 @@ def tiny_unet(layers: int = 1) -> nn.Module:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
     )  # fmt: skip
-    return _stirred(denoiser)
+    return stirred(denoiser)
 
 
 def tiny_stable_diffusion() -> Any:
@@ -177,7 +177,7 @@ def tiny_pixel_unet() -> nn.Module:
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4, norm_num_groups=4,
     )  # fmt: skip
-    return _stirred(denoiser)
+    return stirred(denoiser)
 
 
 def tiny_pixart() -> nn.Module:
@@ -188,10 +188,10 @@ def tiny_pixart() -> nn.Module:
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=3, sample_size=8,
         cross_attention_dim=16, caption_channels=8, use_additional_conditions=False,
     )  # fmt: skip
-    return _stirred(denoiser)
+    return stirred(denoiser)
 
 
-def _stirred(denoiser: nn.Module) -> nn.Module:
+def stirred(denoiser: nn.Module) -> nn.Module:
     """Random weights everywhere: some classes start with zeros, which would hide every mistake."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

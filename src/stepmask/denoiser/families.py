@@ -3,9 +3,10 @@
 The only file that knows diffusers' class names. It imports none of them: a class is known by its name.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -25,36 +26,49 @@ _TRANSFORMER: dict[Granularity, Patterns] = {
         "transformer_blocks.*.ff": "output",
     },
 }
+_FF_CALLED_TWICE: dict[Granularity, Patterns] = {
+    granularity: {"transformer_blocks.*": None} for granularity in get_args(Granularity)
+}
 _UNET_PLACES = ("down_blocks.*", "mid_block", "up_blocks.*")
+_UNET_PARTS = (
+    *("resnets", "resnets_in", "resnets_out", "downsamplers", "upsamplers"),
+    *("temp_convs", "temp_attentions", "motion_modules"),
+)
+_UNET_OUTSIDE: Patterns = {
+    "transformer_in": "output",
+    **{f"{place}.{part}.*": "output" for place in _UNET_PLACES for part in _UNET_PARTS},
+}
 _UNET: dict[Granularity, Patterns] = {
-    "block": {
-        f"{place}.{part}.*": "output"
-        for place in _UNET_PLACES
-        for part in ("resnets", "attentions", "downsamplers", "upsamplers")
-    },
+    "block": {**_UNET_OUTSIDE, **{f"{place}.attentions.*": "output" for place in _UNET_PLACES}},
     "sublayer": {
+        **_UNET_OUTSIDE,
         **{
-            f"{place}.{part}.*": "output"
+            f"{place}.attentions.*.{blocks}.*.{part}": "output"
             for place in _UNET_PLACES
-            for part in ("resnets", "downsamplers", "upsamplers")
-        },
-        **{
-            f"{place}.attentions.*.transformer_blocks.*.{part}": "output"
-            for place in _UNET_PLACES
+            for blocks in ("transformer_blocks", "temporal_transformer_blocks")
             for part in ("attn1", "attn2", "ff")
         },
     },
 }
 _UNET_PIXEL: dict[Granularity, Patterns] = {"block": _UNET["block"], "sublayer": _UNET["block"]}
 
+_SUBLAYERS = ("attn*", "*attention", "ff*", "*mlp", "feed_forward")
+"""What attention and feed-forward modules of a transformer block are called."""
+
 DENOISERS = ("transformer", "transformer_2", "unet")
 """Where diffusers pipelines keep them."""
 
 FAMILIES: dict[str, dict[Granularity, Patterns]] = {
+    "CogView4Transformer2DModel": _FF_CALLED_TWICE,
     "DiTTransformer2DModel": _TRANSFORMER,
+    "I2VGenXLUNet": _UNET,
+    "Kandinsky3UNet": _UNET_PIXEL,
     "PixArtTransformer2DModel": _TRANSFORMER,
     "UNet2DConditionModel": _UNET,
     "UNet2DModel": _UNET_PIXEL,
+    "UNet3DConditionModel": _UNET,
+    "UNetMotionModel": _UNET,
+    "UNetSpatioTemporalConditionModel": _UNET,
 }
 
 
@@ -133,12 +147,33 @@ def _patterns(denoiser: nn.Module, granularity: Granularity, blocks: str | Patte
     class_name = fingerprint_of(denoiser).class_name
     if class_name in FAMILIES:
         return FAMILIES[class_name][granularity]
+    if repeated := _repeated(denoiser):
+        return repeated if granularity == "block" else _sublayers(denoiser, repeated)
     lists = [name for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList)]
     raise TraceError(
         given=f"a {class_name}, whose blocks stepmask does not know",
         expected=f"one of {', '.join(FAMILIES)}, or a pattern",
         advice=f"Name its blocks, for example blocks={f'{lists[0]}.*' if lists else 'layers.*'!r}",
     )
+
+
+def _repeated(denoiser: nn.Module) -> Patterns:
+    """The elements of a denoiser's own module lists, where one class is there at least twice."""
+    lists = {name: part for name, part in denoiser.named_children() if isinstance(part, nn.ModuleList)}
+    blocks = {f"{name}.{index}": block for name, part in lists.items() for index, block in enumerate(part)}
+    counts = Counter(map(type, blocks.values()))
+    return {name: None for name, block in blocks.items() if counts[type(block)] > 1}
+
+
+def _sublayers(denoiser: nn.Module, blocks: Patterns) -> Patterns:
+    """Attention and feed-forward modules of blocks; a block that has none, or projections beside them, as it is."""
+    found: dict[str, Reuse | None] = {}
+    for block in blocks:
+        parts = dict(denoiser.get_submodule(block).named_children())
+        inside = [name for name in parts if any(fnmatchcase(name, pattern) for pattern in _SUBLAYERS)]
+        split = inside and not any(isinstance(part, nn.Linear) for part in parts.values())
+        found.update({f"{block}.{name}": "output" for name in inside} if split else {block: None})
+    return found
 
 
 def _matches(name: str, pattern: str) -> bool:

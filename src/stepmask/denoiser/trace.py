@@ -1,4 +1,4 @@
-"""`trace`: one evaluation on fake tensors tells a denoiser's blocks, their order, who reads whom, and their cost."""
+"""`trace`: one evaluation, on fake tensors, tells a denoiser's blocks, their order, who reads whom, and their cost."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +33,8 @@ def trace(
 ) -> BlockGraph:
     """Find a denoiser's blocks and how they hang together, without computing anything.
 
+    A denoiser whose shapes depend on the values of a mask (Mochi, Lumina 2) is evaluated once for real.
+
         graph = stepmask.trace(pipe, trajectory)
         graph = stepmask.trace(network, (x, t), blocks="layers.*")
 
@@ -37,7 +43,9 @@ def trace(
         example: What the denoiser is called with: a trajectory (its first call), positional or keyword arguments.
         granularity: "sublayer" masks attention and feed-forward modules, "block" whole transformer blocks; of a
             U-Net, "block" masks whole attentions where "sublayer" masks what is inside them. For known families.
-        blocks: A name pattern, or patterns with the way of reuse, for any other module. `None` = the family's own.
+        blocks: A name pattern, or patterns with the way of reuse. `None` = the family's own; of a class that has none,
+            the elements of its module lists (at "sublayer" their attention and feed-forward modules), as far as this
+            evaluation calls them.
 
     Returns:
         The graph, the denoiser itself as its last block. MACs are half of `torch.utils.flop_counter`'s FLOPs, with
@@ -46,23 +54,39 @@ def trace(
     Raises:
         NoSuchBlock: A pattern matches no module.
         AlreadyApplied: The denoiser is under a schedule.
-        TraceError: A block is not called, called twice, without tensors, or changed in place by the code after it.
+        TraceError: A named block is not called; a block is called twice, without tensors, or changed in place by the
+            code after it.
     """
     denoiser = denoiser_of(pipe)
     refuse_if_taken(denoiser)
     found = find_blocks(denoiser, granularity, blocks)
     call = _first_call(example)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        seen, output = _watch(denoiser, found, call, FakeTensorMode(allow_non_fake_inputs=True))
+    except (DataDependentOutputException, DynamicOutputShapeException):  # shapes depend on what a mask says
+        seen, output = _watch(denoiser, found, call, None)
+    if blocks is not None:
+        seen.check_all_called()
+    return seen.graph(output)
+
+
+def _watch(
+    denoiser: nn.Module, found: dict[str, tuple[nn.Module, Reuse | None]], call: Call, fake: FakeTensorMode | None
+) -> "tuple[_Recorder, Any]":
+    """One evaluation, on fake tensors or on the real ones: what it showed, and its output."""
     recorder = _Recorder(found)
     seats = {module: _Seat(recorder, name) for name, (module, _) in found.items()}
+    args, kwargs = call.args, call.kwargs
     with ExitStack() as stack:
-        for context in (torch.no_grad(), attached({**seats}), fake, sdpa_kernel(SDPBackend.MATH)):
+        for context in (torch.no_grad(), attached({**seats}), sdpa_kernel(SDPBackend.MATH)):
             stack.enter_context(context)
-        args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, (call.args, call.kwargs))
+        if fake is not None:
+            stack.enter_context(fake)
+            args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, (args, kwargs))
         stack.enter_context(recorder.flops)
         stack.enter_context(_Flow(recorder))
         output = denoiser(*args, **kwargs)
-    return recorder.graph(output)
+    return recorder, output
 
 
 def _first_call(example: Trajectory | Call | tuple[Any, ...] | Mapping[str, Any]) -> Call:
@@ -89,14 +113,19 @@ class _Recorder:
         self.flops = FlopCounterMode(display=False)
         self.sources: dict[int, frozenset[str]] = {}  # id of a tensor -> the blocks it was made from
         self.storages: dict[int, str] = {}  # storage of a block's output -> the block
-        self.alive: list[Tensor] = []  # keeps ids from being used again; fake tensors hold no memory
+        self.written: dict[int, frozenset[str]] = {}  # storage -> the blocks of what was written into it
+        self.alive: list[Tensor] = []  # keeps ids from being used again
 
     def macs(self) -> int:
         return self.flops.get_total_flops() // 2
 
     def read(self, value: Any) -> tuple[str, ...]:
-        sources = {name for tensor in tensors(value) for name in self.sources.get(id(tensor), ())}
+        sources = frozenset[str]().union(*map(self.sources_of, tensors(value)))
         return tuple(name for name in self.blocks if name in sources)
+
+    def sources_of(self, tensor: Tensor) -> frozenset[str]:
+        written = self.written.get(tensor.untyped_storage()._cdata, frozenset())
+        return self.sources.get(id(tensor), frozenset()) | written
 
     def tag(self, tensor: Tensor, sources: frozenset[str]) -> None:
         self.alive.append(tensor)
@@ -108,13 +137,15 @@ class _Recorder:
             self.tag(tensor, frozenset({name}))
             self.storages[tensor.untyped_storage()._cdata] = name
 
-    def graph(self, output: Any) -> BlockGraph:
+    def check_all_called(self) -> None:
         if missing := [name for name in self.found if name not in self.blocks]:
             raise TraceError(
                 given=f"block {missing[0]!r}, which this evaluation did not call",
                 expected="every block called once per evaluation",
                 advice="Leave it out of the pattern, or trace with inputs that use it",
             )
+
+    def graph(self, output: Any) -> BlockGraph:
         glue = self.macs() - sum(block.macs for block in self.blocks.values())
         self.blocks[DENOISER] = Block(DENOISER, self.read(output), "output", glue, _shapes(output), size(output))
         return BlockGraph(tuple(self.blocks.values()))
@@ -172,20 +203,27 @@ class _Flow(TorchDispatchMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if self.recorder.inside is None:
-            self._check_in_place(func, args)
             sources = frozenset(self.recorder.read((args, kwargs)))
+            for tensor in self._written(func, args):
+                self._check_in_place(func, tensor)
+                storage = tensor.untyped_storage()._cdata
+                self.recorder.written[storage] = self.recorder.written.get(storage, frozenset()) | sources
             for tensor in tensors(output):
-                self.recorder.tag(tensor, sources | self.recorder.sources.get(id(tensor), frozenset()))
+                self.recorder.tag(tensor, sources | self.recorder.sources_of(tensor))
         return output
 
-    def _check_in_place(self, func: Any, args: tuple[Any, ...]) -> None:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if not written or not isinstance(value, Tensor):
-                continue
-            if name := self.recorder.storages.get(value.untyped_storage()._cdata):
-                raise TraceError(
-                    given=f"block {name!r}, whose output the denoiser changes in place ({func})",
-                    expected="outputs that stay as they are, for they may be stored",
-                    advice="Mask the module around it instead",
-                )
+    def _written(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+        """What an operation changes in place; the tensors that it is a view of change with it."""
+        return [
+            value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor)
+        ]
+
+    def _check_in_place(self, func: Any, tensor: Tensor) -> None:
+        if name := self.recorder.storages.get(tensor.untyped_storage()._cdata):
+            raise TraceError(
+                given=f"block {name!r}, whose output the denoiser changes in place ({func})",
+                expected="outputs that stay as they are, for they may be stored",
+                advice="Mask the module around it instead",
+            )

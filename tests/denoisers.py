@@ -1,0 +1,546 @@
+"""Every denoiser class at a tiny size, and what it is called with; two samples each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from toys import stirred
+
+Inputs = dict[str, Any]
+
+BATCH, WORDS = 2, 6
+
+
+def tokens(width: int, count: int = WORDS) -> Tensor:
+    return torch.randn(BATCH, count, width)
+
+
+def picture(channels: int, size: int = 8) -> Tensor:
+    return torch.randn(BATCH, channels, size, size)
+
+
+def video(channels: int, frames: int = 2, size: int = 8) -> Tensor:
+    return torch.randn(BATCH, channels, frames, size, size)
+
+
+def ones(count: int = WORDS) -> Tensor:
+    return torch.ones(BATCH, count, dtype=torch.long)
+
+
+def at(timestep: float) -> Tensor:
+    return torch.full((BATCH,), timestep)
+
+
+def sizes() -> Inputs:
+    """Original and target size and crop of each sample."""
+    square = torch.full((BATCH, 2), 8.0)
+    return {"original_size": square, "target_size": square, "crop_coords": torch.zeros(BATCH, 2)}
+
+
+UNET = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+CROSS = {"cross_attention_dim": 8, "attention_head_dim": 4}
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
+
+TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
+    "UNet2DModel": (
+        {
+            **UNET,
+            "sample_size": 8,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": 4,
+        },
+        lambda: {"sample": picture(3)},
+    ),
+    "UNet2DConditionModel": (
+        {
+            **UNET,
+            **CROSS,
+            "sample_size": 8,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        },
+        lambda: {"sample": picture(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "UNet3DConditionModel": (
+        {
+            **UNET,
+            **CROSS,
+            "sample_size": 8,
+            "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+            "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+        },
+        lambda: {"sample": video(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "UNetMotionModel": (
+        {
+            **UNET,
+            "cross_attention_dim": 8,
+            "num_attention_heads": 2,
+            "motion_num_attention_heads": 2,
+            "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        },
+        lambda: {"sample": video(4), "encoder_hidden_states": torch.randn(2 * BATCH, WORDS, 8)},
+    ),
+    "UNetSpatioTemporalConditionModel": (
+        {
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "cross_attention_dim": 8,
+            "num_attention_heads": (2, 4),
+            "sample_size": 8,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 24,
+            "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        },
+        lambda: {
+            "sample": torch.randn(BATCH, 2, 8, 8, 8),
+            "encoder_hidden_states": tokens(8, 1),
+            "added_time_ids": torch.rand(BATCH, 3),
+        },
+    ),
+    "I2VGenXLUNet": (
+        {
+            **UNET,
+            "cross_attention_dim": 8,
+            "attention_head_dim": 4,
+            "num_attention_heads": 2,
+            "sample_size": 8,
+            "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+            "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+        },
+        lambda: {
+            "sample": video(4),
+            "fps": at(8.0),
+            "image_latents": video(4),
+            "image_embeddings": torch.randn(BATCH, 8),
+            "encoder_hidden_states": tokens(8),
+        },
+    ),
+    "Kandinsky3UNet": (
+        {
+            "block_out_channels": (32, 64),
+            "time_embedding_dim": 16,
+            "groups": 8,
+            "attention_head_dim": 8,
+            "layers_per_block": 2,
+            "cross_attention_dim": 8,
+            "encoder_hid_dim": 8,
+        },
+        lambda: {"sample": picture(4), "encoder_hidden_states": tokens(8), "encoder_attention_mask": ones()},
+    ),
+    "DiTTransformer2DModel": (
+        {**HEADS, "num_layers": 2, "sample_size": 8, "norm_num_groups": 4, "num_embeds_ada_norm": 10},
+        lambda: {"hidden_states": picture(4), "class_labels": torch.tensor([1, 2])},
+    ),
+    "PixArtTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "sample_size": 8,
+            "cross_attention_dim": 16,
+            "caption_channels": 8,
+            "use_additional_conditions": False,
+            "out_channels": 4,
+        },
+        lambda: {
+            "hidden_states": picture(4),
+            "encoder_hidden_states": tokens(8),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
+    ),
+    "SD3Transformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "joint_attention_dim": 8,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 8,
+            "pos_embed_max_size": 8,
+        },
+        lambda: {
+            "hidden_states": picture(4),
+            "encoder_hidden_states": tokens(8),
+            "pooled_projections": torch.randn(BATCH, 8),
+        },
+    ),
+    "FluxTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "in_channels": 4,
+            "joint_attention_dim": 8,
+            "pooled_projection_dim": 8,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "encoder_hidden_states": tokens(8),
+            "pooled_projections": torch.randn(BATCH, 8),
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(WORDS, 3),
+        },
+    ),
+    "Flux2Transformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "in_channels": 4,
+            "joint_attention_dim": 8,
+            "timestep_guidance_channels": 16,
+            "axes_dims_rope": (2, 2, 2, 2),
+            "guidance_embeds": False,
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "encoder_hidden_states": tokens(8),
+            "img_ids": torch.zeros(16, 4),
+            "txt_ids": torch.zeros(WORDS, 4),
+        },
+    ),
+    "SanaTransformer2DModel": (
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "caption_channels": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "sample_size": 8,
+        },
+        lambda: {"hidden_states": picture(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "HunyuanDiT2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "sample_size": 8,
+            "patch_size": 2,
+            "in_channels": 4,
+            "hidden_size": 16,
+            "cross_attention_dim": 8,
+            "cross_attention_dim_t5": 8,
+            "pooled_projection_dim": 4,
+            "text_len": WORDS,
+            "text_len_t5": WORDS,
+            "use_style_cond_and_image_meta_size": False,
+        },
+        lambda: {
+            "hidden_states": picture(4),
+            "encoder_hidden_states": tokens(8),
+            "text_embedding_mask": ones(),
+            "encoder_hidden_states_t5": tokens(8),
+            "text_embedding_mask_t5": ones(),
+        },
+    ),
+    "HunyuanVideoTransformer3DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_refiner_layers": 1,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_embed_dim": 8,
+            "pooled_projection_dim": 8,
+            "rope_axes_dim": (4, 2, 2),
+            "guidance_embeds": False,
+        },
+        lambda: {
+            "hidden_states": video(4),
+            "encoder_hidden_states": tokens(8),
+            "encoder_attention_mask": ones(),
+            "pooled_projections": torch.randn(BATCH, 8),
+        },
+    ),
+    "Lumina2Transformer2DModel": (
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "hidden_size": 24,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "multiple_of": 8,
+            "axes_dim_rope": (4, 4, 4),
+            "axes_lens": (16, 16, 16),
+            "cap_feat_dim": 8,
+        },
+        lambda: {
+            "hidden_states": picture(4),
+            "encoder_hidden_states": tokens(8),
+            "encoder_attention_mask": ones().bool(),
+        },
+    ),
+    "LuminaNextDiT2DModel": (
+        {
+            "sample_size": 8,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "multiple_of": 8,
+            "cross_attention_dim": 8,
+        },
+        lambda: {
+            "hidden_states": picture(4),
+            "encoder_hidden_states": tokens(8),
+            "encoder_mask": ones().bool(),
+            "image_rotary_emb": torch.ones(4, 4, 4, dtype=torch.complex64),
+            "cross_attention_kwargs": {},
+        },
+    ),
+    "AuraFlowTransformer2DModel": (
+        {
+            **HEADS,
+            "sample_size": 8,
+            "num_mmdit_layers": 2,
+            "num_single_dit_layers": 2,
+            "joint_attention_dim": 8,
+            "caption_projection_dim": 16,
+            "pos_embed_max_size": 16,
+        },
+        lambda: {"hidden_states": picture(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "CogVideoXTransformer3DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": 8,
+            "sample_width": 8,
+            "sample_height": 8,
+            "sample_frames": 5,
+            "max_text_seq_length": WORDS,
+        },
+        lambda: {"hidden_states": torch.randn(BATCH, 2, 4, 8, 8), "encoder_hidden_states": tokens(8)},
+    ),
+    "CogView3PlusTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_embed_dim": 8,
+            "time_embed_dim": 8,
+            "condition_dim": 4,
+            "pos_embed_max_size": 8,
+            "sample_size": 8,
+        },
+        lambda: {"hidden_states": picture(4), "encoder_hidden_states": tokens(8), **sizes()},
+    ),
+    "CogView4Transformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_embed_dim": 8,
+            "time_embed_dim": 8,
+            "condition_dim": 4,
+            "pos_embed_max_size": 8,
+            "sample_size": 8,
+            "rope_axes_dim": (8, 8),
+        },
+        lambda: {"hidden_states": picture(4), "encoder_hidden_states": tokens(8), **sizes()},
+    ),
+    "LTXVideoTransformer3DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "cross_attention_dim": 16,
+            "caption_channels": 8,
+        },
+        lambda: {
+            "hidden_states": tokens(4, 32),
+            "encoder_hidden_states": tokens(8),
+            "encoder_attention_mask": ones(),
+            "num_frames": 2,
+            "height": 4,
+            "width": 4,
+        },
+    ),
+    "MochiTransformer3DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "pooled_projection_dim": 8,
+            "text_embed_dim": 8,
+            "time_embed_dim": 8,
+            "max_sequence_length": WORDS,
+        },
+        lambda: {
+            "hidden_states": video(4),
+            "encoder_hidden_states": tokens(8),
+            "encoder_attention_mask": ones().bool(),
+        },
+    ),
+    "WanTransformer3DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 8,
+            "freq_dim": 8,
+            "ffn_dim": 16,
+            "rope_max_seq_len": 16,
+        },
+        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "QwenImageTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "out_channels": 1,
+            "joint_attention_dim": 8,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "encoder_hidden_states": tokens(8),
+            "encoder_hidden_states_mask": ones(),
+            "img_shapes": [[(1, 4, 4)]] * BATCH,
+        },
+    ),
+    "ChromaTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "in_channels": 4,
+            "joint_attention_dim": 8,
+            "axes_dims_rope": (4, 2, 2),
+            "approximator_num_channels": 8,
+            "approximator_hidden_dim": 8,
+            "approximator_layers": 1,
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "encoder_hidden_states": tokens(8),
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(WORDS, 3),
+        },
+    ),
+    "AllegroTransformer3DModel": (
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "num_layers": 2,
+            "cross_attention_dim": 24,
+            "caption_channels": 8,
+            "sample_height": 8,
+            "sample_width": 8,
+            "sample_frames": 2,
+        },
+        lambda: {
+            "hidden_states": video(4),
+            "encoder_hidden_states": torch.randn(BATCH, 1, WORDS, 8),
+            "encoder_attention_mask": torch.ones(BATCH, 1, WORDS),
+            "attention_mask": torch.ones(BATCH, 2, 8, 8),
+        },
+    ),
+    "LatteTransformer3DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "cross_attention_dim": 16,
+            "caption_channels": 8,
+            "sample_size": 8,
+            "patch_size": 2,
+            "num_embeds_ada_norm": 10,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "video_length": 2,
+        },
+        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "Kandinsky5Transformer3DModel": (
+        {
+            "in_text_dim": 8,
+            "in_text_dim2": 8,
+            "time_dim": 8,
+            "model_dim": 16,
+            "ff_dim": 16,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (4, 2, 2),
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 2, 8, 8, 4),
+            "encoder_hidden_states": tokens(8),
+            "pooled_projections": torch.randn(BATCH, 8),
+            "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
+            "text_rope_pos": torch.arange(WORDS),
+        },
+    ),
+    "StableAudioDiTModel": (
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "num_key_value_attention_heads": 1,
+            "cross_attention_dim": 8,
+            "time_proj_dim": 8,
+            "global_states_input_dim": 8,
+            "cross_attention_input_dim": 8,
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 4, 8),
+            "encoder_hidden_states": tokens(8),
+            "global_hidden_states": tokens(8, 1),
+            "rotary_embedding": (torch.ones(9, 4), torch.zeros(9, 4)),
+        },
+    ),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Inputs]:
+    """A denoiser with random weights everywhere, and what it is called with but for the timestep."""
+    torch.manual_seed(0)
+    config, inputs = TINY[name]
+    return stirred(getattr(diffusers, name)(**config)), inputs()
+
+
+def sampler(denoiser: nn.Module, inputs: Inputs, steps: int) -> Callable[[], Tensor]:
+    """A plain loop: x ← x − 0.1 · output, as far as the output reaches."""
+    name, start = next(iter(inputs.items()))
+
+    def run() -> Tensor:
+        x = start
+        for step in range(steps):
+            timestep = torch.full((BATCH,), 900.0 - 100 * step)
+            output = denoiser(**{**inputs, name: x}, timestep=timestep, return_dict=False)
+            output = output if isinstance(output, Tensor) else output[0]
+            reached = tuple(slice(min(sizes)) for sizes in zip(x.shape, output.shape, strict=True))
+            change = torch.zeros_like(x)
+            change[reached] = output[reached]
+            x = x - 0.1 * change
+        return x
+
+    return run
