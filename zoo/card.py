@@ -30,6 +30,7 @@ def card(name: str, family: Any, pipe: Any, log: Path) -> str:
         for part, module in pipe.components.items()
         if isinstance(module, nn.Module)
     ]
+    predicted = "v" if family.scheduler.config.prediction_type == "v_prediction" else "ε"
     return f"""\
 ---
 license: apache-2.0
@@ -49,7 +50,7 @@ trained weights.
 
 ## Training
 
-`python zoo/train.py {name} --iterations {last["iteration"]}`: ε-prediction, linear betas of 1000 steps, min-SNR-5 loss
+`python zoo/train.py {name} --iterations {last["iteration"]}`: {predicted}-prediction, linear betas of 1000 steps, min-SNR-5 loss
 weights, cosine learning rate from {family.rate:g}, averaged weights, batches of {family.batch};
 {last["seconds"] / 3600:.1f} hours on one CPU core. `log.jsonl` has the loss.
 

@@ -32,6 +32,10 @@ STYLELESS = 0.3
 """Share of the captions that are the name alone."""
 
 
+VELOCITY: dict[str, Any] = {"beta_schedule": "linear", "prediction_type": "v_prediction"}
+"""ε says nothing of the picture where noise is strong, and there captions and outlines are decided."""
+
+
 class _OnEmoji:
     """What all families share: pictures to draw, and linear betas."""
 
@@ -40,7 +44,7 @@ class _OnEmoji:
 
     def __init__(self, emoji: Emoji) -> None:
         self.emoji = emoji
-        self.scheduler: Any = DDIMScheduler(beta_schedule="linear", clip_sample=False)
+        self.scheduler: Any = DDIMScheduler(**VELOCITY, clip_sample=False)
 
     def prepare(self) -> None:
         """Most begin at once."""
@@ -54,7 +58,7 @@ class PixelDDPM(_OnEmoji):
 
     def __init__(self, emoji: Emoji) -> None:
         super().__init__(emoji)
-        self.scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=True)
+        self.scheduler = DDIMScheduler(**VELOCITY, clip_sample=True)
         self.unet = UNet2DModel(
             sample_size=32,
             block_out_channels=(32, 64, 96, 96),
@@ -101,6 +105,7 @@ class DiT(_Latent):
 
     def __init__(self, emoji: Emoji, vae: AutoencoderKL, transformer: DiTTransformer2DModel) -> None:
         super().__init__(emoji, vae)
+        self.scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)  # as it was begun: ε
         self.transformer = transformer  # leaves out a tenth of the labels by itself
         self.modules = nn.ModuleDict({"transformer": transformer})
 
@@ -142,7 +147,7 @@ class LDM(_Captioned):
     def __init__(self, emoji: Emoji, vae: AutoencoderKL) -> None:
         tokenizer, self.text_encoder = clip(emoji.captions, LENGTH)
         super().__init__(emoji, vae, tokenizer)
-        self.scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1)
+        self.scheduler = DDIMScheduler(**VELOCITY, clip_sample=False, steps_offset=1)
         self.unet = UNet2DConditionModel(
             sample_size=16,
             block_out_channels=(48, 96, 128),
@@ -225,20 +230,20 @@ class PixArt(_Captioned):
         ).sample
 
     def pipeline(self) -> PixArtAlphaPipeline:
-        scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", algorithm_type="dpmsolver++")
+        scheduler = DPMSolverMultistepScheduler(**VELOCITY, algorithm_type="dpmsolver++")
         return PixArtAlphaPipeline(self.tokenizer, self.text_encoder, self.vae, self.transformer, scheduler)
 
 
 @torch.no_grad()
 def _take_over(pixart: PixArtTransformer2DModel, dit: DiTTransformer2DModel) -> None:
-    """Give a PixArt the weights of a DiT of its size: it then says what the DiT says to no label halfway through.
+    """Give a PixArt the blocks of a DiT of its size, as they are to no label halfway through.
 
-    But for the epsilons of their layer norms, that is. Words change nothing yet, for cross-attention answers zero; nor
-    does the timestep.
+    Words change nothing yet, for cross-attention answers zero; nor does the timestep. What is predicted is another
+    thing: the last layer is its own.
     """
-    shared = {key: value for key, value in dit.state_dict().items() if ".norm1." not in key}
-    renamed = {key.replace("proj_out_2", "proj_out"): value for key, value in shared.items()}
-    pixart.load_state_dict({key: value for key, value in renamed.items() if "proj_out_1" not in key}, strict=False)
+    left_out = (".norm1.", "proj_out")
+    shared = {key: value for key, value in dit.state_dict().items() if not any(part in key for part in left_out)}
+    pixart.load_state_dict(shared, strict=False)
     halfway, no_label = torch.tensor([500]), torch.tensor([dit.config.num_embeds_ada_norm])
     nn.init.zeros_(pixart.adaln_single.linear.weight)
     nn.init.zeros_(pixart.adaln_single.linear.bias)
@@ -247,5 +252,3 @@ def _take_over(pixart: PixArtTransformer2DModel, dit: DiTTransformer2DModel) -> 
         block.scale_shift_table.copy_(modulation.reshape(6, -1))
         nn.init.zeros_(block.attn2.to_out[0].weight)
         nn.init.zeros_(block.attn2.to_out[0].bias)
-    conditioning = dit.transformer_blocks[0].norm1.emb(halfway, no_label)
-    pixart.scale_shift_table.copy_(dit.proj_out_1(nn.functional.silu(conditioning)).reshape(2, -1))

@@ -1,4 +1,4 @@
-"""The training loop of all families: ε-prediction, min-SNR weights, cosine, an average of the weights; resumable."""
+"""The training loop of all families: min-SNR weights, cosine, an average of the weights; resumable."""
 
 import io
 import json
@@ -36,7 +36,7 @@ class Family(Protocol):
         """x₀ of some pictures, scaled as the denoiser sees it."""
 
     def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
-        """The denoiser's ε."""
+        """What the denoiser says: ε or v, by the scheduler's `prediction_type`."""
 
     def draw(self, count: int) -> Tensor:
         """Indices of pictures to train on."""
@@ -104,9 +104,8 @@ class Training:
         noisy = self.family.scheduler.add_noise(clean, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             predicted = self.predict(noisy, timesteps, indices)
-        snr = compute_snr(self.family.scheduler, timesteps)
-        weights = snr.clamp(max=SNR_CAP) / snr
-        loss = (weights * (predicted.float() - noise).square().flatten(1).mean(1)).mean()
+        errors = (predicted.float() - self._wanted(clean, noise, timesteps)).square().flatten(1).mean(1)
+        loss = (self._weights(timesteps) * errors).mean()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -114,6 +113,19 @@ class Training:
         self.schedule.step()
         self.average.step(self.parameters)
         return float(loss.detach())
+
+    def _wanted(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        scheduler = self.family.scheduler
+        return scheduler.get_velocity(clean, noise, timesteps) if self._velocity else noise
+
+    def _weights(self, timesteps: Tensor) -> Tensor:
+        """Of ε's squared error min(SNR, γ) / SNR; of v's, which is SNR + 1 times x₀'s, with SNR + 1 in place of SNR."""
+        snr = compute_snr(self.family.scheduler, timesteps) + self._velocity
+        return snr.clamp(max=SNR_CAP) / snr
+
+    @property
+    def _velocity(self) -> bool:
+        return self.family.scheduler.config.prediction_type == "v_prediction"
 
     def _keep(self) -> None:
         mean = sum(self.losses) / len(self.losses)

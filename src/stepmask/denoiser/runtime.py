@@ -5,10 +5,10 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
-from stepmask.denoiser.sampler import describe, watched
+from stepmask.denoiser.sampler import describe, stepped_at, watched
 from stepmask.denoiser.seam import Behaviour, attached, refuse_if_taken
 from stepmask.denoiser.values import (
     each,
@@ -18,6 +18,7 @@ from stepmask.denoiser.values import (
     on_channels,
     placeholder,
     size,
+    stream,
     tensors,
     to_store,
 )
@@ -72,6 +73,9 @@ class Masked:
         with ExitStack() as stack:
             if self.scheduler is not None:
                 stack.enter_context(watched(self.scheduler, "set_timesteps", lambda *_, **__: self._start()))
+                stack.enter_context(
+                    watched(self.scheduler, "step", lambda _, *args, **kwargs: self._check_first(*args, **kwargs))
+                )
             stack.enter_context(attached(dict(zip(modules, self.seats[:-1], strict=True))))
             stack.enter_context(attached({denoiser: _Evaluation(self)}))
             self._stack = stack.pop_all()
@@ -82,6 +86,16 @@ class Masked:
         self.clock.stop()
         self.sampler.check(describe(self.scheduler, self.sampler.branches))
         self.restart()
+
+    def _check_first(self, *args: Any, **kwargs: Any) -> None:
+        """Once a run, after its first step: refuse one that begins elsewhere."""
+        if self.clock.evaluation != self.sampler.branches:
+            return
+        try:
+            self.sampler.check_first(stepped_at(*args, **kwargs))
+        except ScheduleMismatch:
+            self.clock.stop()
+            raise
 
     def restart(self) -> None:
         """Begin a new run at step 0 with an empty store. A pipeline's scheduler does this by itself."""
@@ -165,6 +179,7 @@ class _Clock:
         self.running = False
         self.evaluation = self.step = self.branch = 0
         self.answered = 0  # blocks that have answered in this evaluation
+        self.shapes = [Size()] * self.branches  # of the latents of this run
         self.held_bytes = self.peak_bytes = 0
         self.row: tuple[Cell, ...] = ()
 
@@ -177,8 +192,8 @@ class _Clock:
         for seat in self.masked.seats:
             seat.clear(self.branches)
 
-    def begin(self) -> None:
-        """Turn to the row of the next evaluation."""
+    def begin(self, shape: Size) -> None:
+        """Turn to the row of the next evaluation, of a latent of this shape."""
         if not self.running or self.masked.scheduler is not scheduler_of(self.masked.pipe):
             raise RunNotStarted(
                 given="an evaluation of the masked denoiser outside a run",
@@ -188,6 +203,14 @@ class _Clock:
                 "replace the scheduler",
             )
         self.step, self.branch = divmod(self.evaluation, self.branches)
+        if self.step and shape != self.shapes[self.branch]:
+            self.stop()
+            raise RunError(
+                given=f"a latent of shape {tuple(shape)} at step {self.step}",
+                expected=f"the shape that the run began with, {tuple(self.shapes[self.branch])}, batch size included",
+                advice="Keep guidance on or off for the whole run",
+            )
+        self.shapes[self.branch] = shape
         self.row, self.answered = self.masked.plans[self.planned].cells[self.step], 0
 
     @property
@@ -289,7 +312,7 @@ class _Evaluation(Behaviour):
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         clock, seat = self.masked.clock, self.masked.seats[-1]
-        clock.begin()
+        clock.begin(stream(args, kwargs).shape)
         cell = clock.row[-1]
         needed = any(other.action == "compute" for other in clock.row)
         try:

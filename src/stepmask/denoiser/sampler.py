@@ -37,6 +37,11 @@ def watched(scheduler: Any, method: str, after: Callable[..., None]) -> Iterator
             setattr(scheduler, method, own)
 
 
+def stepped_at(model_output: Any, timestep: Any, *_: Any, **__: Any) -> float:
+    """The timestep that `scheduler.step` was called with."""
+    return float(timestep)
+
+
 def describe(scheduler: Any, branches: int = 1) -> SamplerFingerprint:
     """The fingerprint of a scheduler whose timesteps are set."""
     timesteps = tuple(float(t) for t in scheduler.timesteps.tolist())

@@ -38,12 +38,14 @@ class Sampling:
         call: Keyword arguments of the pipeline, without a generator.
         seed: Of the generator, made anew for every run.
         run: For a plain denoiser: a function without arguments that samples and returns the final latent.
+        steps: How often the scheduler steps; `None` = as often as it has timesteps. img2img skips some.
     """
 
     pipe: Any
     call: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     run: Callable[[], Tensor] | None = None
+    steps: int | None = None
 
     @property
     def denoiser(self) -> nn.Module:
@@ -89,7 +91,7 @@ class Sampling:
 
         def stop_after_the_last(result: Any, *_: Any, **__: Any) -> None:
             done.append(result[0])
-            if len(done) == len(scheduler.timesteps):
+            if len(done) == (self.steps or len(scheduler.timesteps)):
                 raise _LastStep
 
         with watched(scheduler, "step", stop_after_the_last), torch.random.fork_rng(), suppress(_LastStep):

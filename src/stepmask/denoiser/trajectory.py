@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.families import fingerprint_of, scheduler_of
-from stepmask.denoiser.sampler import describe, watched
+from stepmask.denoiser.sampler import describe, stepped_at, watched
 from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.values import each, tensors
@@ -90,13 +90,14 @@ def record(pipe: Any, *, seed: int = 0, run: Callable[[], Tensor] | None = None,
 
 def record_sampling(sampling: Sampling) -> Trajectory:
     """Run a sampling once and keep what its denoiser was given. It may be masked: then that is what is recorded."""
-    listener, sequence = _Listener(), list[SamplerFingerprint]()
+    listener, sequence, stepped = _Listener(), list[SamplerFingerprint](), list[float]()
     scheduler = scheduler_of(sampling.pipe)
     with ExitStack() as stack:
         if scheduler is not None and sampling.run is None:
             stack.enter_context(
                 watched(scheduler, "set_timesteps", lambda *_, **__: sequence.append(describe(scheduler)))
             )
+            stack.enter_context(watched(scheduler, "step", lambda _, *a, **k: stepped.append(stepped_at(*a, **k))))
         stack.enter_context(attached({sampling.denoiser: listener}))
         sampled = sampling()
     if not all(torch.isfinite(tensor).all() for tensor in tensors(sampled.latent)):
@@ -109,25 +110,24 @@ def record_sampling(sampling: Sampling) -> Trajectory:
         calls=tuple(listener.calls),
         outputs=tuple(listener.outputs),
         sampled=sampled,
-        sampling=sampling,
+        sampling=replace(sampling, steps=len(stepped) or None),
         denoiser=fingerprint_of(sampling.denoiser),
-        sampler=_sampler(sequence, listener.calls),
+        sampler=_sampler(sequence, stepped, listener.calls),
     )
 
 
-def _sampler(sequence: list[SamplerFingerprint], calls: list[Call]) -> SamplerFingerprint:
+def _sampler(sequence: list[SamplerFingerprint], stepped: list[float], calls: list[Call]) -> SamplerFingerprint:
     """The sampler's fingerprint with its branches counted; for a plain loop, the timesteps it handed over."""
     if not sequence:
         return SamplerFingerprint("", tuple(_timestep(call, step) for step, call in enumerate(calls)))
-    told = sequence[-1]
-    branches, rest = divmod(len(calls), told.steps)
+    branches, rest = divmod(len(calls), len(stepped))
     if rest or not branches:
         raise RunError(
-            given=f"{len(calls)} evaluations of the denoiser in {told.steps} sampling steps",
+            given=f"{len(calls)} evaluations of the denoiser in {len(stepped)} sampling steps",
             expected="the same number of evaluations at every step",
-            advice="Keep guidance on or off for the whole run, and img2img strength at 1",
+            advice="Keep guidance on or off for the whole run",
         )
-    return SamplerFingerprint(told.class_name, told.timesteps, told.log_snr, branches)
+    return replace(sequence[-1].part(stepped[0], len(stepped)), branches=branches)
 
 
 def _timestep(call: Call, step: int) -> float:

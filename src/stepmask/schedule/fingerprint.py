@@ -53,19 +53,45 @@ class SamplerFingerprint:
         """Number of steps."""
         return len(self.timesteps)
 
+    def part(self, first: float, steps: int) -> "SamplerFingerprint":
+        """The same sampler's run over some of its steps, from the one with a timestep on (img2img, `denoising_end`)."""
+        start = next((step for step, own in enumerate(self.timesteps) if _close(own, first)), 0)
+        where = slice(start, start + steps)
+        return SamplerFingerprint(self.class_name, self.timesteps[where], self.log_snr[where], self.branches)
+
     def check(self, given: "SamplerFingerprint") -> None:
-        """Refuse another sampler or another sequence of timesteps.
+        """Refuse another sampler or another sequence of timesteps; ours may be a part of the given one.
 
         Raises:
             ScheduleMismatch: The class, the number of steps or a timestep differs.
         """
         if given.class_name != self.class_name:
             raise _mismatch(f"sampler {given.class_name}", f"sampler {self.class_name}")
-        if given.steps != self.steps:
+        if given.steps == self.steps:
+            for step, (own, other) in enumerate(zip(self.timesteps, given.timesteps, strict=True)):
+                if not _close(own, other):
+                    raise _mismatch(f"timestep {other:g} at step {step}", f"timestep {own:g}")
+        elif not self._is_part_of(given):
             raise _mismatch(f"{given.steps} sampling steps", f"{self.steps} sampling steps")
-        for step, (ours, theirs) in enumerate(zip(self.timesteps, given.timesteps, strict=True)):
-            if abs(ours - theirs) > 1e-4 * max(1.0, abs(ours)):
-                raise _mismatch(f"timestep {theirs:g} at step {step}", f"timestep {ours:g}")
+
+    def check_first(self, timestep: float) -> None:
+        """Refuse a run that begins elsewhere.
+
+        Raises:
+            ScheduleMismatch: It does.
+        """
+        if not _close(self.timesteps[0], timestep):
+            raise _mismatch(f"a run that begins at timestep {timestep:g}", f"one that begins at {self.timesteps[0]:g}")
+
+    def _is_part_of(self, given: "SamplerFingerprint") -> bool:
+        return any(
+            all(map(_close, self.timesteps, given.timesteps[start : start + self.steps]))
+            for start in range(given.steps - self.steps + 1)
+        )
+
+
+def _close(own: float, other: float) -> bool:
+    return abs(own - other) <= 1e-4 * max(1.0, abs(own))
 
 
 def _mismatch(given: str, expected: str) -> ScheduleMismatch:
