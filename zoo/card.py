@@ -50,8 +50,8 @@ trained weights.
 
 ## Training
 
-`python zoo/train.py {name} --iterations {last["iteration"]}`: {predicted}-prediction, linear betas of 1000 steps, min-SNR-5 loss
-weights, cosine learning rate from {family.rate:g}, averaged weights, batches of {family.batch};
+`python zoo/train.py {name} --iterations {last["iteration"]}`: {predicted}-prediction, linear betas of 1000 steps,
+min-SNR-5 loss weights, cosine learning rate from {family.rate:g}, averaged weights, batches of {family.batch};
 {last["seconds"] / 3600:.1f} hours on one CPU core. `log.jsonl` has the loss.
 
 ## Data
