@@ -135,7 +135,14 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
         lambda: {"sample": picture(4), "encoder_hidden_states": tokens(8), "encoder_attention_mask": ones()},
     ),
     "DiTTransformer2DModel": (
-        {**HEADS, "num_layers": 2, "sample_size": 8, "norm_num_groups": 4, "num_embeds_ada_norm": 10},
+        {
+            **HEADS,
+            "num_layers": 2,
+            "sample_size": 8,
+            "norm_num_groups": 4,
+            "num_embeds_ada_norm": 1000,
+            "out_channels": 4,
+        },
         lambda: {"hidden_states": picture(4), "class_labels": torch.tensor([1, 2])},
     ),
     "PixArtTransformer2DModel": (

@@ -12,6 +12,7 @@ from denoisers import BATCH, TINY, Inputs, ones, tokens
 from toys import stirred
 
 STEPS = 4
+LATENT = {"output_type": "latent"}  # DiTPipeline has no such thing
 
 Tiny = tuple[Any, Inputs]
 
@@ -45,6 +46,11 @@ def stable_diffusion(class_name: str = "StableDiffusionPipeline", scheduler: Any
     parts = (autoencoder(), None, None, denoiser("UNet2DConditionModel"), scheduler, None, None)
     pipe = getattr(diffusers, class_name)(*parts, requires_safety_checker=False)
     return pipe, {**GUIDED, "height": 8, "width": 8}
+
+
+def dit() -> Tiny:
+    pipe = diffusers.DiTPipeline(denoiser("DiTTransformer2DModel"), autoencoder(), DDIMScheduler(clip_sample=False))
+    return pipe, {"class_labels": [1, 2]}
 
 
 def image_to_image() -> Tiny:
@@ -109,6 +115,7 @@ def qwen() -> Tiny:
 
 
 PIPELINES: dict[str, Callable[[], Tiny]] = {
+    "DiTPipeline": dit,
     "StableDiffusionPipeline": stable_diffusion,
     "StableDiffusionImg2ImgPipeline": image_to_image,
     "StableDiffusionInpaintPipeline": inpainting,
@@ -125,4 +132,4 @@ def make(name: str) -> Tiny:
     """A pipeline, and a call of it that ends with the latents."""
     pipe, call = PIPELINES[name]()
     pipe.set_progress_bar_config(disable=True)
-    return pipe, {**call, "num_inference_steps": STEPS, "output_type": "latent"}
+    return pipe, {**call, "num_inference_steps": STEPS, **({} if name == "DiTPipeline" else LATENT)}

@@ -11,6 +11,7 @@ from torch import nn
 import stepmask
 from stepmask import MaskSchedule
 from stepmask.denoiser.families import fingerprint_of
+from stepmask.errors import RunError
 from test_runtime import DIT, UNET, random_table
 
 from toys import per_channel, tiny_dit, tiny_unet
@@ -75,8 +76,27 @@ def test_as_many_graphs_as_the_bare_denoiser(granularity: Any) -> None:
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    masked = tiny_dit()
-    with stepmask.apply(masked, schedule):
-        compile_blocks(masked, schedule)
-        sample(masked, DIT)
+    denoiser = tiny_dit()
+    with stepmask.apply(denoiser, schedule) as masked:
+        masked.compile(backend="eager", fullgraph=True)
+        sample(denoiser, DIT)
     assert graphs() == expected
+
+
+class TestAsAWhole:
+    def test_a_denoiser_compiled_before_is_refused(self) -> None:
+        denoiser = tiny_dit()
+        schedule = random_table(stepmask.trace(denoiser, DIT), denoiser, STEPS, seed=0)
+        with pytest.raises(RunError, match=r"masked\.compile"):
+            stepmask.apply(torch.compile(denoiser, backend="eager"), schedule)
+        denoiser.compile(backend="eager")
+        with pytest.raises(RunError, match=r"masked\.compile"):
+            stepmask.apply(denoiser, schedule)
+
+    def test_a_denoiser_compiled_after_is_refused(self) -> None:
+        denoiser = tiny_dit()
+        schedule = random_table(stepmask.trace(denoiser, DIT), denoiser, STEPS, seed=0)
+        masked = stepmask.apply(denoiser, schedule)
+        denoiser.compile(backend="eager")
+        with pytest.raises(RunError, match=r"masked\.compile"):
+            masked.restart()

@@ -1,4 +1,4 @@
-"""Every denoiser class at a tiny size: traced, masked, learned, and listed in docs/coverage.md."""
+"""Every denoiser class at a tiny size: traced, masked and learned for; and the page that says what is covered."""
 
 from pathlib import Path
 from typing import get_args
@@ -10,11 +10,16 @@ from torch import nn
 
 import stepmask
 from denoisers import TINY, build, sampler
+from pipelines import PIPELINES
 from stepmask import MaskSchedule, Trajectory
 from stepmask.denoiser.families import FAMILIES, Granularity
+from stepmask.denoiser.runtime import Masked
+from stepmask.denoiser.values import tensors
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
+from test_pipelines import EVALUATIONS, FLOW_EVALUATIONS, scheduler
+from test_together import BESIDES
 
 STEPS = 4
 TABLE = Path(__file__).parent.parent / "docs" / "coverage.md"
@@ -35,6 +40,12 @@ def random_table(graph: BlockGraph, trajectory: Trajectory) -> MaskSchedule:
     return full.with_rows(rows)
 
 
+def held(masked: Masked) -> int:
+    """Bytes of memory that the store keeps alive, of a part of a tensor the whole."""
+    stored = [tensor.untyped_storage() for seat in masked.seats for value in seat.stored for tensor in tensors(value)]
+    return sum({storage._cdata: storage.nbytes() for storage in stored}.values())
+
+
 @every_class
 @every_granularity
 def test_masks_keep_their_promises(name: str, granularity: Granularity) -> None:
@@ -45,7 +56,11 @@ def test_masks_keep_their_promises(name: str, granularity: Granularity) -> None:
         assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
     table = random_table(graph, trajectory)
     with stepmask.apply(denoiser, table) as masked:
+        memory: list[tuple[int, int]] = []
+        hook = denoiser.register_forward_hook(lambda *_: memory.append((masked.store_bytes, held(masked))))
         assert torch.isfinite(trajectory.sampling().latent).all()
+        hook.remove()
+        assert all(counted == real for counted, real in memory)
         assert masked.computed_macs == lower(table).macs < lower(full).macs
         assert masked.peak_store_bytes == lower(table).peak_bytes
         assert masked.store_bytes == 0
@@ -61,26 +76,70 @@ def test_a_schedule_is_learned(name: str) -> None:
         assert torch.isfinite(trajectory.sampling().latent).all()
 
 
-def test_the_table_in_the_docs_is_what_the_tests_cover() -> None:
-    """Writes the table anew where it is not."""
-    written = f"{HEAD}\n{chr(10).join(map(line, TINY))}\n"
+def test_the_page_in_the_docs_is_what_the_tests_cover() -> None:
+    """Writes the page anew where it is not."""
+    samplers = sorted([*EVALUATIONS, *FLOW_EVALUATIONS])
+    written = PAGE.format(
+        denoisers="\n".join(map(line, TINY)),
+        pipelines=", ".join(f"`{name}`" for name in PIPELINES),
+        samplers=", ".join(f"`{type(scheduler(name)).__name__}`" for name in samplers),
+        besides="\n".join(f"- {what}" for what in BESIDES),
+    )
     if TABLE.read_text() != written:
         TABLE.write_text(written)
         pytest.fail(f"{TABLE} was out of date and has been written anew: look at it and commit it")
 
 
-HEAD = """\
+PAGE = """\
 # What is covered
 
-Each denoiser class of diffusers below is built at a tiny size by the tests, with random weights, and traced, run with
-nothing masked (bitwise as it is without), run under a random table (what is computed and stored is what the plan says)
-and learned for; afterwards it is as it was. `tests/test_coverage.py` writes this table.
+The tests write this page (`tests/test_coverage.py`): what is on it has been run, with random weights at a tiny size, on
+diffusers 0.42.
 
-Blocks are counted at the tiny size, the denoiser itself included. *Delta* blocks answer their input plus what they
-added earlier, the others what they said earlier.
+## Denoisers
+
+Each is traced, run with nothing masked (bitwise as it is without), run under a random table (what is computed and
+stored is what the plan says, to the byte) and learned for; afterwards it is as it was. Blocks are counted at the tiny
+size, the denoiser itself included. *Delta* blocks answer their input plus what they added earlier, the others what they
+said earlier.
 
 | denoiser | found by | blocks | of them delta | sublayers |
-|---|---|---|---|---|"""
+|---|---|---|---|---|
+{denoisers}
+
+Any other `nn.Module`: by its module lists, or by naming its blocks.
+
+## Pipelines
+
+Recorded, masked, learned for and evaluated: {pipelines}. img2img and inpainting with a strength below 1, and
+`denoising_end`, have schedules of their own.
+
+## Samplers
+
+Real evaluations are counted, second-order ones too, and all-compute is bitwise the bare pipeline: {samplers}. Custom
+timesteps work too.
+
+## Together with
+
+Before and after a schedule is applied:
+
+{besides}
+
+Weights may change their dtype, and calls their batch size and resolution, between two runs. Pipelines in threads of
+their own work side by side.
+
+## Refused, each with its reason
+
+- `torch.compile` of the whole denoiser (every row would be a graph of its own): `masked.compile()` compiles the blocks.
+- Another cache on the denoiser, enabled before or after.
+- FreeU, which writes into outputs that may be stored.
+- Guidance that is switched off part-way, or any other change of the batch size within a run.
+- A run with another sampler, number of steps, timesteps or strength than the schedule's.
+- A second pipeline on a masked denoiser, and a second thread within a run.
+- Copies and pickles of a masked denoiser. (`save_pretrained` of a masked pipeline saves it bare.)
+
+Not tested: sequential CPU offload, which needs an accelerator.
+"""
 
 
 def line(name: str) -> str:

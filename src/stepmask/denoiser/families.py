@@ -96,6 +96,11 @@ def scheduler_of(pipe: Any) -> Any | None:
     return None if isinstance(pipe, nn.Module) else getattr(pipe, "scheduler", None)
 
 
+def moves_weights(denoiser: nn.Module) -> bool:
+    """Whether hooks of diffusers or accelerate bring weights along, or cast them, when a module is called."""
+    return any(hasattr(module, hook) for module in denoiser.modules() for hook in ("_diffusers_hook", "_hf_hook"))
+
+
 def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:
     """A denoiser's class and public configuration; a plain module is known by its number of parameters."""
     class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not hasattr(cls, "_seam_depth"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,7 +10,7 @@ from torch import Size, Tensor, nn
 
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.sampler import describe, stepped_at, watched
-from stepmask.denoiser.seam import Behaviour, attached, refuse_if_taken
+from stepmask.denoiser.seam import Behaviour, attached, refuse_if_cached, refuse_if_taken
 from stepmask.denoiser.values import (
     each,
     forecast,
@@ -50,6 +51,7 @@ def apply(pipe: Any, schedule: MaskSchedule | Sequence[MaskSchedule]) -> "Masked
         ScheduleMismatch: The schedule is for another denoiser, or names blocks that are not there; or several are not
             one for each branch, over the same blocks and sampler.
         AlreadyApplied: The denoiser is masked, or cached by diffusers, already.
+        RunError: The denoiser is compiled as a whole.
     """
     return Masked(pipe, [schedule] if isinstance(schedule, MaskSchedule) else schedule)
 
@@ -61,23 +63,24 @@ class Masked:
     """
 
     def __init__(self, pipe: Any, schedules: Sequence[MaskSchedule]) -> None:
-        denoiser, self.scheduler = denoiser_of(pipe), scheduler_of(pipe)
-        refuse_if_taken(denoiser)
+        self.denoiser, self.scheduler = denoiser_of(pipe), scheduler_of(pipe)
+        refuse_if_taken(self.denoiser)
+        _refuse_if_compiled(self.denoiser)
         _check_branches(schedules)
         schedule = schedules[0]
-        schedule.denoiser.check(fingerprint_of(denoiser))
+        schedule.denoiser.check(fingerprint_of(self.denoiser))
         self.pipe, self.sampler, self.plans = pipe, schedule.sampler, [lower(table) for table in schedules]
         self.clock = _Clock(self)
         self.seats = [_Seat(self.clock, column, block) for column, block in enumerate(schedule.graph.blocks)]
-        modules = _modules(denoiser, schedule)
+        self.modules = _modules(self.denoiser, schedule)
         with ExitStack() as stack:
             if self.scheduler is not None:
                 stack.enter_context(watched(self.scheduler, "set_timesteps", lambda *_, **__: self._start()))
                 stack.enter_context(
                     watched(self.scheduler, "step", lambda _, *args, **kwargs: self._check_first(*args, **kwargs))
                 )
-            stack.enter_context(attached(dict(zip(modules, self.seats[:-1], strict=True))))
-            stack.enter_context(attached({denoiser: _Evaluation(self)}))
+            stack.enter_context(attached(dict(zip(self.modules, self.seats[:-1], strict=True))))
+            stack.enter_context(attached({self.denoiser: _Evaluation(self)}))
             self._stack = stack.pop_all()
         if self.scheduler is None:
             self.restart()
@@ -98,8 +101,20 @@ class Masked:
             raise
 
     def restart(self) -> None:
-        """Begin a new run at step 0 with an empty store. A pipeline's scheduler does this by itself."""
+        """Begin a new run at step 0 with an empty store. A pipeline's scheduler does this by itself.
+
+        Raises:
+            AlreadyApplied: diffusers caches the denoiser by now.
+            RunError: The denoiser was compiled as a whole.
+        """
+        refuse_if_cached(self.denoiser)
+        _refuse_if_compiled(self.denoiser)
         self.clock.start()
+
+    def compile(self, **options: Any) -> None:
+        """Compile every block, with the options of `torch.compile`. Masks add no graph. It outlasts `remove`."""
+        for module in self.modules:
+            module.compile(**options)
 
     def remove(self) -> None:
         """Take the schedule off and free the store. Doing it twice is fine."""
@@ -145,6 +160,17 @@ class Masked:
         return sum(seat.computed * seat.block.macs for seat in self.seats)
 
 
+def _refuse_if_compiled(denoiser: nn.Module) -> None:
+    """Refuse a denoiser that is one compiled graph: every row would be another, and soon one too many."""
+    wrapped = hasattr(denoiser, "_orig_mod")  # by torch.compile(denoiser); denoiser.compile() leaves its class alone
+    if wrapped or getattr(denoiser, "_compiled_call_impl", None) is not None:
+        raise RunError(
+            given=f"a {type(denoiser).__name__} that is compiled as a whole",
+            expected="blocks that are compiled each on its own",
+            advice="Leave the denoiser as it is, and call masked.compile()",
+        )
+
+
 def _check_branches(schedules: Sequence[MaskSchedule]) -> None:
     """Refuse several schedules that are not one for each branch of the same sampler, over the same blocks."""
     made_for = [(schedule.graph, schedule.denoiser, schedule.sampler) for schedule in schedules]
@@ -178,6 +204,7 @@ class _Clock:
         self.evaluations = masked.sampler.steps * self.branches
         self.running = False
         self.evaluation = self.step = self.branch = 0
+        self.thread: int | None = None  # whose run it is
         self.answered = 0  # blocks that have answered in this evaluation
         self.shapes = [Size()] * self.branches  # of the latents of this run
         self.held_bytes = self.peak_bytes = 0
@@ -185,7 +212,7 @@ class _Clock:
 
     def start(self) -> None:
         self.stop()
-        self.running, self.evaluation = True, 0
+        self.running, self.evaluation, self.thread = True, 0, None
 
     def stop(self) -> None:
         self.running, self.held_bytes = False, 0
@@ -201,6 +228,13 @@ class _Clock:
                 "or with masked.restart()",
                 advice="Call restart() before each run of a plain denoiser; apply the schedule again after you "
                 "replace the scheduler",
+            )
+        self.thread = self.thread or get_ident()
+        if self.thread != get_ident():
+            raise RunError(
+                given="an evaluation from another thread than the one that began the run",
+                expected="one run at a time, for it has one store",
+                advice="Give each thread a pipeline and a denoiser of its own, or let them take turns",
             )
         self.step, self.branch = divmod(self.evaluation, self.branches)
         if self.step and shape != self.shapes[self.branch]:

@@ -31,8 +31,16 @@ def _seamed(cls: type[Any]) -> type[Any]:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         return self.__dict__[slot](partial(cls.__call__, self), args, kwargs)
 
-    names = {"__call__": __call__, "_seam_depth": depth, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), names)
+    names = {"__call__": __call__, "__reduce_ex__": _refuse_to_copy, "_seam_depth": depth}
+    return type(cls.__name__, (cls,), {**names, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _refuse_to_copy(module: nn.Module, protocol: int) -> Any:
+    raise RunError(
+        given=f"a copy or a pickle of a masked {type(module).__name__}",
+        expected="a denoiser without a schedule",
+        advice="Call .remove() first, and apply the schedule to the copy",
+    )
 
 
 def attach(module: nn.Module, behaviour: Behaviour) -> None:
@@ -66,13 +74,27 @@ def refuse_if_taken(denoiser: nn.Module) -> None:
     Raises:
         AlreadyApplied: It is taken.
     """
-    by_us = any(hasattr(type(module), "_seam_depth") for name, module in denoiser.named_modules() if name)
-    if by_us or getattr(denoiser, "is_cache_enabled", False):
-        raise AlreadyApplied(
-            given=f"a {type(denoiser).__name__} that is {'masked' if by_us else 'cached by diffusers'} already",
-            expected="a denoiser that nothing else skips",
-            advice="Call .remove() on the first schedule" if by_us else "Call denoiser.disable_cache() first",
-        )
+    refuse_if_cached(denoiser)
+    if any(hasattr(type(module), "_seam_depth") for name, module in denoiser.named_modules() if name):
+        raise _taken(denoiser, "masked", "Call .remove() on the first schedule")
+
+
+def refuse_if_cached(denoiser: nn.Module) -> None:
+    """Refuse a denoiser that diffusers caches.
+
+    Raises:
+        AlreadyApplied: It does.
+    """
+    if getattr(denoiser, "is_cache_enabled", False):
+        raise _taken(denoiser, "cached by diffusers", "Call denoiser.disable_cache() first")
+
+
+def _taken(denoiser: nn.Module, how: str, advice: str) -> AlreadyApplied:
+    return AlreadyApplied(
+        given=f"a {type(denoiser).__name__} that is {how} already",
+        expected="a denoiser that nothing else skips",
+        advice=advice,
+    )
 
 
 @contextmanager

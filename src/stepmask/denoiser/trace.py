@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks
+from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, moves_weights
 from stepmask.denoiser.seam import attached, refuse_if_taken
 from stepmask.denoiser.trajectory import Call, Trajectory
 from stepmask.denoiser.values import size, stream, tensors
@@ -33,7 +33,8 @@ def trace(
 ) -> BlockGraph:
     """Find a denoiser's blocks and how they hang together, without computing anything.
 
-    A denoiser whose shapes depend on the values of a mask (Mochi, Lumina 2) is evaluated once for real.
+    Where fake tensors do not do, it is evaluated once for real: if weights are offloaded or cast layer by layer, or
+    shapes depend on the values of a mask (Mochi, Lumina 2).
 
         graph = stepmask.trace(pipe, trajectory)
         graph = stepmask.trace(network, (x, t), blocks="layers.*")
@@ -62,7 +63,8 @@ def trace(
     found = find_blocks(denoiser, granularity, blocks)
     call = _first_call(example)
     try:
-        seen, output = _watch(denoiser, found, call, FakeTensorMode(allow_non_fake_inputs=True))
+        fake = None if moves_weights(denoiser) else FakeTensorMode(allow_non_fake_inputs=True)
+        seen, output = _watch(denoiser, found, call, fake)
     except (DataDependentOutputException, DynamicOutputShapeException):  # shapes depend on what a mask says
         seen, output = _watch(denoiser, found, call, None)
     if blocks is not None:

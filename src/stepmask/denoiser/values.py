@@ -55,7 +55,13 @@ def placeholder(tensor: Tensor) -> Tensor:
 
 def to_store(reuse: Reuse, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the store holds of a block's output: the output itself, or what it adds to the stream."""
-    return output - stream(args, kwargs) if reuse == "delta" else output
+    return output - stream(args, kwargs) if reuse == "delta" else _alone(output)
+
+
+def _alone(value: Any) -> Any:
+    """The value, copied if it is a part of a tensor that would be kept alive with it."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors(value)}
+    return value if sum(storages.values()) <= size(value) else each(torch.clone, value)
 
 
 def from_store(reuse: Reuse, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
