@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test slow check format bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/stepmask demo --out demo-out
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto
+
+slow: $(VENV)/ready
+	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=slow -n auto
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

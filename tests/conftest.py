@@ -12,6 +12,7 @@ from toys import tiny_dit
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("slow", deadline=None, max_examples=10_000)
 hypothesis.settings.load_profile("unhurried")
 
 

@@ -90,6 +90,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
         {"rows": ["11111x", "111111", "100011", "111001"]},
         {"blocks": []},
         {"forecasts": [{"step": 9, "blocks": "0", "weights": [1]}]},
+        {"forecasts": [{"step": 2, "blocks": "0-999999999999", "weights": [1]}]},
         {"sampler": {"class": "DDIM"}},
     ],
     ids=str,
@@ -100,7 +101,15 @@ def test_a_foreign_file_is_refused(change: dict[str, object]) -> None:
         MaskSchedule.from_json(json.dumps({**data, **change}))
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '"stepmask/1"', "{}"])
+@pytest.mark.parametrize("shape", [[99999, 99999, "0"], [float("inf")], [-1], ["1"], [1.5]], ids=str)
+def test_sizes_that_are_none_are_refused(shape: list[object]) -> None:
+    data = json.loads(forecasting().to_json())
+    data["blocks"][1]["shapes"] = [shape]
+    with pytest.raises(InvalidScheduleFile):
+        MaskSchedule.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"stepmask/1"', "{}", "[" * 100_000])
 def test_json_of_another_kind_is_refused(text: str) -> None:
     with pytest.raises(InvalidScheduleFile):
         MaskSchedule.from_json(text)
@@ -224,8 +233,18 @@ class TestFingerprint:
         with pytest.raises(ScheduleMismatch, match="UNet"):
             made_for.check(DenoiserFingerprint("UNet", {"num_layers": 28}))
 
+    def test_a_part_of_a_run_is_what_follows_its_first_timestep(self) -> None:
+        whole = sampler(6)  # timesteps 5 to 0, log-SNR 0 to 5
+        part = whole.part(4.0, 3)
+        assert (part.timesteps, part.log_snr) == ((4.0, 3.0, 2.0), (1.0, 2.0, 3.0))
+        part.check(whole)
+        part.check_first(4.0)
+        with pytest.raises(ScheduleMismatch, match="begins at timestep 5"):
+            part.check_first(5.0)
+
     def test_sampler_steps_and_timesteps_must_agree(self) -> None:
         sampler(5).check(sampler(5))
-        for other in (sampler(6), sampler(5, "Euler"), SamplerFingerprint("", (4.0, 3.0, 2.0, 1.5, 0.0))):
+        others = [(4.0, 3.0, 2.0, 1.5, 0.0), (5.0, 4.0, 3.0, 2.0, 1.5, 0.0), (3.0, 2.0, 1.0, 0.0)]
+        for other in (sampler(5, "Euler"), *(SamplerFingerprint("", timesteps) for timesteps in others)):
             with pytest.raises(ScheduleMismatch):
                 sampler(5).check(other)

@@ -9,10 +9,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 WIDTH = 128
 VOCABULARY = 2000
 
-TAUGHT = 1000
+TAUGHT = 2000
 """Iterations in which an encoder is taught what captions look like, each of `TOLD` captions."""
 
-TOLD = 256
+TOLD = 192
 
 
 def clip(captions: Sequence[str], length: int) -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -31,7 +31,7 @@ def clip(captions: Sequence[str], length: int) -> tuple[CLIPTokenizer, CLIPTextM
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return tokenizer, CLIPTextModel(config)
+    return tokenizer, CLIPTextModel(config).requires_grad_(False)
 
 
 def t5(captions: Sequence[str], length: int) -> tuple[T5Tokenizer, T5EncoderModel]:
@@ -50,15 +50,16 @@ def t5(captions: Sequence[str], length: int) -> tuple[T5Tokenizer, T5EncoderMode
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return tokenizer, T5EncoderModel(config)
+    return tokenizer, T5EncoderModel(config).requires_grad_(False)
 
 
 def teach(
     encoder: nn.Module, summary: Callable[[Tensor], Tensor], draw: Callable[[int], Tensor], pictures: Tensor
 ) -> None:
-    """Let an encoder tell a caption's picture, before any denoiser listens to it.
+    """Let an encoder tell a caption's picture, before any denoiser listens to it; then it stays as it is.
 
-    An untrained encoder says much the same to every caption, and a denoiser learns for hours to do without it.
+    An untrained encoder says much the same to every caption, and trained with a denoiser on small batches, whose
+    gradients for it are mostly noise, it loses what it has been taught.
 
     Args:
         encoder: What learns.
@@ -66,6 +67,7 @@ def teach(
         draw: Count to as many pictures' indices.
         pictures: What is to be told, shape (N, …).
     """
+    encoder.requires_grad_(True)
     wanted = ((pictures - pictures.mean(0)) / pictures.std()).flatten(1)
     tell = nn.Linear(WIDTH, wanted.shape[1])
     optimiser = torch.optim.AdamW([*encoder.parameters(), *tell.parameters()], weight_decay=0.0)
@@ -78,3 +80,4 @@ def teach(
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimiser.step()
         schedule.step()
+    encoder.requires_grad_(False)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from math import isfinite
+from operator import index as whole
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -63,6 +64,8 @@ class BlockGraph:
         for block in self.blocks:
             if block.name in seen or not seen.issuperset(block.reads) or block.reuse not in get_args(Reuse):
                 raise _inconsistent(f"block {block.label!r} with reads {block.reads} and reuse {block.reuse!r}")
+            if min(block.macs, block.bytes, *chain.from_iterable(block.shapes)) < 0:
+                raise _inconsistent(f"block {block.label!r} with a negative size")
             if block.ms < 0 or not isfinite(block.ms):
                 raise _inconsistent(f"block {block.label!r} with {block.ms} ms")
             seen.add(block.name)
@@ -141,11 +144,11 @@ class BlockGraph:
             tuple(
                 Block(
                     name=item["name"],
-                    reads=tuple(names[column] for column in columns_of(item["reads"])),
+                    reads=tuple(names[column] for column in columns_of(item["reads"], len(items))),
                     reuse=item["reuse"],
-                    macs=int(item["macs"]),
-                    shapes=tuple(tuple(shape) for shape in item["shapes"]),
-                    bytes=int(item["bytes"]),
+                    macs=whole(item["macs"]),
+                    shapes=tuple(tuple(map(whole, shape)) for shape in item["shapes"]),
+                    bytes=whole(item["bytes"]),
                     ms=float(item.get("ms", 0.0)),
                 )
                 for item in items
@@ -173,11 +176,17 @@ def span_of(columns: list[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def columns_of(span: str) -> list[int]:
-    """The columns of a span: [0, 1, 2, 5] for "0-2,5"."""
+def columns_of(span: str, count: int) -> list[int]:
+    """The columns of a span over so many: [0, 1, 2, 5] for "0-2,5".
+
+    Raises:
+        ValueError: It is no span, or reaches beyond.
+    """
     columns: list[int] = []
     for part in filter(None, span.split(",")):
         first, _, last = part.partition("-")
+        if not 0 <= int(first) <= int(last or first) < count:
+            raise ValueError(f"span {span!r} over {count} blocks")
         columns += range(int(first), int(last or first) + 1)
     return columns
 
@@ -185,7 +194,7 @@ def columns_of(span: str) -> list[int]:
 def _inconsistent(what: str) -> InvalidSchedule:
     return InvalidSchedule(
         given=what,
-        expected="unique names, reads of earlier blocks only, reuse 'output' or 'delta', finite times of 0 or more, "
-        "and the denoiser last",
+        expected="unique names, reads of earlier blocks only, reuse 'output' or 'delta', finite times and sizes of 0 "
+        "or more, and the denoiser last",
         advice="Use stepmask.trace to build a graph from a denoiser",
     )

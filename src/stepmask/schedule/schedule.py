@@ -241,7 +241,7 @@ class MaskSchedule:
             raise
         except InvalidSchedule as error:
             raise file.not_a_schedule("the text", str(error)) from error
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
             raise file.not_a_schedule("the text", f"{type(error).__name__}: {error}") from error
 
 
@@ -251,7 +251,7 @@ def _from_plain(data: dict[str, Any], tensors: bytes | None) -> MaskSchedule:
     weights = np.tile(PLAIN, (*rows.shape, 1))
     reads: dict[tuple[int, int], int] = {}
     for item in data["forecasts"]:
-        columns = columns_of(item["blocks"])
+        columns = columns_of(item["blocks"], rows.shape[1])
         if "channels" in item:
             reads.update(((item["step"], column), item["channels"]) for column in columns)
             continue
