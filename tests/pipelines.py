@@ -64,6 +64,19 @@ def inpainting() -> Tiny:
     return pipe, {**call, "image": picture, "mask_image": mask, "strength": 0.75}
 
 
+def perturbed_attention() -> Tiny:
+    pipe, call = stable_diffusion("StableDiffusionPAGPipeline")
+    return pipe, {**call, "pag_scale": 2.0}
+
+
+def control_net() -> Tiny:
+    unet, scheduler = denoiser("UNet2DConditionModel"), DDIMScheduler(steps_offset=1, clip_sample=False)
+    control = stirred(diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8,)))
+    parts = (autoencoder(), None, None, unet, control, scheduler, None, None)
+    pipe = diffusers.StableDiffusionControlNetPipeline(*parts, requires_safety_checker=False)
+    return pipe, {**GUIDED, "image": torch.rand(BATCH, 3, 8, 8)}
+
+
 def sdxl() -> Tiny:
     told = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
     unet = denoiser("UNet2DConditionModel", **told, projection_class_embeddings_input_dim=32)
@@ -119,6 +132,8 @@ PIPELINES: dict[str, Callable[[], Tiny]] = {
     "StableDiffusionPipeline": stable_diffusion,
     "StableDiffusionImg2ImgPipeline": image_to_image,
     "StableDiffusionInpaintPipeline": inpainting,
+    "StableDiffusionPAGPipeline": perturbed_attention,
+    "StableDiffusionControlNetPipeline": control_net,
     "StableDiffusionXLPipeline": sdxl,
     "StableDiffusion3Pipeline": sd3,
     "FluxPipeline": flux,

@@ -134,6 +134,7 @@ their own work side by side.
 - Another cache on the denoiser, enabled before or after.
 - FreeU, which writes into outputs that may be stored.
 - Guidance that is switched off part-way, or any other change of the batch size within a run.
+- Skip-layer guidance, whose extra evaluations leave blocks out.
 - A run with another sampler, number of steps, timesteps or strength than the schedule's.
 - A second pipeline on a masked denoiser, and a second thread within a run.
 - Copies and pickles of a masked denoiser. (`save_pretrained` of a masked pipeline saves it bare.)

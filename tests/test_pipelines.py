@@ -134,3 +134,15 @@ def test_guidance_that_is_switched_off_part_way_is_refused() -> None:
     trajectory = stepmask.record(pipe, **call)
     with stepmask.apply(pipe, random_table(pipe, trajectory)), pytest.raises(RunError, match="batch"):
         pipe(**call)
+
+
+def test_an_extra_evaluation_that_skips_layers_is_refused() -> None:
+    pipe, call = make("StableDiffusion3Pipeline")
+    skipping = {**call, "skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.5}  # at step 1
+    with pytest.raises(RunError, match="the same number of evaluations at every step"):
+        stepmask.record(pipe, **skipping)
+    with (
+        stepmask.apply(pipe, random_table(pipe, stepmask.record(pipe, **call))),
+        pytest.raises(RunError, match="takes another path"),
+    ):
+        pipe(**skipping)

@@ -58,8 +58,7 @@ def teach(
 ) -> None:
     """Let an encoder tell a caption's picture, before any denoiser listens to it; then it stays as it is.
 
-    An untrained encoder says much the same to every caption, and trained with a denoiser on small batches, whose
-    gradients for it are mostly noise, it loses what it has been taught.
+    An untrained encoder says much the same to every caption, and learns from a denoiser's small batches slowly.
 
     Args:
         encoder: What learns.
@@ -80,4 +79,5 @@ def teach(
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimiser.step()
         schedule.step()
+    print(f"the text encoder tells captions with an error of {loss.item():.2f} (1: says nothing)")
     encoder.requires_grad_(False)

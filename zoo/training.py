@@ -80,7 +80,8 @@ class Training:
         """Train to the end."""
         self.family.modules.train()
         if self.iteration == 0:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            # a cache of cast weights would outlive their steps
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16, cache_enabled=False):
                 self.family.prepare()
         started = time.perf_counter() - self.seconds
         while self.iteration < self.iterations:
