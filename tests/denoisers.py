@@ -1,5 +1,6 @@
 """Every denoiser class at a tiny size, and what it is called with; two samples each."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -524,6 +525,304 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
             "rotary_embedding": (torch.ones(9, 4), torch.zeros(9, 4)),
         },
     ),
+    "ZImageTransformer2DModel": (
+        {
+            "in_channels": 4,
+            "dim": 16,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 8,
+            "axes_dims": [4, 2, 2],
+            "axes_lens": [64, 16, 16],
+        },
+        lambda: {"x": list(video(4, frames=1)), "cap_feats": list(tokens(8))},
+    ),
+    "PRXTransformer2DModel": (
+        {"in_channels": 4, "context_in_dim": 8, "hidden_size": 16, "num_heads": 2, "depth": 2, "axes_dim": [4, 4]},
+        lambda: {"hidden_states": picture(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "BriaTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "in_channels": 4,
+            "joint_attention_dim": 8,
+            "axes_dims_rope": [4, 2, 2],
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "encoder_hidden_states": tokens(8),
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(WORDS, 3),
+        },
+    ),
+    "BriaFiboTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "in_channels": 4,
+            "joint_attention_dim": 8,
+            "text_encoder_dim": 8,
+            "axes_dims_rope": [4, 2, 2],
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "encoder_hidden_states": tokens(8),
+            "text_encoder_layers": [tokens(8)] * 4,
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(WORDS, 3),
+        },
+    ),
+    "EasyAnimateTransformer3DModel": (
+        {
+            **HEADS,
+            "attention_head_dim": 16,
+            "num_layers": 2,
+            "mmdit_layers": 1,
+            "in_channels": 4,
+            "out_channels": 4,
+            "patch_size": 2,
+            "time_embed_dim": 8,
+            "text_embed_dim": 8,
+            "sample_width": 8,
+            "sample_height": 8,
+        },
+        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "HunyuanVideo15Transformer3DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_embed_dim": 8,
+            "text_embed_2_dim": 8,
+            "image_embed_dim": 8,
+            "rope_axes_dim": (4, 2, 2),
+            "task_type": "t2v",
+        },
+        lambda: {
+            "hidden_states": video(4),
+            "encoder_hidden_states": tokens(8),
+            "encoder_attention_mask": ones(),
+            "encoder_hidden_states_2": tokens(8),
+            "encoder_attention_mask_2": ones(),
+            "image_embeds": torch.zeros(BATCH, 3, 8),
+        },
+    ),
+    "HunyuanImageTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_refiner_layers": 1,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_embed_dim": 8,
+            "rope_axes_dim": (4, 4),
+        },
+        lambda: {"hidden_states": picture(4), "encoder_hidden_states": tokens(8), "encoder_attention_mask": ones()},
+    ),
+    "SkyReelsV2Transformer3DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 8,
+            "freq_dim": 8,
+            "ffn_dim": 16,
+            "rope_max_seq_len": 16,
+        },
+        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "WanVACETransformer3DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 8,
+            "freq_dim": 8,
+            "ffn_dim": 16,
+            "rope_max_seq_len": 16,
+            "vace_layers": [0, 1],
+            "vace_in_channels": 4,
+        },
+        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8), "control_hidden_states": video(4)},
+    ),
+    "ChronoEditTransformer3DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 8,
+            "freq_dim": 8,
+            "ffn_dim": 16,
+            "rope_max_seq_len": 16,
+        },
+        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "SanaVideoTransformer3DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "caption_channels": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "sample_size": 8,
+            "rope_max_seq_len": 16,
+        },
+        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "LongCatImageTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "in_channels": 4,
+            "joint_attention_dim": 8,
+            "axes_dims_rope": [4, 2, 2],
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "encoder_hidden_states": tokens(8),
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(WORDS, 3),
+        },
+    ),
+    "OvisImageTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "joint_attention_dim": 8,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "encoder_hidden_states": tokens(8),
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(WORDS, 3),
+        },
+    ),
+    "PriorTransformer": (
+        {**HEADS, "num_layers": 2, "embedding_dim": 8, "num_embeddings": WORDS},
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 8),
+            "proj_embedding": torch.randn(BATCH, 8),
+            "encoder_hidden_states": tokens(8),
+        },
+    ),
+    "HiDreamImageTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "caption_channels": [8, 8],
+            "text_emb_dim": 8,
+            "axes_dims_rope": (4, 2, 2),
+            "max_resolution": (8, 8),
+            "llama_layers": [0, 1, 0, 1],
+        },
+        lambda: {
+            "hidden_states": picture(4),
+            "encoder_hidden_states_t5": tokens(8),
+            "encoder_hidden_states_llama3": torch.randn(2, BATCH, WORDS, 8),
+            "pooled_embeds": torch.randn(BATCH, 8),
+        },
+    ),
+    "StableCascadeUNet": (
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "timestep_ratio_embedding_dim": 8,
+            "conditioning_dim": 8,
+            "block_out_channels": (8, 16),
+            "num_attention_heads": (2, 2),
+            "down_num_layers_per_block": (1, 1),
+            "up_num_layers_per_block": (1, 1),
+            "clip_text_pooled_in_channels": 8,
+            "clip_seq": 2,
+            "dropout": (0.0, 0.0),
+        },
+        lambda: {"sample": picture(4), "clip_text_pooled": tokens(8, 1)},
+    ),
+    "Flux3Transformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "in_channels": 4,
+            "cond_in_channels": 4,
+            "joint_attention_dim": 8,
+            "timestep_channels": 16,
+            "axes_dims_rope": (2, 2, 2, 2),
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "encoder_hidden_states": tokens(8),
+            "img_ids": torch.zeros(16, 4),
+            "txt_ids": torch.zeros(WORDS, 4),
+        },
+    ),
+    "GlmImageTransformer2DModel": (
+        {
+            **HEADS,
+            "num_layers": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_embed_dim": 8,
+            "time_embed_dim": 8,
+            "condition_dim": 4,
+            "prior_vq_quantizer_codebook_size": 16,
+        },
+        lambda: {
+            "hidden_states": picture(4),
+            "encoder_hidden_states": tokens(8),
+            "prior_token_id": torch.zeros(BATCH, 16, dtype=torch.long),
+            "prior_token_drop": torch.zeros(BATCH, dtype=torch.bool),
+            **{k: v for k, v in sizes().items() if k != "original_size"},
+        },
+    ),
+    "JoyImageEditTransformer3DModel": (
+        {
+            "in_channels": 4,
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "text_dim": 8,
+            "num_layers": 2,
+            "rope_dim_list": [4, 2, 2],
+        },
+        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "ErnieImageTransformer2DModel": (
+        {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "ffn_hidden_size": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_in_dim": 8,
+            "rope_axes_dim": (4, 2, 2),
+        },
+        lambda: {"hidden_states": picture(4), "text_bth": tokens(8), "text_lens": torch.full((BATCH,), WORDS)},
+    ),
 }
 
 
@@ -534,16 +833,23 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
     return stirred(getattr(diffusers, name)(**config)), inputs()
 
 
+def timestep_name(denoiser: nn.Module) -> str:
+    """What a denoiser calls its timestep."""
+    names = ("timestep", "timesteps", "t", "timestep_ratio")
+    return next(name for name in inspect.signature(denoiser.forward).parameters if name in names)
+
+
 def sampler(denoiser: nn.Module, inputs: Inputs, steps: int) -> Callable[[], Tensor]:
-    """A plain loop: x ← x − 0.1 · output, as far as the output reaches."""
-    name, start = next(iter(inputs.items()))
+    """A plain loop: x ← x − 0.1 · output, as far as the output reaches. Some take a list of samples, and give one."""
+    (name, start), timestep = next(iter(inputs.items())), timestep_name(denoiser)
 
     def run() -> Tensor:
-        x = start
+        x = torch.stack(start) if isinstance(start, list) else start
         for step in range(steps):
-            timestep = torch.full((BATCH,), 900.0 - 100 * step)
-            output = denoiser(**{**inputs, name: x}, timestep=timestep, return_dict=False)
+            given = {name: list(x) if isinstance(start, list) else x, timestep: at(900.0 - 100 * step)}
+            output = denoiser(**{**inputs, **given}, return_dict=False)
             output = output if isinstance(output, Tensor) else output[0]
+            output = torch.stack(output) if isinstance(output, list) else output
             reached = tuple(slice(min(sizes)) for sizes in zip(x.shape, output.shape, strict=True))
             change = torch.zeros_like(x)
             change[reached] = output[reached]

@@ -29,6 +29,9 @@ _TRANSFORMER: dict[Granularity, Patterns] = {
 _FF_CALLED_TWICE: dict[Granularity, Patterns] = {
     granularity: {"transformer_blocks.*": None} for granularity in get_args(Granularity)
 }
+_CASCADE: dict[Granularity, Patterns] = {
+    granularity: {"down_blocks.*.*": "output", "up_blocks.*.*": "output"} for granularity in get_args(Granularity)
+}
 _UNET_PLACES = ("down_blocks.*", "mid_block", "up_blocks.*")
 _UNET_PARTS = (
     *("resnets", "resnets_in", "resnets_out", "downsamplers", "upsamplers"),
@@ -61,9 +64,12 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 FAMILIES: dict[str, dict[Granularity, Patterns]] = {
     "CogView4Transformer2DModel": _FF_CALLED_TWICE,
     "DiTTransformer2DModel": _TRANSFORMER,
+    "EasyAnimateTransformer3DModel": _FF_CALLED_TWICE,
+    "GlmImageTransformer2DModel": _FF_CALLED_TWICE,
     "I2VGenXLUNet": _UNET,
     "Kandinsky3UNet": _UNET_PIXEL,
     "PixArtTransformer2DModel": _TRANSFORMER,
+    "StableCascadeUNet": _CASCADE,
     "UNet2DConditionModel": _UNET,
     "UNet2DModel": _UNET_PIXEL,
     "UNet3DConditionModel": _UNET,

@@ -6,7 +6,7 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
 
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.sampler import describe, stepped_at, watched
@@ -18,8 +18,8 @@ from stepmask.denoiser.values import (
     from_store,
     on_channels,
     placeholder,
+    shapes_of_first,
     size,
-    stream,
     tensors,
     to_store,
 )
@@ -206,7 +206,7 @@ class _Clock:
         self.evaluation = self.step = self.branch = 0
         self.thread: int | None = None  # whose run it is
         self.answered = 0  # blocks that have answered in this evaluation
-        self.shapes = [Size()] * self.branches  # of the latents of this run
+        self.shapes: list[tuple[tuple[int, ...], ...]] = [()] * self.branches  # of this run's latents
         self.held_bytes = self.peak_bytes = 0
         self.row: tuple[Cell, ...] = ()
 
@@ -219,8 +219,8 @@ class _Clock:
         for seat in self.masked.seats:
             seat.clear(self.branches)
 
-    def begin(self, shape: Size) -> None:
-        """Turn to the row of the next evaluation, of a latent of this shape."""
+    def begin(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        """Turn to the row of the next evaluation, of a latent of these shapes."""
         if not self.running or self.masked.scheduler is not scheduler_of(self.masked.pipe):
             raise RunNotStarted(
                 given="an evaluation of the masked denoiser outside a run",
@@ -237,14 +237,14 @@ class _Clock:
                 advice="Give each thread a pipeline and a denoiser of its own, or let them take turns",
             )
         self.step, self.branch = divmod(self.evaluation, self.branches)
-        if self.step and shape != self.shapes[self.branch]:
+        if self.step and shapes != self.shapes[self.branch]:
             self.stop()
             raise RunError(
-                given=f"a latent of shape {tuple(shape)} at step {self.step}",
-                expected=f"the shape that the run began with, {tuple(self.shapes[self.branch])}, batch size included",
+                given=f"a latent of shape {shapes} at step {self.step}",
+                expected=f"the shape that the run began with, {self.shapes[self.branch]}, batch size included",
                 advice="Keep guidance on or off for the whole run",
             )
-        self.shapes[self.branch] = shape
+        self.shapes[self.branch] = shapes
         self.row, self.answered = self.masked.plans[self.planned].cells[self.step], 0
 
     @property
@@ -346,7 +346,7 @@ class _Evaluation(Behaviour):
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         clock, seat = self.masked.clock, self.masked.seats[-1]
-        clock.begin(stream(args, kwargs).shape)
+        clock.begin(shapes_of_first(args, kwargs))
         cell = clock.row[-1]
         needed = any(other.action == "compute" for other in clock.row)
         try:

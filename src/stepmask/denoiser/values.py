@@ -48,6 +48,12 @@ def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     )
 
 
+def shapes_of_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the tensors in the first argument that has any: a denoiser's latent, or latents."""
+    shapes = (tuple(tuple(tensor.shape) for tensor in tensors(value)) for value in (*args, *kwargs.values()))
+    return next(filter(None, shapes), ())
+
+
 def placeholder(tensor: Tensor) -> Tensor:
     """A zero of the tensor's shape that takes no memory: the answer that nobody reads."""
     return tensor.new_zeros(()).expand(tensor.shape)
