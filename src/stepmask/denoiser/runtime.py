@@ -87,7 +87,7 @@ class Masked:
 
     def _start(self) -> None:
         self.clock.stop()
-        self.sampler.check(describe(self.scheduler, self.sampler.branches))
+        self.sampler.check_whole(describe(self.scheduler, self.sampler.branches))
         self.restart()
 
     def _check_first(self, *args: Any, **kwargs: Any) -> None:

@@ -60,19 +60,27 @@ class SamplerFingerprint:
         return SamplerFingerprint(self.class_name, self.timesteps[where], self.log_snr[where], self.branches)
 
     def check(self, given: "SamplerFingerprint") -> None:
-        """Refuse another sampler or another sequence of timesteps; ours may be a part of the given one.
+        """Refuse another sampler or another sequence of timesteps.
 
         Raises:
             ScheduleMismatch: The class, the number of steps or a timestep differs.
         """
         if given.class_name != self.class_name:
             raise _mismatch(f"sampler {given.class_name}", f"sampler {self.class_name}")
-        if given.steps == self.steps:
-            for step, (own, other) in enumerate(zip(self.timesteps, given.timesteps, strict=True)):
-                if not _close(own, other):
-                    raise _mismatch(f"timestep {other:g} at step {step}", f"timestep {own:g}")
-        elif not self._is_part_of(given):
+        if given.steps != self.steps:
             raise _mismatch(f"{given.steps} sampling steps", f"{self.steps} sampling steps")
+        for step, (own, other) in enumerate(zip(self.timesteps, given.timesteps, strict=True)):
+            if not _close(own, other):
+                raise _mismatch(f"timestep {other:g} at step {step}", f"timestep {own:g}")
+
+    def check_whole(self, whole: "SamplerFingerprint") -> None:
+        """Refuse a sampler whose steps are neither ours nor have ours among them, one after the other.
+
+        Raises:
+            ScheduleMismatch: They have not.
+        """
+        if whole.class_name != self.class_name or not self._is_part_of(whole):
+            self.check(whole)
 
     def check_first(self, timestep: float) -> None:
         """Refuse a run that begins elsewhere.

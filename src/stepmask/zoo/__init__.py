@@ -34,16 +34,14 @@ def load(source: str, **options: Any) -> Any:
         PipelineNotFound: Nothing loadable is there.
         MissingExtra: diffusers is not installed, or transformers, for a pipeline with a text encoder.
     """
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError as error:
-        raise _missing("diffusers") from error
     place = folder(source.removeprefix("zoo:")) if source.startswith("zoo:") else source
     try:
+        from diffusers import DiffusionPipeline
+
         return DiffusionPipeline.from_pretrained(place, **options)
-    except (ImportError, AttributeError) as error:  # what diffusers raises in place of saying what it misses
-        if find_spec("transformers") is None:
-            raise _missing("transformers") from error
+    except (ImportError, AttributeError, RuntimeError) as error:  # diffusers says in many ways what it misses
+        if missing := [package for package in ("diffusers", "transformers") if find_spec(package) is None]:
+            raise _missing(missing[0]) from error
         raise
     except (OSError, ValueError) as error:
         raise PipelineNotFound(
