@@ -9,8 +9,9 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
+from stepmask.denoiser.refusals import refuse_if_cached, refuse_if_compiled, refuse_if_taken
 from stepmask.denoiser.sampler import describe, stepped_at, watched
-from stepmask.denoiser.seam import Behaviour, attached, refuse_if_cached, refuse_if_taken
+from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.values import (
     each,
     forecast,
@@ -65,7 +66,7 @@ class Masked:
     def __init__(self, pipe: Any, schedules: Sequence[MaskSchedule]) -> None:
         self.denoiser, self.scheduler = denoiser_of(pipe), scheduler_of(pipe)
         refuse_if_taken(self.denoiser)
-        _refuse_if_compiled(self.denoiser)
+        refuse_if_compiled(self.denoiser)
         _check_branches(schedules)
         schedule = schedules[0]
         schedule.denoiser.check(fingerprint_of(self.denoiser))
@@ -108,7 +109,7 @@ class Masked:
             RunError: The denoiser was compiled as a whole.
         """
         refuse_if_cached(self.denoiser)
-        _refuse_if_compiled(self.denoiser)
+        refuse_if_compiled(self.denoiser)
         self.clock.start()
 
     def compile(self, **options: Any) -> None:
@@ -158,17 +159,6 @@ class Masked:
     def computed_macs(self) -> int:
         """MACs of the blocks that were really run since this schedule was applied, at the traced shape."""
         return sum(seat.computed * seat.block.macs for seat in self.seats)
-
-
-def _refuse_if_compiled(denoiser: nn.Module) -> None:
-    """Refuse a denoiser that is one compiled graph: every row would be another, and soon one too many."""
-    wrapped = hasattr(denoiser, "_orig_mod")  # by torch.compile(denoiser); denoiser.compile() leaves its class alone
-    if wrapped or getattr(denoiser, "_compiled_call_impl", None) is not None:
-        raise RunError(
-            given=f"a {type(denoiser).__name__} that is compiled as a whole",
-            expected="blocks that are compiled each on its own",
-            advice="Leave the denoiser as it is, and call masked.compile()",
-        )
 
 
 def _check_branches(schedules: Sequence[MaskSchedule]) -> None:

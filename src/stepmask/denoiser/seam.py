@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from stepmask.errors import AlreadyApplied, RunError
+from stepmask.errors import RunError
 
 
 class Behaviour(Protocol):
@@ -66,35 +66,6 @@ def detach(module: nn.Module, behaviour: Behaviour) -> None:
         )
     del module.__dict__[f"_seam_{depth}"]
     module.__class__ = type(module).__mro__[1]
-
-
-def refuse_if_taken(denoiser: nn.Module) -> None:
-    """Refuse a denoiser whose blocks have behaviours in front of them already, or that diffusers caches.
-
-    Raises:
-        AlreadyApplied: It is taken.
-    """
-    refuse_if_cached(denoiser)
-    if any(hasattr(type(module), "_seam_depth") for name, module in denoiser.named_modules() if name):
-        raise _taken(denoiser, "masked", "Call .remove() on the first schedule")
-
-
-def refuse_if_cached(denoiser: nn.Module) -> None:
-    """Refuse a denoiser that diffusers caches.
-
-    Raises:
-        AlreadyApplied: It does.
-    """
-    if getattr(denoiser, "is_cache_enabled", False):
-        raise _taken(denoiser, "cached by diffusers", "Call denoiser.disable_cache() first")
-
-
-def _taken(denoiser: nn.Module, how: str, advice: str) -> AlreadyApplied:
-    return AlreadyApplied(
-        given=f"a {type(denoiser).__name__} that is {how} already",
-        expected="a denoiser that nothing else skips",
-        advice=advice,
-    )
 
 
 @contextmanager

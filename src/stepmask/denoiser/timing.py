@@ -11,7 +11,8 @@ from torch import nn
 
 from stepmask.denoiser.clock import now
 from stepmask.denoiser.families import denoiser_of
-from stepmask.denoiser.seam import Behaviour, attached, refuse_if_taken
+from stepmask.denoiser.refusals import refuse_if_taken
+from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import NoSuchBlock, RunError, TraceError
 from stepmask.schedule.graph import Block, BlockGraph

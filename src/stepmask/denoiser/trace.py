@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, moves_weights
-from stepmask.denoiser.seam import attached, refuse_if_taken
+from stepmask.denoiser.refusals import refuse_if_taken
+from stepmask.denoiser.seam import attached
 from stepmask.denoiser.trajectory import Call, Trajectory
 from stepmask.denoiser.values import size, stream, tensors
 from stepmask.errors import TraceError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from stepmask.denoiser.families import denoiser_of
-from stepmask.denoiser.seam import attached, frozen, refuse_if_taken
+from stepmask.denoiser.refusals import refuse_if_taken
+from stepmask.denoiser.seam import attached, frozen
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError, ScheduleMismatch
