@@ -10,6 +10,7 @@ import torch
 import stepmask
 from pipelines import PIPELINES, STEPS, make, sd3, stable_diffusion
 from stepmask import MaskSchedule, Trajectory
+from stepmask.denoiser.sampler import timestep_of
 from stepmask.errors import RunError, ScheduleMismatch
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.rectify import lower
@@ -81,6 +82,13 @@ def test_a_flow_sampler_is_counted(name: str) -> None:
     trajectory = stepmask.record(pipe, **call, num_inference_steps=STEPS, output_type="latent")
     assert len(trajectory.calls) == trajectory.steps == FLOW_EVALUATIONS[name]
     check_promises(pipe, trajectory)
+
+
+def test_the_timestep_is_found_wherever_a_sampler_has_it() -> None:
+    plain, other = diffusers.DDIMScheduler(), diffusers.CogVideoXDPMScheduler()
+    assert timestep_of(plain, ("output", 7, "sample"), {}) == 7
+    assert timestep_of(plain, ("output",), {"timestep": torch.tensor(7), "sample": "sample"}) == 7
+    assert timestep_of(other, ("output", None, 7, 9, "sample"), {}) == 7
 
 
 class TestPartsOfARun:

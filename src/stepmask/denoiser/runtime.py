@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.refusals import refuse_if_cached, refuse_if_compiled, refuse_if_taken
-from stepmask.denoiser.sampler import describe, stepped_at, watched
+from stepmask.denoiser.sampler import describe, timestep_of, watched
 from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.values import (
     each,
@@ -77,9 +77,7 @@ class Masked:
         with ExitStack() as stack:
             if self.scheduler is not None:
                 stack.enter_context(watched(self.scheduler, "set_timesteps", lambda *_, **__: self._start()))
-                stack.enter_context(
-                    watched(self.scheduler, "step", lambda _, *args, **kwargs: self._check_first(*args, **kwargs))
-                )
+                stack.enter_context(watched(self.scheduler, "step", self._check_first))
             stack.enter_context(attached(dict(zip(self.modules, self.seats[:-1], strict=True))))
             stack.enter_context(attached({self.denoiser: _Evaluation(self)}))
             self._stack = stack.pop_all()
@@ -91,12 +89,12 @@ class Masked:
         self.sampler.check_whole(describe(self.scheduler, self.sampler.branches))
         self.restart()
 
-    def _check_first(self, *args: Any, **kwargs: Any) -> None:
+    def _check_first(self, _: Any, *args: Any, **kwargs: Any) -> None:
         """Once a run, after its first step: refuse one that begins elsewhere."""
         if self.clock.evaluation != self.sampler.branches:
             return
         try:
-            self.sampler.check_first(stepped_at(*args, **kwargs))
+            self.sampler.check_first(timestep_of(self.scheduler, args, kwargs))
         except ScheduleMismatch:
             self.clock.stop()
             raise

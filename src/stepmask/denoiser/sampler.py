@@ -5,6 +5,7 @@ evaluation. Both are watched on the scheduler instance and put back afterwards.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -37,9 +38,10 @@ def watched(scheduler: Any, method: str, after: Callable[..., None]) -> Iterator
             setattr(scheduler, method, own)
 
 
-def stepped_at(model_output: Any, timestep: Any, *_: Any, **__: Any) -> float:
-    """The timestep that `scheduler.step` was called with."""
-    return float(timestep)
+def timestep_of(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The timestep among the arguments of a call of `scheduler.step`: mostly the second, but not of all."""
+    names = list(inspect.signature(type(scheduler).step).parameters)[1:]
+    return float({**dict(zip(names, args, strict=False)), **kwargs}["timestep"])
 
 
 def describe(scheduler: Any, branches: int = 1) -> SamplerFingerprint:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.families import fingerprint_of, scheduler_of
-from stepmask.denoiser.sampler import describe, stepped_at, watched
+from stepmask.denoiser.sampler import describe, timestep_of, watched
 from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.values import each, tensors
@@ -97,7 +97,11 @@ def record_sampling(sampling: Sampling) -> Trajectory:
             stack.enter_context(
                 watched(scheduler, "set_timesteps", lambda *_, **__: sequence.append(describe(scheduler)))
             )
-            stack.enter_context(watched(scheduler, "step", lambda _, *a, **k: stepped.append(stepped_at(*a, **k))))
+            stack.enter_context(
+                watched(
+                    scheduler, "step", lambda _, *args, **kwargs: stepped.append(timestep_of(scheduler, args, kwargs))
+                )
+            )
         stack.enter_context(attached({sampling.denoiser: listener}))
         sampled = sampling()
     if not all(torch.isfinite(tensor).all() for tensor in tensors(sampled.latent)):
