@@ -8,8 +8,6 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from toys import stirred
-
 Inputs = dict[str, Any]
 
 BATCH, WORDS = 2, 6
@@ -35,6 +33,20 @@ def at(timestep: float) -> Tensor:
     return torch.full((BATCH,), timestep)
 
 
+def picture_and_words() -> Inputs:
+    return {"hidden_states": picture(4), "encoder_hidden_states": tokens(8)}
+
+
+def video_and_words() -> Inputs:
+    return {"hidden_states": video(4), "encoder_hidden_states": tokens(8)}
+
+
+def patches_and_words(axes: int = 3) -> Inputs:
+    """A picture in 16 patches, and where patches and words are."""
+    places = {"img_ids": torch.zeros(16, axes), "txt_ids": torch.zeros(WORDS, axes)}
+    return {"hidden_states": tokens(4, 16), "encoder_hidden_states": tokens(8), **places}
+
+
 def sizes() -> Inputs:
     """Original and target size and crop of each sample."""
     square = torch.full((BATCH, 2), 8.0)
@@ -44,6 +56,10 @@ def sizes() -> Inputs:
 UNET = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 CROSS = {"cross_attention_dim": 8, "attention_head_dim": 4}
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
+LAYERS = {**HEADS, "num_layers": 2}
+DUAL = {**LAYERS, "num_single_layers": 2}
+CHANNELS = {"in_channels": 4, "out_channels": 4}
+WAN = {**LAYERS, **CHANNELS, "text_dim": 8, "freq_dim": 8, "ffn_dim": 16, "rope_max_seq_len": 16}
 
 TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     "UNet2DModel": (
@@ -137,8 +153,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "DiTTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
+            **LAYERS,
             "sample_size": 8,
             "norm_num_groups": 4,
             "num_embeds_ada_norm": 1000,
@@ -148,8 +163,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "PixArtTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
+            **LAYERS,
             "sample_size": 8,
             "cross_attention_dim": 16,
             "caption_channels": 8,
@@ -164,11 +178,9 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "SD3Transformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
+            **LAYERS,
             "sample_size": 8,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "joint_attention_dim": 8,
             "caption_projection_dim": 16,
             "pooled_projection_dim": 8,
@@ -182,39 +194,27 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "FluxTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "num_single_layers": 2,
+            **DUAL,
             "in_channels": 4,
             "joint_attention_dim": 8,
             "pooled_projection_dim": 8,
             "axes_dims_rope": (4, 2, 2),
         },
         lambda: {
-            "hidden_states": tokens(4, 16),
-            "encoder_hidden_states": tokens(8),
+            **patches_and_words(),
             "pooled_projections": torch.randn(BATCH, 8),
-            "img_ids": torch.zeros(16, 3),
-            "txt_ids": torch.zeros(WORDS, 3),
         },
     ),
     "Flux2Transformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "num_single_layers": 2,
+            **DUAL,
             "in_channels": 4,
             "joint_attention_dim": 8,
             "timestep_guidance_channels": 16,
             "axes_dims_rope": (2, 2, 2, 2),
             "guidance_embeds": False,
         },
-        lambda: {
-            "hidden_states": tokens(4, 16),
-            "encoder_hidden_states": tokens(8),
-            "img_ids": torch.zeros(16, 4),
-            "txt_ids": torch.zeros(WORDS, 4),
-        },
+        lambda: patches_and_words(axes=4),
     ),
     "SanaTransformer2DModel": (
         {
@@ -225,16 +225,14 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
             "cross_attention_head_dim": 8,
             "cross_attention_dim": 16,
             "caption_channels": 8,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "sample_size": 8,
         },
-        lambda: {"hidden_states": picture(4), "encoder_hidden_states": tokens(8)},
+        picture_and_words,
     ),
     "HunyuanDiT2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
+            **LAYERS,
             "sample_size": 8,
             "patch_size": 2,
             "in_channels": 4,
@@ -256,12 +254,9 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "HunyuanVideoTransformer3DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "num_single_layers": 2,
+            **DUAL,
             "num_refiner_layers": 1,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "text_embed_dim": 8,
             "pooled_projection_dim": 8,
             "rope_axes_dim": (4, 2, 2),
@@ -322,14 +317,12 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
             "caption_projection_dim": 16,
             "pos_embed_max_size": 16,
         },
-        lambda: {"hidden_states": picture(4), "encoder_hidden_states": tokens(8)},
+        picture_and_words,
     ),
     "CogVideoXTransformer3DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
+            **LAYERS,
+            **CHANNELS,
             "time_embed_dim": 8,
             "text_embed_dim": 8,
             "sample_width": 8,
@@ -341,10 +334,8 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "CogView3PlusTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
+            **LAYERS,
+            **CHANNELS,
             "text_embed_dim": 8,
             "time_embed_dim": 8,
             "condition_dim": 4,
@@ -355,10 +346,8 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "CogView4Transformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
+            **LAYERS,
+            **CHANNELS,
             "text_embed_dim": 8,
             "time_embed_dim": 8,
             "condition_dim": 4,
@@ -370,10 +359,8 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "LTXVideoTransformer3DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
+            **LAYERS,
+            **CHANNELS,
             "cross_attention_dim": 16,
             "caption_channels": 8,
         },
@@ -388,8 +375,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "MochiTransformer3DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
+            **LAYERS,
             "in_channels": 4,
             "pooled_projection_dim": 8,
             "text_embed_dim": 8,
@@ -403,22 +389,12 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
         },
     ),
     "WanTransformer3DModel": (
-        {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 8,
-            "freq_dim": 8,
-            "ffn_dim": 16,
-            "rope_max_seq_len": 16,
-        },
-        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+        WAN,
+        video_and_words,
     ),
     "QwenImageTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
+            **LAYERS,
             "in_channels": 4,
             "out_channels": 1,
             "joint_attention_dim": 8,
@@ -433,9 +409,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "ChromaTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "num_single_layers": 2,
+            **DUAL,
             "in_channels": 4,
             "joint_attention_dim": 8,
             "axes_dims_rope": (4, 2, 2),
@@ -443,12 +417,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
             "approximator_hidden_dim": 8,
             "approximator_layers": 1,
         },
-        lambda: {
-            "hidden_states": tokens(4, 16),
-            "encoder_hidden_states": tokens(8),
-            "img_ids": torch.zeros(16, 3),
-            "txt_ids": torch.zeros(WORDS, 3),
-        },
+        patches_and_words,
     ),
     "AllegroTransformer3DModel": (
         {
@@ -470,10 +439,8 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "LatteTransformer3DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
+            **LAYERS,
+            **CHANNELS,
             "cross_attention_dim": 16,
             "caption_channels": 8,
             "sample_size": 8,
@@ -483,7 +450,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
             "norm_elementwise_affine": False,
             "video_length": 2,
         },
-        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+        video_and_words,
     ),
     "Kandinsky5Transformer3DModel": (
         {
@@ -507,8 +474,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     "StableAudioDiTModel": (
         {
             "sample_size": 8,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "num_layers": 2,
             "attention_head_dim": 8,
             "num_attention_heads": 2,
@@ -541,40 +507,28 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "PRXTransformer2DModel": (
         {"in_channels": 4, "context_in_dim": 8, "hidden_size": 16, "num_heads": 2, "depth": 2, "axes_dim": [4, 4]},
-        lambda: {"hidden_states": picture(4), "encoder_hidden_states": tokens(8)},
+        picture_and_words,
     ),
     "BriaTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "num_single_layers": 2,
+            **DUAL,
             "in_channels": 4,
             "joint_attention_dim": 8,
             "axes_dims_rope": [4, 2, 2],
         },
-        lambda: {
-            "hidden_states": tokens(4, 16),
-            "encoder_hidden_states": tokens(8),
-            "img_ids": torch.zeros(16, 3),
-            "txt_ids": torch.zeros(WORDS, 3),
-        },
+        patches_and_words,
     ),
     "BriaFiboTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "num_single_layers": 2,
+            **DUAL,
             "in_channels": 4,
             "joint_attention_dim": 8,
             "text_encoder_dim": 8,
             "axes_dims_rope": [4, 2, 2],
         },
         lambda: {
-            "hidden_states": tokens(4, 16),
-            "encoder_hidden_states": tokens(8),
+            **patches_and_words(),
             "text_encoder_layers": [tokens(8)] * 4,
-            "img_ids": torch.zeros(16, 3),
-            "txt_ids": torch.zeros(WORDS, 3),
         },
     ),
     "EasyAnimateTransformer3DModel": (
@@ -583,23 +537,20 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
             "attention_head_dim": 16,
             "num_layers": 2,
             "mmdit_layers": 1,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "patch_size": 2,
             "time_embed_dim": 8,
             "text_embed_dim": 8,
             "sample_width": 8,
             "sample_height": 8,
         },
-        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+        video_and_words,
     ),
     "HunyuanVideo15Transformer3DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
+            **LAYERS,
             "num_refiner_layers": 1,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "text_embed_dim": 8,
             "text_embed_2_dim": 8,
             "image_embed_dim": 8,
@@ -617,108 +568,63 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "HunyuanImageTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "num_single_layers": 2,
+            **DUAL,
             "num_refiner_layers": 1,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "text_embed_dim": 8,
             "rope_axes_dim": (4, 4),
         },
         lambda: {"hidden_states": picture(4), "encoder_hidden_states": tokens(8), "encoder_attention_mask": ones()},
     ),
     "SkyReelsV2Transformer3DModel": (
-        {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 8,
-            "freq_dim": 8,
-            "ffn_dim": 16,
-            "rope_max_seq_len": 16,
-        },
-        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+        WAN,
+        video_and_words,
     ),
     "WanVACETransformer3DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 8,
-            "freq_dim": 8,
-            "ffn_dim": 16,
-            "rope_max_seq_len": 16,
+            **WAN,
             "vace_layers": [0, 1],
             "vace_in_channels": 4,
         },
         lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8), "control_hidden_states": video(4)},
     ),
     "ChronoEditTransformer3DModel": (
-        {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 8,
-            "freq_dim": 8,
-            "ffn_dim": 16,
-            "rope_max_seq_len": 16,
-        },
-        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+        WAN,
+        video_and_words,
     ),
     "SanaVideoTransformer3DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
+            **LAYERS,
             "num_cross_attention_heads": 2,
             "cross_attention_head_dim": 8,
             "cross_attention_dim": 16,
             "caption_channels": 8,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "sample_size": 8,
             "rope_max_seq_len": 16,
         },
-        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+        video_and_words,
     ),
     "LongCatImageTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "num_single_layers": 2,
+            **DUAL,
             "in_channels": 4,
             "joint_attention_dim": 8,
             "axes_dims_rope": [4, 2, 2],
         },
-        lambda: {
-            "hidden_states": tokens(4, 16),
-            "encoder_hidden_states": tokens(8),
-            "img_ids": torch.zeros(16, 3),
-            "txt_ids": torch.zeros(WORDS, 3),
-        },
+        patches_and_words,
     ),
     "OvisImageTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
+            **DUAL,
+            **CHANNELS,
             "joint_attention_dim": 8,
             "axes_dims_rope": (4, 2, 2),
         },
-        lambda: {
-            "hidden_states": tokens(4, 16),
-            "encoder_hidden_states": tokens(8),
-            "img_ids": torch.zeros(16, 3),
-            "txt_ids": torch.zeros(WORDS, 3),
-        },
+        patches_and_words,
     ),
     "PriorTransformer": (
-        {**HEADS, "num_layers": 2, "embedding_dim": 8, "num_embeddings": WORDS},
+        {**LAYERS, "embedding_dim": 8, "num_embeddings": WORDS},
         lambda: {
             "hidden_states": torch.randn(BATCH, 8),
             "proj_embedding": torch.randn(BATCH, 8),
@@ -727,12 +633,9 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "HiDreamImageTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "num_single_layers": 2,
+            **DUAL,
             "patch_size": 2,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "caption_channels": [8, 8],
             "text_emb_dim": 8,
             "axes_dims_rope": (4, 2, 2),
@@ -748,8 +651,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "StableCascadeUNet": (
         {
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "timestep_ratio_embedding_dim": 8,
             "conditioning_dim": 8,
             "block_out_channels": (8, 16),
@@ -764,28 +666,19 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "Flux3Transformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "num_single_layers": 2,
+            **DUAL,
             "in_channels": 4,
             "cond_in_channels": 4,
             "joint_attention_dim": 8,
             "timestep_channels": 16,
             "axes_dims_rope": (2, 2, 2, 2),
         },
-        lambda: {
-            "hidden_states": tokens(4, 16),
-            "encoder_hidden_states": tokens(8),
-            "img_ids": torch.zeros(16, 4),
-            "txt_ids": torch.zeros(WORDS, 4),
-        },
+        lambda: patches_and_words(axes=4),
     ),
     "GlmImageTransformer2DModel": (
         {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
+            **LAYERS,
+            **CHANNELS,
             "text_embed_dim": 8,
             "time_embed_dim": 8,
             "condition_dim": 4,
@@ -808,7 +701,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
             "num_layers": 2,
             "rope_dim_list": [4, 2, 2],
         },
-        lambda: {"hidden_states": video(4), "encoder_hidden_states": tokens(8)},
+        video_and_words,
     ),
     "ErnieImageTransformer2DModel": (
         {
@@ -816,8 +709,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
             "num_attention_heads": 2,
             "num_layers": 2,
             "ffn_hidden_size": 16,
-            "in_channels": 4,
-            "out_channels": 4,
+            **CHANNELS,
             "text_in_dim": 8,
             "rope_axes_dim": (4, 2, 2),
         },
@@ -826,11 +718,24 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
 }
 
 
-def build(name: str) -> tuple[nn.Module, Inputs]:
-    """A denoiser with random weights everywhere, and what it is called with but for the timestep."""
+def denoiser(name: str, **config: Any) -> Any:
+    """A tiny denoiser with random weights everywhere, some of its configuration changed."""
     torch.manual_seed(0)
-    config, inputs = TINY[name]
-    return stirred(getattr(diffusers, name)(**config)), inputs()
+    return stirred(getattr(diffusers, name)(**{**TINY[name][0], **config}))
+
+
+def build(name: str) -> tuple[nn.Module, Inputs]:
+    """A denoiser, and what it is called with but for the timestep."""
+    return denoiser(name), TINY[name][1]()
+
+
+def stirred(denoiser: nn.Module) -> nn.Module:
+    """Random weights everywhere: some classes start with zeros, which would hide every mistake."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return denoiser.eval()
 
 
 def timestep_name(denoiser: nn.Module) -> str:

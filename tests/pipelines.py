@@ -7,9 +7,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from denoisers import BATCH, TINY, Inputs, ones, tokens
-
-from toys import stirred
+from denoisers import BATCH, Inputs, denoiser, ones, stirred, tokens
 
 STEPS = 4
 LATENT = {"output_type": "latent"}  # DiTPipeline has no such thing
@@ -22,12 +20,6 @@ POOLED = {
     "pooled_prompt_embeds": torch.randn(BATCH, 8),
     "negative_pooled_prompt_embeds": torch.randn(BATCH, 8),
 }
-
-
-def denoiser(name: str, **config: Any) -> Any:
-    """A tiny denoiser, some of its configuration changed."""
-    torch.manual_seed(0)
-    return stirred(getattr(diffusers, name)(**{**TINY[name][0], **config}))
 
 
 def autoencoder(channels: int = 4) -> AutoencoderKL:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,13 +10,11 @@ from torch import nn
 import stepmask
 from denoisers import TINY, at, build, sampler, timestep_name
 from pipelines import PIPELINES
-from stepmask import MaskSchedule, Trajectory
+from promises import check_promises
+from stepmask import Trajectory
 from stepmask.denoiser.families import FAMILIES, Granularity
-from stepmask.denoiser.runtime import Masked
-from stepmask.denoiser.values import tensors
 from stepmask.errors import LearningError
 from stepmask.learning.trained import TrainedForecasts
-from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 from test_pipelines import EVALUATIONS, FLOW_EVALUATIONS, scheduler
 from test_together import BESIDES
@@ -37,38 +34,11 @@ def recorded(name: str) -> tuple[nn.Module, Trajectory]:
     return denoiser, stepmask.record(denoiser, run=sampler(denoiser, inputs, STEPS))
 
 
-def random_table(graph: BlockGraph, trajectory: Trajectory) -> MaskSchedule:
-    full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
-    rows = np.random.default_rng(0).random(full.rows.shape) < 0.5
-    rows[0], rows[:, -1] = True, True
-    return full.with_rows(rows)
-
-
-def held(masked: Masked) -> int:
-    """Bytes of memory that the store keeps alive, of a part of a tensor the whole."""
-    stored = [tensor.untyped_storage() for seat in masked.seats for value in seat.stored for tensor in tensors(value)]
-    return sum({storage._cdata: storage.nbytes() for storage in stored}.values())
-
-
 @every_class
 @every_granularity
 def test_masks_keep_their_promises(name: str, granularity: Granularity) -> None:
     denoiser, trajectory = recorded(name)
-    graph = stepmask.trace(denoiser, trajectory, granularity=granularity)
-    full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
-    with stepmask.apply(denoiser, full):
-        assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
-    table = random_table(graph, trajectory)
-    with stepmask.apply(denoiser, table) as masked:
-        memory: list[tuple[int, int]] = []
-        hook = denoiser.register_forward_hook(lambda *_: memory.append((masked.store_bytes, held(masked))))
-        assert torch.isfinite(trajectory.sampling().latent).all()
-        hook.remove()
-        assert all(counted == real for counted, real in memory)
-        assert masked.computed_macs == lower(table).macs < lower(full).macs
-        assert masked.peak_store_bytes == lower(table).peak_bytes
-        assert masked.store_bytes == 0
-    assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
+    check_promises(denoiser, trajectory, granularity)
 
 
 @pytest.mark.parametrize("name", sorted(TINY.keys() - {LISTS}))

@@ -3,13 +3,12 @@
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 
 import stepmask
 from pipelines import PIPELINES, STEPS, make, sd3, stable_diffusion
-from stepmask import MaskSchedule, Trajectory
+from promises import check_promises, random_table
 from stepmask.denoiser.sampler import timestep_of
 from stepmask.errors import RunError, ScheduleMismatch
 from stepmask.learning.trained import TrainedForecasts
@@ -26,27 +25,6 @@ EVALUATIONS = {
     ),
 }  # fmt: skip
 FLOW_EVALUATIONS = {"FlowMatchEuler": STEPS, "FlowMatchHeun": TWICE, "FlowMatchLCM": STEPS}
-
-
-def random_table(pipe: Any, trajectory: Trajectory) -> MaskSchedule:
-    full = all_compute(pipe, trajectory)
-    rows = np.random.default_rng(0).random(full.rows.shape) < 0.5
-    rows[0], rows[:, -1] = True, True
-    return full.with_rows(rows)
-
-
-def all_compute(pipe: Any, trajectory: Trajectory) -> MaskSchedule:
-    return MaskSchedule.all_compute(stepmask.trace(pipe, trajectory), trajectory.denoiser, trajectory.sampler)
-
-
-def check_promises(pipe: Any, trajectory: Trajectory) -> None:
-    with stepmask.apply(pipe, all_compute(pipe, trajectory)):
-        assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
-    table = random_table(pipe, trajectory)
-    with stepmask.apply(pipe, table) as masked:
-        assert torch.isfinite(trajectory.sampling().latent).all()
-        assert masked.computed_macs == lower(table).macs * trajectory.sampler.branches
-    assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
 
 
 @pytest.mark.parametrize("name", PIPELINES)

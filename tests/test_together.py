@@ -13,8 +13,8 @@ import torch
 
 import stepmask
 from pipelines import make
+from promises import check_promises, random_table
 from stepmask.errors import AlreadyApplied, RunError, RunNotStarted
-from test_pipelines import check_promises, random_table
 
 CPU = torch.device("cpu")
 

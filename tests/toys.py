@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from denoisers import denoiser
 from stepmask.schedule.channels import channel_axis
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 from stepmask.schedule.forecasts import PLAIN
@@ -133,26 +134,11 @@ def bits(schedule: MaskSchedule) -> list[str]:
 
 
 def tiny_dit(layers: int = 3) -> nn.Module:
-    from diffusers import DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    denoiser = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=layers, sample_size=8,
-        num_embeds_ada_norm=1000, norm_type="ada_norm_zero", norm_elementwise_affine=False,
-    )  # fmt: skip
-    return stirred(denoiser)
+    return denoiser("DiTTransformer2DModel", num_layers=layers)
 
 
 def tiny_unet(layers: int = 1) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    denoiser = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=layers, block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
-    )  # fmt: skip
-    return stirred(denoiser)
+    return denoiser("UNet2DConditionModel", layers_per_block=layers)
 
 
 def tiny_stable_diffusion() -> Any:
@@ -169,35 +155,11 @@ def tiny_stable_diffusion() -> Any:
 
 
 def tiny_pixel_unet() -> nn.Module:
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    denoiser = UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4, norm_num_groups=4,
-    )  # fmt: skip
-    return stirred(denoiser)
+    return denoiser("UNet2DModel")
 
 
 def tiny_pixart() -> nn.Module:
-    from diffusers import PixArtTransformer2DModel
-
-    torch.manual_seed(0)
-    denoiser = PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=3, sample_size=8,
-        cross_attention_dim=16, caption_channels=8, use_additional_conditions=False,
-    )  # fmt: skip
-    return stirred(denoiser)
-
-
-def stirred(denoiser: nn.Module) -> nn.Module:
-    """Random weights everywhere: some classes start with zeros, which would hide every mistake."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return denoiser.eval()
+    return denoiser("PixArtTransformer2DModel", num_layers=3)
 
 
 class Drift(nn.Module):

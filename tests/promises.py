@@ -1,0 +1,50 @@
+"""What a masked run promises, of any denoiser and any pipeline."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+import stepmask
+from stepmask import MaskSchedule, Trajectory
+from stepmask.denoiser.families import Granularity, denoiser_of
+from stepmask.denoiser.runtime import Masked
+from stepmask.denoiser.values import tensors
+from stepmask.schedule.rectify import lower
+
+
+def all_compute(pipe: Any, trajectory: Trajectory, granularity: Granularity = "sublayer") -> MaskSchedule:
+    graph = stepmask.trace(pipe, trajectory, granularity=granularity)
+    return MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+
+
+def random_table(pipe: Any, trajectory: Trajectory, granularity: Granularity = "sublayer") -> MaskSchedule:
+    """Half of the bits at random; the first row and the denoiser itself are computed."""
+    full = all_compute(pipe, trajectory, granularity)
+    rows = np.random.default_rng(0).random(full.rows.shape) < 0.5
+    rows[0], rows[:, -1] = True, True
+    return full.with_rows(rows)
+
+
+def held(masked: Masked) -> int:
+    """Bytes of memory that the store keeps alive, of a part of a tensor the whole."""
+    stored = [tensor.untyped_storage() for seat in masked.seats for value in seat.stored for tensor in tensors(value)]
+    return sum({storage._cdata: storage.nbytes() for storage in stored}.values())
+
+
+def check_promises(pipe: Any, trajectory: Trajectory, granularity: Granularity = "sublayer") -> None:
+    """All-compute is bitwise the bare run; a table's plan is kept, in MACs and bytes; nothing stays behind."""
+    full = all_compute(pipe, trajectory, granularity)
+    with stepmask.apply(pipe, full):
+        assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
+    table, branches = random_table(pipe, trajectory, granularity), trajectory.sampler.branches
+    with stepmask.apply(pipe, table) as masked:
+        memory: list[tuple[int, int]] = []
+        hook = denoiser_of(pipe).register_forward_hook(lambda *_: memory.append((masked.store_bytes, held(masked))))
+        assert torch.isfinite(trajectory.sampling().latent).all()
+        hook.remove()
+        assert all(counted == real for counted, real in memory)
+        assert masked.computed_macs == lower(table).macs * branches < lower(full).macs * branches
+        assert branches > 1 or masked.peak_store_bytes == lower(table).peak_bytes
+        assert masked.store_bytes == 0
+    assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
