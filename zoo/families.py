@@ -68,7 +68,7 @@ class PixelDDPM(_OnEmoji):
             norm_num_groups=16,
             attention_head_dim=32,
         ).to(memory_format=torch.channels_last)
-        self.denoiser, self.modules = self.unet, nn.ModuleDict({"unet": self.unet})
+        self.modules = nn.ModuleDict({"unet": self.unet})
 
     def clean(self, indices: Tensor) -> Tensor:
         return self.emoji.pixels(indices, 32)
@@ -107,7 +107,7 @@ class DiT(_Latent):
         super().__init__(emoji, vae)
         self.scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)  # as it was begun: ε
         self.transformer = transformer  # leaves out a tenth of the labels by itself
-        self.denoiser, self.modules = transformer, nn.ModuleDict({"transformer": transformer})
+        self.modules = nn.ModuleDict({"transformer": transformer})
 
     def predict(self, noisy: Tensor, timesteps: Tensor, indices: Tensor) -> Tensor:
         return self.transformer(noisy, timestep=timesteps, class_labels=self.emoji.labels[indices]).sample
@@ -158,7 +158,6 @@ class LDM(_Captioned):
             attention_head_dim=4,
             cross_attention_dim=self.text_encoder.config.hidden_size,
         ).to(memory_format=torch.channels_last)
-        self.denoiser = self.unet
         self.modules = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
 
     def words(self, indices: Tensor) -> Tensor:
@@ -209,7 +208,6 @@ class PixArt(_Captioned):
             use_additional_conditions=False,
         )
         _take_over(self.transformer, dit)
-        self.denoiser = self.transformer
         self.modules = nn.ModuleDict({"transformer": self.transformer, "text_encoder": self.text_encoder})
 
     def words(self, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,6 @@ class Family(Protocol):
     """A pipeline to train: what is trained, on what, and how it is put together; `modules` is all that has weights."""
 
     modules: nn.ModuleDict
-    denoiser: nn.Module
     scheduler: Any
     batch: int
     rate: float
@@ -62,7 +61,7 @@ class Training:
     ) -> None:
         self.family, self.iterations, self.folder, self.bf16 = family, iterations, folder, bf16
         self.predict = torch.compile(family.predict, dynamic=False) if compiled else family.predict
-        self.parameters = list(family.denoiser.parameters())
+        self.parameters = [p for p in family.modules.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.parameters, family.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
