@@ -40,9 +40,9 @@ def sample() -> Tensor:
     for sigma, below in pairwise(SIGMAS):
         slope = (x - denoiser(x, sigma)) / sigma
         euler = x + (below - sigma) * slope
-        if below == 0:
-            return euler
-        x = x + (below - sigma) * (slope + (euler - denoiser(euler, below)) / below) / 2  # a step of its own
+        if below > 0:  # a step of its own
+            slope = (slope + (euler - denoiser(euler, below)) / below) / 2
+        x = x + (below - sigma) * slope
     return x
 
 

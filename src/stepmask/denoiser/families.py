@@ -26,12 +26,6 @@ _TRANSFORMER: dict[Granularity, Patterns] = {
         "transformer_blocks.*.ff": "output",
     },
 }
-_FF_CALLED_TWICE: dict[Granularity, Patterns] = {
-    granularity: {"transformer_blocks.*": None} for granularity in get_args(Granularity)
-}
-_CASCADE: dict[Granularity, Patterns] = {
-    granularity: {"down_blocks.*.*": "output", "up_blocks.*.*": "output"} for granularity in get_args(Granularity)
-}
 _UNET_PLACES = ("down_blocks.*", "mid_block", "up_blocks.*")
 _UNET_PARTS = (
     *("resnets", "resnets_in", "resnets_out", "downsamplers", "upsamplers"),
@@ -53,7 +47,16 @@ _UNET: dict[Granularity, Patterns] = {
         },
     },
 }
-_UNET_PIXEL: dict[Granularity, Patterns] = {"block": _UNET["block"], "sublayer": _UNET["block"]}
+
+
+def _at_both(patterns: Patterns) -> dict[Granularity, Patterns]:
+    """The same blocks at both granularities."""
+    return dict.fromkeys(get_args(Granularity), patterns)
+
+
+_UNET_PIXEL = _at_both(_UNET["block"])
+_CASCADE = _at_both({"down_blocks.*.*": "output", "up_blocks.*.*": "output"})
+_FF_CALLED_TWICE = _at_both({"transformer_blocks.*": None})
 
 _SUBLAYERS = ("attn*", "*attention", "ff*", "*mlp", "feed_forward")
 """What attention and feed-forward modules of a transformer block are called."""

@@ -63,8 +63,8 @@ def trace(
     refuse_if_taken(denoiser)
     found = find_blocks(denoiser, granularity, blocks)
     call = _first_call(example)
+    fake = None if moves_weights(denoiser) else FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        fake = None if moves_weights(denoiser) else FakeTensorMode(allow_non_fake_inputs=True)
         seen, output = _watch(denoiser, found, call, fake)
     except (DataDependentOutputException, DynamicOutputShapeException):  # shapes depend on what a mask says
         seen, output = _watch(denoiser, found, call, None)
