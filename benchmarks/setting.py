@@ -25,19 +25,21 @@ class Setting:
         pipeline: "zoo:NAME".
         steps: Of the sampler.
         guidance: Guidance scale; `None` = the pipeline's own.
+        size: Of the pictures, in pixels; `None` = the pipeline's own.
     """
 
-    def __init__(self, pipeline: str, steps: int, guidance: float | None = None) -> None:
+    def __init__(self, pipeline: str, steps: int, guidance: float | None = None, size: int | None = None) -> None:
         self.pipe: Any = zoo.load(pipeline)
         self.pipe.set_progress_bar_config(disable=True)
-        self.steps, self.guidance = steps, guidance
+        self.steps, self.guidance, self.size = steps, guidance, size
         self.learned_from, self.held_out = _split(Conditioning.of(self.pipe))
 
     def call(self, count: int, seed: int, *, held_out: bool = False) -> dict[str, Any]:
         """Arguments of the pipeline for `count` samples; of prompts, one half is held out from what learns."""
         told = (self.held_out if held_out else self.learned_from).call(count, seed)
         guided = {} if self.guidance is None else {"guidance_scale": self.guidance}
-        return {**told, **guided, "num_inference_steps": self.steps}
+        sized = {} if self.size is None else {"height": self.size, "width": self.size}
+        return {**told, **guided, **sized, "num_inference_steps": self.steps}
 
     def record(self, count: int, seed: int, *, held_out: bool = False) -> Trajectory:
         """A reference run of `count` samples."""

@@ -119,6 +119,13 @@ def qwen() -> Tiny:
     return pipe, {**GUIDED, **masks, "true_cfg_scale": 3.0, "height": 16, "width": 16}
 
 
+def z_image() -> Tiny:
+    """Takes and gives its samples in lists."""
+    vae, scheduler = autoencoder(), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = diffusers.ZImagePipeline(scheduler, vae, None, None, denoiser("ZImageTransformer2DModel"))
+    return pipe, {**{what: list(words) for what, words in GUIDED.items()}, "height": 16, "width": 16}
+
+
 PIPELINES: dict[str, Callable[[], Tiny]] = {
     "DiTPipeline": dit,
     "StableDiffusionPipeline": stable_diffusion,
@@ -132,6 +139,7 @@ PIPELINES: dict[str, Callable[[], Tiny]] = {
     "SanaPipeline": sana,
     "WanPipeline": wan,
     "QwenImagePipeline": qwen,
+    "ZImagePipeline": z_image,
 }
 
 

@@ -13,7 +13,6 @@ from pipelines import PIPELINES
 from promises import check_promises
 from stepmask import Trajectory
 from stepmask.denoiser.families import FAMILIES, Granularity
-from stepmask.errors import LearningError
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.rectify import lower
 from test_pipelines import EVALUATIONS, FLOW_EVALUATIONS, scheduler
@@ -21,9 +20,6 @@ from test_together import BESIDES
 
 STEPS = 4
 TABLE = Path(__file__).parent.parent / "docs" / "coverage.md"
-
-LISTS = "ZImageTransformer2DModel"
-"""Takes and gives its samples in a list."""
 
 every_class = pytest.mark.parametrize("name", TINY)
 every_granularity = pytest.mark.parametrize("granularity", get_args(Granularity))
@@ -41,7 +37,7 @@ def test_masks_keep_their_promises(name: str, granularity: Granularity) -> None:
     check_promises(denoiser, trajectory, granularity)
 
 
-@pytest.mark.parametrize("name", sorted(TINY.keys() - {LISTS}))
+@pytest.mark.parametrize("name", TINY)
 def test_a_schedule_is_learned(name: str) -> None:
     denoiser, trajectory = recorded(name)
     schedule = stepmask.learn(denoiser, trajectory, budget=0.7, learner=TrainedForecasts(passes=1.2))
@@ -50,17 +46,10 @@ def test_a_schedule_is_learned(name: str) -> None:
         assert torch.isfinite(trajectory.sampling().latent).all()
 
 
-def test_what_gives_its_samples_in_a_list_is_masked_but_not_learned_for() -> None:
-    denoiser, trajectory = recorded(LISTS)
-    with pytest.raises(LearningError, match="rows"):
-        stepmask.learn(denoiser, trajectory, budget=0.7, learner=TrainedForecasts(passes=1.2))
-
-
 def test_the_page_in_the_docs_is_what_the_tests_cover() -> None:
     """Writes the page anew where it is not."""
     samplers = sorted([*EVALUATIONS, *FLOW_EVALUATIONS])
     written = PAGE.format(
-        lists=LISTS,
         denoisers="\n".join(map(line, TINY)),
         pipelines=", ".join(f"`{name}`" for name in PIPELINES),
         samplers=", ".join(f"`{type(scheduler(name)).__name__}`" for name in samplers),
@@ -88,7 +77,6 @@ said earlier.
 |---|---|---|---|---|
 {denoisers}
 
-`{lists}`, whose samples come in a list, is masked, but no learner works on it yet: its schedules are regular tables.
 Any other `nn.Module`: by its module lists, or by naming its blocks.
 
 ## Pipelines

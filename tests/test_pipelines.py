@@ -24,6 +24,9 @@ EVALUATIONS = {
          "UniPCMultistep"), STEPS,
     ),
 }  # fmt: skip
+UNTOLD = {"IPNDM"}
+"""Tell neither ᾱ nor σ, so that their schedules cannot be resampled."""
+
 FLOW_EVALUATIONS = {"FlowMatchEuler": STEPS, "FlowMatchHeun": TWICE, "FlowMatchLCM": STEPS}
 
 
@@ -49,6 +52,7 @@ def test_a_sampler_is_counted(name: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     trajectory = stepmask.record(pipe, **call, num_inference_steps=STEPS, output_type="latent")
     assert len(trajectory.calls) == trajectory.steps == EVALUATIONS[name]
+    assert len(trajectory.sampler.log_snr) == (0 if name in UNTOLD else EVALUATIONS[name])
     check_promises(pipe, trajectory)
 
 

@@ -315,32 +315,6 @@ class TestPipeline:
         assert "set_timesteps" not in vars(pipe.scheduler)
 
 
-@pytest.mark.parametrize(
-    ("name", "evaluations"),
-    [
-        ("DDIMScheduler", 5), ("DDPMScheduler", 5), ("EulerDiscreteScheduler", 5), ("HeunDiscreteScheduler", 9),
-        ("PNDMScheduler", 14), ("DPMSolverMultistepScheduler", 5), ("UniPCMultistepScheduler", 5),
-    ],
-)  # fmt: skip
-def test_the_clock_counts_evaluations_of_any_sampler(pipe: Any, name: str, evaluations: int) -> None:
-    import diffusers
-
-    pipe.scheduler = getattr(diffusers, name)(beta_schedule="linear")
-    trajectory = stepmask.record(pipe, class_labels=[1], num_inference_steps=5)
-    assert trajectory.steps == len(trajectory.calls) == evaluations
-    assert len(trajectory.sampler.log_snr) == evaluations
-    graph = stepmask.trace(pipe, trajectory)
-    full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
-    half = fixed_interval(full, 0.6, order=1)
-    with stepmask.apply(pipe, full):
-        assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
-    with stepmask.apply(pipe, half) as masked:
-        first, again = trajectory.sampling().latent, trajectory.sampling().latent
-        assert masked.computed_macs == 2 * lower(half).macs
-    assert torch.equal(first, again)
-    assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
-
-
 class TestStrict:
     def test_another_denoiser(self, reference: MaskSchedule) -> None:
         with pytest.raises(ScheduleMismatch, match="num_layers = 2"):

@@ -20,6 +20,7 @@ from stepmask.errors import (
     InvalidScheduleFile,
     NoSuchBlock,
     ReuseBeforeCompute,
+    RunError,
     ScheduleMismatch,
     UnwritablePath,
 )
@@ -244,6 +245,10 @@ class TestFingerprint:
                 part.check_whole(other)
         with pytest.raises(ScheduleMismatch, match="begins at timestep 5"):
             part.check_first(5.0)
+        with pytest.raises(
+            RunError, match=r"at timestep 4\.5\. Expected: one of the sampler's timesteps, 5, 4, 3, 2, 1, 0"
+        ):
+            whole.part(4.5, 3)
 
     def test_sampler_steps_and_timesteps_must_agree(self) -> None:
         sampler(5).check(sampler(5))

@@ -56,11 +56,26 @@ class Linear(nn.Module):
         return x + self.second(x * (1 + t / 10)) + clock
 
 
+class Listed(nn.Module):
+    """The linear denoiser for samples that come and go in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Linear()
+
+    def forward(self, x: list[Tensor], t: float) -> list[Tensor]:
+        return list(self.inner(torch.stack(x), t))
+
+
 BLOCKS: dict[str, Any] = {"first": "output", "second": "output", "clock": "output"}
 STEPS = 6
 
 
-def run_of(denoiser: nn.Module, steps: int = STEPS, spoil: Callable[[int, Tensor], Tensor] = lambda _, x: x) -> Any:
+def run_of(
+    denoiser: Callable[[Tensor, float], Tensor],
+    steps: int = STEPS,
+    spoil: Callable[[int, Tensor], Tensor] = lambda _, x: x,
+) -> Any:
     """x ← x − 0.1·D(x, t) from a fixed noise of two rows; `spoil` is what goes wrong after a step."""
 
     def run() -> Tensor:
@@ -156,6 +171,16 @@ class TestExact:
         profile = stepmask.sweep(denoiser, trajectory, graph=reference.graph, probes=2, decode=decode)
         schedule = with_cells(reference, {(3, "first"): (1.0,)})
         np.testing.assert_allclose(profile.effects(schedule), true_effects(trajectory, schedule, 2, decode), atol=1e-5)
+
+    def test_samples_in_a_list_are_rows(self, linear: Any) -> None:
+        trajectory, listed = linear[1], Listed()
+        run = stepmask.record(listed, run=run_of(lambda x, t: torch.stack(listed(list(x), t))))
+        blocks = {f"inner.{name}": reuse for name, reuse in BLOCKS.items()}
+        first, second = (
+            stepmask.sweep(of.sampling.pipe, of, graph=stepmask.trace(of.sampling.pipe, of, blocks=named), probes=2)
+            for of, named in ((trajectory, BLOCKS), (run, blocks))
+        )
+        np.testing.assert_allclose(first.inner, second.inner, atol=1e-6)
 
     def test_the_reference_has_no_effect_and_dead_cells_have_none(self, linear: Any) -> None:
         denoiser, trajectory, reference = linear

@@ -26,6 +26,13 @@ def tensors(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
 
 
+def prediction(output: Any) -> Tensor | list[Tensor]:
+    """What a denoiser predicts, first in its output: a tensor, or one per sample where samples come in a list."""
+    leaves = pytree.tree_leaves(output, is_leaf=lambda value: isinstance(value, list))
+    first: Tensor | list[Tensor] = next(leaf for leaf in leaves if isinstance(leaf, Tensor | list))
+    return first
+
+
 def size(value: Any) -> int:
     """Bytes of a value."""
     return sum(tensor.nbytes for tensor in tensors(value))

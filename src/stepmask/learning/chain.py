@@ -46,7 +46,7 @@ def loss_and_gradients(
     reads = answers(reading, reading.steps - 1) != 0
     moved = reads[..., 1:].any(axis=2)  # computed cells that blend nothing in have no weights to move
     answered = reads.astype(float)
-    rows = SampleRows(samples_of(trajectory)[1], trajectory.sampler.branches)
+    rows = SampleRows(samples_of(trajectory)[1], trajectory)
     gradients = _Gradients(reading.graph, rows, weights, moved)
     for step, column in np.argwhere(moved):
         ages = np.flatnonzero(reads[step, column])
@@ -69,9 +69,9 @@ class _Gradients:
     def __call__(self, moment: Moment) -> None:
         """Take in one evaluation."""
         for column, gradient in enumerate(moment.gradients):
-            label = self.graph.blocks[column].label
+            block = self.graph.blocks[column]
             for index, value in enumerate(moment.read(column) if self.moved[moment.step, column] else []):
-                products = self.rows.products(moment.branch, label, gradient, value)
+                products = self.rows.products(moment.branch, block, gradient, value)
                 self.total[:, moment.step, column, index] += products.to(self.total)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepmask.denoiser.trajectory import Trajectory
-from stepmask.denoiser.values import tensors
+from stepmask.denoiser.values import prediction
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def guidance_of(trajectory: Trajectory, step: int) -> Guidance:
     Exact for every guidance that is a weighted sum of rows; the best linear description of any other.
     """
     _, outputs = trajectory.at(step)
-    first = next(tensors(outputs[0]))
+    first = _first(outputs[0])
     if len(trajectory.sampled.handed) != trajectory.steps:
         return Guidance(torch.eye(len(first) * len(outputs)), first.shape[1] if first.ndim > 1 else 1)
     handed = trajectory.sampled.handed[step]
@@ -54,8 +54,14 @@ def guidance_of(trajectory: Trajectory, step: int) -> Guidance:
 
 def _rows(outputs: Sequence[Any], channels: int) -> Tensor:
     """The outputs of all branches below each other, shape (rows, elements)."""
-    firsts = [next(tensors(output)) for output in outputs]
+    firsts = [_first(output) for output in outputs]
     return torch.cat([first[:, :channels] if first.ndim > 1 else first for first in firsts]).flatten(1).float()
+
+
+def _first(output: Any) -> Tensor:
+    """What a denoiser predicts, a row per sample and guidance."""
+    predicted = prediction(output)
+    return torch.stack(predicted) if isinstance(predicted, list) else predicted
 
 
 def samples_of(trajectory: Trajectory) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

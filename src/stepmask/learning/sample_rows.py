@@ -7,7 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.trajectory import Trajectory
+from stepmask.denoiser.values import prediction
 from stepmask.errors import LearningError
+from stepmask.schedule.graph import Block
 
 
 class SampleRows:
@@ -15,24 +18,27 @@ class SampleRows:
 
     Args:
         samples: Of each row of a step's outputs, all branches below each other, as `samples_of` gives it.
-        branches: How many there are.
+        trajectory: Says how many branches there are, and whether the denoiser gives its samples in a list.
     """
 
-    def __init__(self, samples: npt.NDArray[np.int64], branches: int) -> None:
-        self.samples = torch.from_numpy(samples).reshape(branches, -1)
+    def __init__(self, samples: npt.NDArray[np.int64], trajectory: Trajectory) -> None:
+        self.samples = torch.from_numpy(samples).reshape(trajectory.sampler.branches, -1)
         self.count = int(self.samples.max()) + 1
+        self.listed = isinstance(prediction(trajectory.outputs[0]), list)
 
-    def products(self, branch: int, label: str, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    def products(self, branch: int, block: Block, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """Σ ⟨left, right⟩ over the tensors of one block, shape (samples,).
 
         Raises:
             LearningError: The tensors' rows are not those of the denoiser's output, nor a multiple of them.
         """
         samples, total = self.samples[branch], torch.zeros(self.count, device=left[0].device)
+        if self.listed and not block.name:
+            left, right = [torch.stack(list(left))], [torch.stack(list(right))]
         for a, b in zip(left, right, strict=True):
             rows = torch.linalg.vecdot(a.flatten(1).float(), b.flatten(1).float())
             if len(rows) % len(samples):
-                raise _mixed_rows(label, len(rows), len(samples))
+                raise _mixed_rows(block.label, len(rows), len(samples))
             total.index_add_(0, samples.repeat_interleave(len(rows) // len(samples)).to(rows.device), rows)
         return total
 

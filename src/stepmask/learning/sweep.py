@@ -168,7 +168,7 @@ class _Readings:
 
     def __init__(self, trajectory: Trajectory, graph: BlockGraph, samples: npt.NDArray[np.int64], ages: int) -> None:
         self.steps, self.graph, self.ages = trajectory.steps, graph, ages
-        self.rows = SampleRows(samples, trajectory.sampler.branches)
+        self.rows = SampleRows(samples, trajectory)
         self.probes: list[npt.NDArray[np.float32]] = []
         self.kept: dict[int, deque[tuple[int, Blocks, Blocks]]] = {}
 
@@ -191,7 +191,7 @@ class _Readings:
     def _by_sample(self, pulls: Blocks, values: Blocks, branch: int) -> Tensor:
         """⟨gradient, value⟩ of every block, shape (samples, blocks)."""
         triples = zip(self.graph.blocks, pulls, values, strict=True)
-        return torch.stack([self.rows.products(branch, block.label, *pair) for block, *pair in triples], dim=1)
+        return torch.stack([self.rows.products(branch, block, *pair) for block, *pair in triples], dim=1)
 
 
 def _check(pipe: Any, trajectory: Trajectory, probes: int, ages: int) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepmask.errors import ScheduleMismatch
+from stepmask.errors import RunError, ScheduleMismatch
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,18 @@ class SamplerFingerprint:
         return len(self.timesteps)
 
     def part(self, first: float, steps: int) -> "SamplerFingerprint":
-        """The same sampler's run over some of its steps, from the one with a timestep on (img2img, `denoising_end`)."""
-        start = next((step for step, own in enumerate(self.timesteps) if _close(own, first)), 0)
+        """The same sampler's run over some of its steps, from the one with a timestep on (img2img, `denoising_end`).
+
+        Raises:
+            RunError: No step has that timestep.
+        """
+        start = next((step for step, own in enumerate(self.timesteps) if _close(own, first)), None)
+        if start is None:
+            raise RunError(
+                given=f"a run that begins at timestep {first:g}",
+                expected=f"one of the sampler's timesteps, {', '.join(f'{own:g}' for own in self.timesteps)}",
+                advice="Hand the scheduler's own timesteps to its step()",
+            )
         where = slice(start, start + steps)
         return SamplerFingerprint(self.class_name, self.timesteps[where], self.log_snr[where], self.branches)
 

@@ -1,0 +1,64 @@
+"""A table that is carried over, against one learned where it is used: to other steps, and to another resolution.
+
+All spend the same MACs; errors are of held-out samples.
+"""
+
+import argparse
+from typing import Any
+
+import stepmask
+from results import save
+from setting import Setting, errors
+from stepmask import MaskSchedule
+from stepmask.schedule.baselines import fixed_interval
+from stepmask.schedule.rectify import lower
+
+LEARNED_AT = 20
+
+
+def learned(setting: Setting, budget: float) -> MaskSchedule:
+    """What the default learner makes of 64 samples."""
+    return stepmask.learn(setting.pipe, [setting.record(8, seed) for seed in range(100, 108)], budget)
+
+
+def carried(table: MaskSchedule, setting: Setting, samples: int) -> dict[str, Any]:
+    """Errors of a table carried over to a setting, of one learned there, and of a fixed interval."""
+    moved = table.resample(setting.full.sampler)
+    moved = setting.full.with_rows(moved.rows, moved.forecasts)
+    share, held_out = lower(moved).macs_share, setting.record(samples, 1, held_out=True)
+    contenders = {
+        "carried over": moved,
+        "learned there": learned(setting, share),
+        **{f"interval, order {order}": fixed_interval(setting.full, share, order=order) for order in (0, 1, 2)},
+    }
+    return {"macs": share, **{name: errors(held_out, contender) for name, contender in contenders.items()}}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--pipeline", default="zoo:ldm-emoji")
+    arguments.add_argument("--share", type=float, default=0.5)
+    arguments.add_argument("--steps", type=int, nargs="*", default=[30, 50])
+    arguments.add_argument("--sizes", type=int, nargs="*", default=[96], help="in pixels; not every pipeline has them")
+    arguments.add_argument("--samples", type=int, default=32)
+    asked = arguments.parse_args()
+    home = Setting(asked.pipeline, LEARNED_AT)
+    table = learned(home, home.budget(asked.share))
+    elsewhere = {f"{steps} steps": Setting(asked.pipeline, steps) for steps in asked.steps}
+    elsewhere |= {f"{size} pixels": Setting(asked.pipeline, LEARNED_AT, size=size) for size in asked.sizes}
+    found = {place: carried(table, setting, asked.samples) for place, setting in elsewhere.items()}
+    over = {place: row["carried over"]["error"] / row["learned there"]["error"] for place, row in found.items()}
+    save(
+        "transfer",
+        {
+            "what": f"{asked.pipeline}, learned at {LEARNED_AT} steps, {asked.samples} held-out samples",
+            "places": found,
+            "carried_over_learned": over,
+        },
+        goal="as good as what is learned there",
+        met=all(ratio <= 1 for ratio in over.values()),
+    )
+
+
+if __name__ == "__main__":
+    main()
