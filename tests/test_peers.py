@@ -26,14 +26,14 @@ def latents(pipe: Any) -> Any:
     return pipe(**words(), num_inference_steps=6, generator=torch.Generator().manual_seed(0)).images
 
 
-def deepcache_package(pipe: Any, interval: int, branch: int) -> Any:
-    """What the DeepCache package samples; it leaves its wrappers behind, so the pipeline is not used again."""
+def deepcache_package(interval: int, branch: int) -> Any:
+    """The tiny pipeline with the DeepCache package on it."""
     from DeepCache.extension.deepcache import DeepCacheSDHelper
 
-    helper = DeepCacheSDHelper(pipe=pipe)
+    helper = DeepCacheSDHelper(pipe=tiny_stable_diffusion())
     helper.set_params(cache_interval=interval, cache_branch_id=branch)
     helper.enable()
-    return latents(pipe)
+    return helper.pipe
 
 
 class TestDeepCache:
@@ -83,4 +83,18 @@ class TestDeepCache:
         with stepmask.apply(pipe, deepcache(reference, interval, branch=branch)):
             ours = latents(pipe)
         assert not torch.equal(ours, trajectory.sampled.latent)
-        assert torch.equal(ours, deepcache_package(tiny_stable_diffusion(), interval, branch))
+        assert torch.equal(ours, latents(deepcache_package(interval, branch)))
+
+    def test_evaluated_as_a_rival_it_computes_and_misses_what_our_table_does(self) -> None:
+        pipe = tiny_stable_diffusion()
+        trajectory = stepmask.record(pipe, **words(), num_inference_steps=6)
+        graph = stepmask.trace(pipe, trajectory, granularity="block")
+        full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+        rivals = {"package": deepcache_package(2, 1)}
+        report = stepmask.evaluate(
+            pipe, deepcache(full, 2, branch=1), rivals=rivals, repeats=1, **words(), num_inference_steps=6
+        )
+        ours, package = report["schedule"], report["package"]
+        assert package.macs_executed == pytest.approx(ours.macs_executed) == pytest.approx(ours.macs_planned)
+        assert package.latent_errors == ours.latent_errors != [0, 0]
+        assert report["reference"].macs_executed == 1

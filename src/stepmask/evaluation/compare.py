@@ -14,7 +14,7 @@ from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import attached
 from stepmask.errors import RunError
-from stepmask.evaluation.measure import Stopwatch, machine, peak_memory
+from stepmask.evaluation.measure import MacCounter, Stopwatch, machine, peak_memory
 from stepmask.evaluation.metrics import images_of, latent_errors, psnr, ssim
 from stepmask.evaluation.report import Report, Row
 from stepmask.schedule.rectify import lower
@@ -28,7 +28,7 @@ def evaluate(
     pipe: Any,
     schedule: MaskSchedule,
     *,
-    rivals: Mapping[str, MaskSchedule | int] | None = None,
+    rivals: Mapping[str, Any] | None = None,
     seed: int = 1000,
     repeats: int = 3,
     run: Callable[[], Tensor] | None = None,
@@ -45,7 +45,8 @@ def evaluate(
     Args:
         pipe: A pipeline, or a plain denoiser with `run`.
         schedule: The schedule.
-        rivals: Other schedules by name; a number instead of a schedule is the reference with fewer steps.
+        rivals: By name: other schedules; the reference with fewer steps, as a number; or another pipeline, sampled as
+            it is, with whatever other cache is enabled on it. What the latter computes is counted in its first run.
         seed: Of the generator; choose another than the one the schedule was learned with.
         repeats: Timed runs of each.
         run: For a plain denoiser: a function without arguments that samples with it and returns the final latent.
@@ -66,6 +67,8 @@ def evaluate(
     sampling = Sampling(pipe, call, seed, run)
     contenders = [_Contender(REFERENCE, sampling), _Contender(SCHEDULE, sampling, schedule)]
     contenders += [_contender(name, sampling, rival) for name, rival in (rivals or {}).items()]
+    for contender in contenders:
+        contender.counted = contender.schedule is None and any(_is_foreign(each, sampling) for each in contenders)
     for turn in tqdm(range(repeats + 1), "evaluating", disable=None):
         for contender in contenders:
             contender.run() if turn else contender.warm_up()
@@ -82,6 +85,7 @@ class _Contender:
     name: str
     sampling: Sampling
     schedule: MaskSchedule | None = None
+    counted: bool = False
     denoiser_ms: list[float] = field(default_factory=list)
     pipeline_ms: list[float] = field(default_factory=list)
     sampled: Sampled = field(init=False)
@@ -92,7 +96,10 @@ class _Contender:
 
     def warm_up(self) -> None:
         """The first run: its sample, MACs and memory are kept, its time is not."""
-        self.run()
+        counter = MacCounter()
+        with attached({self.sampling.denoiser: counter} if self.counted else {}):
+            self.run()
+        self.computed_macs = counter.macs if self.counted else self.computed_macs
         self.denoiser_ms.clear()
         self.pipeline_ms.clear()
 
@@ -116,7 +123,7 @@ class _Contender:
         return Row(
             name=self.name,
             evaluations=self.evaluations,
-            macs_planned=lower(self.schedule).macs_share if self.schedule else self.evaluations / reference.evaluations,
+            macs_planned=lower(self.schedule).macs_share if self.schedule else self.executed(reference),
             macs_executed=self.executed(reference),
             latent_errors=latent_errors(self.sampled.latent, reference.sampled.latent),
             psnr_db=psnr(*pictures) if pictures else (),
@@ -130,14 +137,25 @@ class _Contender:
     def executed(self, reference: "_Contender") -> float:
         """MACs of the blocks that ran, over those of the reference."""
         if self.schedule is None:
-            return self.evaluations / reference.evaluations
+            return (
+                self.computed_macs / reference.computed_macs
+                if self.counted
+                else self.evaluations / reference.evaluations
+            )
         return self.computed_macs / (int(self.schedule.graph.macs.sum()) * reference.evaluations)
 
 
-def _contender(name: str, sampling: Sampling, rival: MaskSchedule | int) -> _Contender:
+def _contender(name: str, sampling: Sampling, rival: Any) -> _Contender:
     if isinstance(rival, MaskSchedule):
         return _Contender(name, sampling, rival)
-    return _Contender(name, replace(sampling, call={**sampling.call, "num_inference_steps": rival}))
+    if isinstance(rival, int):
+        return _Contender(name, replace(sampling, call={**sampling.call, "num_inference_steps": rival}))
+    return _Contender(name, replace(sampling, pipe=rival))
+
+
+def _is_foreign(contender: _Contender, sampling: Sampling) -> bool:
+    """Whether another pipeline samples, of which no plan says what it computes."""
+    return contender.sampling.pipe is not sampling.pipe
 
 
 def _parameters(pipe: Any) -> list[str]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from stepmask.denoiser.clock import now
 from stepmask.denoiser.seam import Behaviour
@@ -33,6 +35,24 @@ class Stopwatch(Behaviour):
         output = call(*args, **kwargs)
         self.seconds += now() - started
         self.calls += 1
+        return output
+
+
+@dataclass(eq=False)
+class MacCounter(Behaviour):
+    """Stands in front of the denoiser and counts what it computes, whoever decides that.
+
+    Args:
+        macs: So far, as `trace` counts them.
+    """
+
+    macs: int = 0
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Count one call."""
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            output = call(*args, **kwargs)
+        self.macs += counter.get_total_flops() // 2
         return output
 
 
