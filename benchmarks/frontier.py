@@ -32,6 +32,8 @@ RIVALS = (
 LEARNED = "trained forecasts"
 AGES = 9
 RUNS = Path("runs") / "frontier"
+SCHEDULES = FOLDER / "schedules"
+"""What was learned: PIPELINE/STEPS-SHARE/stepmask.json, without a guidance of its own."""
 
 
 class Contest(Setting):
@@ -39,6 +41,7 @@ class Contest(Setting):
 
     def __init__(self, pipeline: str, steps: int, guidance: float | None) -> None:
         super().__init__(pipeline, steps, guidance)
+        self.pipeline = pipeline
         self.trajectories = [self.record(8, seed) for seed in range(100, 108)]
         self.few = self.record(4, 0)
         self.profile, self.sweep_s = timed(lambda: stepmask.sweep(self.pipe, self.trajectories[0], ages=AGES))
@@ -51,6 +54,8 @@ class Contest(Setting):
             cost[name] = seconds / self.reference_s
         learned["one sweep"] = self.profile.schedule(self.budget(share))
         cost["one sweep"] = self.sweep_s / self.reference_s
+        if self.guidance is None:
+            learned[LEARNED].save_pretrained(SCHEDULES / name_of(self.pipeline) / f"{self.steps}-{share:g}")
         rivals = {**learned, **self.baselines(share), **self.deepcaches(share, samples)}
         del rivals[LEARNED]
         report = evaluate(self.pipe, learned[LEARNED], rivals=rivals, repeats=1, **self.call(samples, 1, held_out=True))

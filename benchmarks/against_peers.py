@@ -1,0 +1,231 @@
+"""stepmask against the caches that a user would install, each tuned over its own knobs, at equal measured time.
+
+What is learned comes from `frontier.py`, which leaves its tables in results/schedules. Every peer is tuned on
+calibration seeds; its settings that are best there for their time are measured on held-out seeds, all in one run.
+"""
+
+import argparse
+import csv
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from frontier import SCHEDULES, name_of
+from peers import PEERS, CannotRun, Peer
+from results import FOLDER, save
+from rules import SmoothCache, learning_to_cache
+from setting import Setting, by_sample
+from stepmask import MaskSchedule
+from stepmask.denoiser.sampling import Sampling
+from stepmask.evaluation.compare import evaluate
+from stepmask.evaluation.metrics import latent_errors
+from stepmask.schedule.rectify import lower
+
+TUNED_ON = 8
+"""Calibration samples."""
+
+EXACT = 1e-12
+"""Errors below are rounding: nothing was skipped."""
+
+MOST = 5
+"""Settings of one peer that are measured on held-out samples."""
+
+SMOOTH = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48)
+PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One setting of one method on the calibration samples: what it costs, how wrong it is, and what samples so."""
+
+    name: str
+    cost: float
+    error: float
+    contender: Any
+
+
+class Race(Setting):
+    """All methods on one pipeline and number of steps."""
+
+    def __init__(self, pipeline: str, steps: int) -> None:
+        super().__init__(pipeline, steps)
+        self.pipeline, self.reference = pipeline, self.record(TUNED_ON, 0)
+        self.absent: dict[str, str] = {}
+
+    def contenders(self) -> dict[str, Any]:
+        """What is measured on held-out samples, by name: "method: setting"."""
+        found = {f"fewer steps: {count}": count for count in _counts(self.steps)}
+        for method in (*map(self.tuned, PEERS), self.smoothcache(), self.learning_to_cache()):
+            found |= {tried.name: tried.contender for tried in best(method)}
+        return found
+
+    def tuned(self, peer: Peer) -> list[Tried]:
+        """All settings of a peer, on the calibration samples."""
+        found = []
+        for knobs in tqdm(peer.knobs, peer.name, disable=None):
+            try:
+                found.append(self.tried(peer, knobs))
+            except CannotRun as error:
+                self.absent[peer.name] = str(error)
+                break
+            except Exception as error:  # a peer's own failure, whatever it is, is a row of the table
+                self.absent[f"{peer.name}: {_spelled(knobs)}"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        return found
+
+    def tried(self, peer: Peer, knobs: Mapping[str, Any]) -> Tried:
+        """One setting of a peer."""
+        sampling = Sampling(pipe := peer.pipeline(self.pipeline, self.steps, **knobs), self.reference.sampling.call)
+        started = time.perf_counter()
+        latent = sampling().latent
+        cost = time.perf_counter() - started
+        error = typical(latent_errors(latent, self.reference.sampled.latent))
+        return Tried(f"{peer.name}: {_spelled(knobs)}", cost, error, pipe)
+
+    def smoothcache(self) -> list[Tried]:
+        """SmoothCache's rule at several thresholds."""
+        rule = SmoothCache(self.reference, self.full)
+        return [self.table(f"SmoothCache: {threshold:g}", rule.table(threshold)) for threshold in SMOOTH]
+
+    def learning_to_cache(self) -> list[Tried]:
+        """Learning-to-Cache's learner at several prices."""
+        tables = learning_to_cache(self.reference, self.full, PRICES)
+        return [self.table(f"Learning-to-Cache: {price:g}", table) for price, table in zip(PRICES, tables, strict=True)]
+
+    def table(self, name: str, table: MaskSchedule) -> Tried:
+        """A table; its MACs stand for its time."""
+        return Tried(name, lower(table).macs_share, typical(by_sample(self.reference, table)), table)
+
+    def learned(self) -> dict[str, MaskSchedule]:
+        """What `frontier.py` has learned for this pipeline and number of steps."""
+        folders = sorted((SCHEDULES / name_of(self.pipeline)).glob(f"{self.steps}-*"))
+        return {f"stepmask: {folder.name}": MaskSchedule.from_pretrained(folder) for folder in folders}
+
+
+def typical(latent_errors: Sequence[float]) -> float:
+    """The geometric mean: one sample does not decide which setting is best."""
+    return geometric_mean(max(error, EXACT) for error in latent_errors)
+
+
+def best(tried: Sequence[Tried]) -> list[Tried]:
+    """The settings that no other beats in both cost and error, at most `MOST`, spread over their costs."""
+    kept: list[Tried] = []
+    for each in sorted(tried, key=lambda each: each.cost):
+        if np.isfinite(each.error) and each.error > EXACT and (not kept or each.error < kept[-1].error):
+            kept.append(each)
+    places = np.unique(np.linspace(0, len(kept) - 1, min(MOST, len(kept))).round().astype(int)) if kept else []
+    return [kept[place] for place in places]
+
+
+def at_speed(points: Sequence[tuple[float, float]], speed: float) -> float | None:
+    """The error at a speed-up: along the lower envelope of (speed-up, error), log error linear in time.
+
+    `None` beyond the fastest; the slowest's where all are faster.
+    """
+    envelope: list[tuple[float, float]] = []
+    for faster, error in sorted(points, reverse=True):
+        if not envelope or error < envelope[-1][1]:
+            envelope.append((faster, error))
+    if not envelope or speed > envelope[0][0]:
+        return None
+    times, logs = [1 / faster for faster, _ in envelope], [np.log(error) for _, error in envelope]
+    return float(np.exp(np.interp(1 / speed, times, logs)))
+
+
+def rows(race: Race, samples: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Everything measured on held-out samples in one run."""
+    learned = race.learned()
+    first, *others = learned.items()
+    contenders = {**dict(others), **race.contenders()}
+    call = race.call(samples, 1, held_out=True)
+    report = evaluate(race.pipe, first[1], rivals=contenders, repeats=repeats, **call)
+    for row in report.rows[1:]:
+        method, _, setting = (first[0] if row.name == "schedule" else row.name).partition(": ")
+        speed, slowest, fastest = report.speedup(row.name)
+        yield {
+            "pipeline": race.pipeline,
+            "steps": race.steps,
+            "method": method,
+            "setting": setting,
+            "macs": row.macs_executed,
+            "speedup": speed,
+            "speedup_low": slowest,
+            "speedup_high": fastest,
+            "error": row.latent_error,
+            "geometric_error": typical(row.latent_errors),
+        }
+
+
+def against_best(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each learned table's error over that of the best method at its measured speed."""
+    ours = [row for row in found if row["method"] == "stepmask"]
+    others = sorted({row["method"] for row in found} - {"stepmask"})
+    ratios = {}
+    for row in ours:
+        curves = {name: [(r["speedup"], r["error"]) for r in found if r["method"] == name] for name in others}
+        at = {name: error for name, curve in curves.items() if (error := at_speed(curve, row["speedup"])) is not None}
+        nearest = min(at, key=lambda name: at[name])
+        key = f"{row['pipeline']}, {row['steps']} steps, {row['setting']}"
+        ratios[key] = {"best": nearest, "error_ratio": row["error"] / at[nearest], "speedup": row["speedup"]}
+    return ratios
+
+
+def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="tight")
+    for axis, key, label in zip(axes, ("speedup", "macs"), ("denoiser speed-up", "share of MACs"), strict=True):
+        for method in sorted({row["method"] for row in found}):
+            points = sorted((row[key], row["error"]) for row in found if row["method"] == method)
+            style = {"linewidth": 2.5, "color": "black"} if method == "stepmask" else {"linewidth": 1}
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method, **style)
+        axis.set(yscale="log", xlabel=label, ylabel="latent error")
+    axes[1].legend(fontsize=7)
+    figure.suptitle(f"{found[0]['pipeline']}, {found[0]['steps']} steps")
+    figure.savefig(path, dpi=120)
+
+
+def _counts(steps: int) -> list[int]:
+    return sorted({round(share * steps) for share in (0.75, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2)})
+
+
+def _spelled(knobs: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in knobs.items())
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--pipeline", default="zoo:dit-emoji")
+    arguments.add_argument("--steps", type=int, default=20)
+    arguments.add_argument("--samples", type=int, default=32)
+    arguments.add_argument("--repeats", type=int, default=3)
+    asked = arguments.parse_args()
+    logging.disable(logging.WARNING)  # cache-dit says eight lines for each setting
+    race = Race(asked.pipeline, asked.steps)
+    found = list(rows(race, asked.samples, asked.repeats))
+    name = f"peers-{name_of(asked.pipeline)}-{asked.steps}"
+    with (FOLDER / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, found[0])
+        writer.writeheader()
+        writer.writerows(found)
+    plot(found, FOLDER / f"{name}.png")
+    ratios = against_best(found)
+    save(
+        name,
+        {"what": f"{asked.samples} held-out samples", "over_the_best_at_equal_time": ratios, "absent": race.absent},
+        goal="at most 0.6 of the best peer's error at equal measured time",
+        met=all(ratio["error_ratio"] <= 0.6 for ratio in ratios.values()),
+    )
+
+
+if __name__ == "__main__":
+    main()
