@@ -4,6 +4,7 @@ Rooms that need torch are imported inside the commands, so that `stepmask show` 
 """
 
 import json
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -72,6 +73,7 @@ def demo(
         num_inference_steps=steps,
     )
     report.save(folder / "report.json")
+    report.save(folder / "report.html", command=shlex.join(["stepmask", *sys.argv[1:]]))
     plots.heat_map(schedule, folder / "schedule.png")
     shown = {name: report.images[name] for name in ("reference", "schedule", "interval, reuse")}
     plots.side_by_side(shown, folder / "samples.png")
@@ -190,7 +192,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the generator; not the one learned with")] = HELD_OUT,
     repeats: Annotated[int, typer.Option(help="Timed runs of each")] = 3,
     rivals: Annotated[bool, typer.Option(help="Measure the baselines at equal MACs too")] = True,
-    report: Annotated[Path | None, typer.Option(help="Write the numbers to this .json or .txt file")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page to this .html file, or numbers to .json or .txt")
+    ] = None,
+    profile: Annotated[str, typer.Option(help="Folder of a sweep's profile, to show on the page")] = "",
     prompts: Prompts = None,
     labels: Labels = "",
     call: CallJson = "{}",
@@ -198,6 +203,7 @@ def evaluate(
 ) -> None:
     """Measure a schedule against the reference on held-out seeds: fidelity, time, MACs and memory."""
     from stepmask.evaluation.compare import evaluate as measure
+    from stepmask.learning.profile import Profile
     from stepmask.schedule.rectify import lower
     from stepmask.schedule.schedule import MaskSchedule
 
@@ -206,7 +212,8 @@ def evaluate(
     arguments = {"num_inference_steps": table.steps, **_Told(pipe, prompts, labels, call).call(samples, seed)}
     measured = measure(pipe, table, rivals=others, seed=seed, repeats=repeats, **arguments)
     if report is not None:
-        measured.save(report)
+        swept = Profile.from_pretrained(profile) if profile else None
+        measured.save(report, profile=swept, command=shlex.join(["stepmask", *sys.argv[1:]]))
     _print_report(measured, as_json)
 
 

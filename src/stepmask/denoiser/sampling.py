@@ -22,11 +22,13 @@ class Sampled:
         latent: The sampler's last latent; the sample itself in pixel space.
         output: What the pipeline returned.
         handed: What the scheduler was handed at each step: the denoiser's outputs after guidance. Empty without one.
+        latents: What came out of each step, the last latent included. Empty without a scheduler.
     """
 
     latent: Tensor
     output: Any
     handed: tuple[Tensor, ...] = ()
+    latents: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Sampling:
         handed: list[Tensor] = []
 
         def keep(result: Any, model_output: Tensor, *_: Any, **__: Any) -> None:
-            latents[:] = [result[0].detach()]
+            latents.append(result[0].detach())
             handed.append(model_output.detach().clone())
 
         with watched(scheduler_of(self.pipe), "step", keep), torch.random.fork_rng():
@@ -74,7 +76,7 @@ class Sampling:
             output = self.pipe(**self.call, **self._generator())
         if not latents:
             raise _no_step()
-        return Sampled(latents[0], output, tuple(handed))
+        return Sampled(latents[-1], output, tuple(handed), tuple(latents))
 
     def latent(self) -> Tensor:
         """The final latent alone, in the caller's gradient mode: what comes after the last step is not run.

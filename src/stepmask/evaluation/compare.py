@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def evaluate(
     setting = {**{key: _brief(value) for key, value in call.items()}, "seed": seed, "repeats": repeats}
     rows = [contender.row(contenders[0]) for contender in contenders]
     images = {c.name: found for c in contenders if (found := images_of(c.sampled.output)) is not None}
-    return Report(rows, setting, machine(), images)
+    return Report(rows, setting, machine(), images, schedule)
 
 
 @dataclass(eq=False)
@@ -132,6 +133,7 @@ class _Contender:
             pipeline_ms=self.pipeline_ms,
             store_bytes=self.store_bytes,
             peak_bytes=self.peak_bytes,
+            path_errors=self.path_errors(reference),
         )
 
     def executed(self, reference: "_Contender") -> float:
@@ -143,6 +145,13 @@ class _Contender:
                 else self.evaluations / reference.evaluations
             )
         return self.computed_macs / (int(self.schedule.graph.macs.sum()) * reference.evaluations)
+
+    def path_errors(self, reference: "_Contender") -> list[float]:
+        """Mean error of the latents after each step, where the steps are the reference's."""
+        own, others = self.sampled.latents, reference.sampled.latents
+        if len(own) != len(others):
+            return []
+        return [fmean(latent_errors(*pair)) for pair in zip(own, others, strict=True)]
 
 
 def _contender(name: str, sampling: Sampling, rival: Any) -> _Contender:

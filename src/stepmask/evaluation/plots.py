@@ -1,7 +1,7 @@
 """Pictures of a schedule and of what it does, by matplotlib."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from stepmask.schedule.rectify import Cell, lower
 from stepmask.schedule.schedule import MaskSchedule
 
 KINDS = ("compute", "reuse", "forecast", "dead")
+INK = "#010203"
+"""Stands for the page's own text colour while an inline drawing is made."""
+
 COLOURS = ("#1f4e79", "#f2c879", "#e07b39", "#eeeeee")
 
 
@@ -53,6 +56,25 @@ def side_by_side(images: Mapping[str, npt.NDArray[np.float32]], path: str | Path
             axis.imshow(np.clip(picture, 0, 1))
         line[0].text(-0.1, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
     return _save(figure, path)
+
+
+def line_chart(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
+    """Draw points (x, y), joined by name, as inline SVG for a page: y on a log scale, text in the page's colour."""
+    plot, buffer = _pyplot(), io.StringIO()
+    inked = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    with plot.rc_context({**inked, "svg.fonttype": "none", "svg.hashsalt": "stepmask"}):
+        figure, axis = plot.subplots(figsize=(6.4, 3.6), layout="tight")
+        for name, points in lines.items():
+            if positive := [point for point in points if point[1] > 0]:
+                axis.plot(
+                    *zip(*positive, strict=True), marker="o", markersize=6 if len(positive) == 1 else 3, label=name
+                )
+        axis.set(yscale="log", xlabel=x, ylabel=y)
+        axis.legend(fontsize=8, frameon=False)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plot.close(figure)
+    drawn = buffer.getvalue()
+    return drawn[drawn.index("<svg") :].replace(INK, "currentColor")
 
 
 def _kind(cell: Cell) -> int:

@@ -5,12 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from stepmask.files import write_whole
+from stepmask.schedule.schedule import MaskSchedule
+
+if TYPE_CHECKING:
+    from stepmask.learning.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Row:
         pipeline_ms: Time of the whole pipeline, of each timed run.
         store_bytes: Largest size of the store, measured.
         peak_bytes: Largest memory of the process (CPU) or of torch (CUDA) during a run.
+        path_errors: As the mean of `latent_errors`, but of the latents after each step; none where steps differ from
+            the reference's.
     """
 
     name: str
@@ -42,6 +48,7 @@ class Row:
     pipeline_ms: Sequence[float]
     store_bytes: int
     peak_bytes: int | None
+    path_errors: Sequence[float] = ()
 
     @property
     def latent_error(self) -> float:
@@ -58,12 +65,14 @@ class Report:
         setting: Arguments of the pipeline, seed, repeats.
         machine: Processor, threads and versions.
         images: Pictures of each row by name, (N, H, W, C) in [0, 1]; not saved with the numbers.
+        schedule: The schedule that was measured; not saved with the numbers.
     """
 
     rows: Sequence[Row]
     setting: Mapping[str, Any]
     machine: Mapping[str, Any]
     images: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict, repr=False)
+    schedule: MaskSchedule | None = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> Row:
         return {row.name: row for row in self.rows}[name]
@@ -84,13 +93,25 @@ class Report:
         rows = [asdict(row) for row in self.rows]
         return json.dumps({"rows": rows, "setting": self.setting, "machine": self.machine}, indent=1, default=str)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the numbers: JSON to a path that ends in .json, text to any other.
+    def save(self, path: str | Path, *, profile: "Profile | None" = None, command: str = "") -> Path:
+        """Write it: as JSON to a path that ends in .json, as one self-contained page to .html, as text to any other.
+
+        Args:
+            path: Where to.
+            profile: Of a sweep of the same pipeline; the page shows what it predicts.
+            command: The command line behind the report; the page shows it.
 
         Raises:
             UnwritablePath: The path cannot be written.
+            MissingExtra: A page, and jinja2 or matplotlib is not installed.
+            ScheduleMismatch: A page with a profile of another pipeline.
+            InvalidSchedule: A page with a profile that does not know values as old as the schedule reuses.
         """
         path = Path(path)
+        if path.suffix == ".html":
+            from stepmask.evaluation.page import render
+
+            return write_whole(path, render(self, profile=profile, command=command))
         return write_whole(path, self.to_json() if path.suffix == ".json" else f"{self}\n")
 
     def __str__(self) -> str:

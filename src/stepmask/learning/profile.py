@@ -139,6 +139,10 @@ class Profile:
             ScheduleMismatch: The schedule is for another denoiser, sampler or other blocks.
             InvalidSchedule: It reuses a value that is older than the profile knows.
         """
+        return np.asarray(self._effects_by_cell(schedule).sum(axis=(1, 2)))
+
+    def _effects_by_cell(self, schedule: MaskSchedule) -> Floats:
+        """What each cell adds to `effects`, shape (rows, steps, blocks)."""
         self.denoiser.check(schedule.denoiser)
         self.sampler.check(schedule.sampler)
         if _wiring(schedule.graph) != _wiring(self.graph):
@@ -150,8 +154,18 @@ class Profile:
         answered = answers(schedule, self.ages)
         change = np.where(answered.any(axis=2, keepdims=True), answered - self.base, 0.0)
         inner = self.mixed(self.computed_downstream(answered))
-        effects: Floats = inner.reshape(len(inner), -1) @ change.ravel()
+        effects: Floats = np.einsum("rsba,sba->rsb", inner, change)
         return effects
+
+    def cell_errors(self, schedule: MaskSchedule) -> Floats:
+        """What each cell of a schedule would add to the predicted error, were it alone, shape (steps, blocks).
+
+        Raises:
+            ScheduleMismatch: As `effects`.
+            InvalidSchedule: As `effects`.
+        """
+        effects = self._effects_by_cell(schedule)
+        return np.asarray((np.square(effects) + 2 * self.offset[:, None, None] * effects).mean(axis=0))
 
     def predicted_errors(self, schedule: MaskSchedule) -> Floats:
         """‖x_0 − x_0 ref‖² / ‖x_0 ref‖² of each sample under a schedule, to first order; shape (samples,).
