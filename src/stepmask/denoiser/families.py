@@ -56,10 +56,20 @@ def _at_both(patterns: Patterns) -> dict[Granularity, Patterns]:
 
 _UNET_PIXEL = _at_both(_UNET["block"])
 _CASCADE = _at_both({"down_blocks.*.*": "output", "up_blocks.*.*": "output"})
+_KANDINSKY6: dict[Granularity, Patterns] = {
+    "block": {"*_text_transformer_blocks.*": None, "visual_transformer_blocks.*": None},
+    "sublayer": {
+        "*_text_transformer_blocks.*.attn": "output",
+        "*_text_transformer_blocks.*.feed_forward": "output",
+        "visual_transformer_blocks.*.*_cross_attention": "output",
+        "visual_transformer_blocks.*.*_dec_block.*_attention": "output",
+        "visual_transformer_blocks.*.*_dec_block.feed_forward": "output",
+    },
+}
 _FF_CALLED_TWICE = _at_both({"transformer_blocks.*": None})
 
-_SUBLAYERS = ("attn*", "*attention", "ff*", "*mlp", "feed_forward")
-"""What attention and feed-forward modules of a transformer block are called."""
+_SUBLAYERS = ("*attn*", "*attention", "ff*", "*_ff", "mlp*", "*mlp", "feed_forward")
+"""What attention and feed-forward modules of a transformer block are called; their norms have "norm" in the name."""
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 """Where diffusers pipelines keep them."""
@@ -67,12 +77,15 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 FAMILIES: dict[str, dict[Granularity, Patterns]] = {
     "CogView4Transformer2DModel": _FF_CALLED_TWICE,
     "DiTTransformer2DModel": _TRANSFORMER,
+    "DreamLiteUNetModel": _UNET,
     "EasyAnimateTransformer3DModel": _FF_CALLED_TWICE,
     "GlmImageTransformer2DModel": _FF_CALLED_TWICE,
     "I2VGenXLUNet": _UNET,
     "Kandinsky3UNet": _UNET_PIXEL,
+    "Kandinsky6Transformer3DModel": _KANDINSKY6,
     "PixArtTransformer2DModel": _TRANSFORMER,
     "StableCascadeUNet": _CASCADE,
+    "UNet1DModel": _UNET_PIXEL,
     "UNet2DConditionModel": _UNET,
     "UNet2DModel": _UNET_PIXEL,
     "UNet3DConditionModel": _UNET,
@@ -184,10 +197,14 @@ def _sublayers(denoiser: nn.Module, blocks: Patterns) -> Patterns:
     found: dict[str, Reuse | None] = {}
     for block in blocks:
         parts = dict(denoiser.get_submodule(block).named_children())
-        inside = [name for name in parts if any(fnmatchcase(name, pattern) for pattern in _SUBLAYERS)]
+        inside = [name for name in parts if _is_sublayer(name)]
         split = inside and not any(isinstance(part, nn.Linear) for part in parts.values())
         found.update({f"{block}.{name}": "output" for name in inside} if split else {block: None})
     return found
+
+
+def _is_sublayer(name: str) -> bool:
+    return "norm" not in name and any(fnmatchcase(name, pattern) for pattern in _SUBLAYERS)
 
 
 def _matches(name: str, pattern: str) -> bool:
