@@ -1,5 +1,6 @@
 """`trace`: one evaluation, on fake tensors, tells a denoiser's blocks, their order, who reads whom, and their cost."""
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeCopyMode,
     FakeTensorMode,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, moves_weights
 from stepmask.denoiser.refusals import refuse_if_taken
-from stepmask.denoiser.seam import attached
+from stepmask.denoiser.seam import frozen, seated
 from stepmask.denoiser.trajectory import Call, Trajectory
 from stepmask.denoiser.values import size, stream, tensors
 from stepmask.errors import TraceError
@@ -35,7 +37,7 @@ def trace(
     """Find a denoiser's blocks and how they hang together, without computing anything.
 
     Where fake tensors do not do, it is evaluated once for real: if weights are offloaded or cast layer by layer, or
-    shapes depend on the values of a mask (Mochi, Lumina 2).
+    shapes depend on the values of a mask (Mochi, Lumina 2), or the denoiser cannot be copied.
 
         graph = stepmask.trace(pipe, trajectory)
         graph = stepmask.trace(network, (x, t), blocks="layers.*")
@@ -63,32 +65,43 @@ def trace(
     refuse_if_taken(denoiser)
     found = find_blocks(denoiser, granularity, blocks)
     call = _first_call(example)
-    fake = None if moves_weights(denoiser) else FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        seen, output = _watch(denoiser, found, call, fake)
-    except (DataDependentOutputException, DynamicOutputShapeException):  # shapes depend on what a mask says
-        seen, output = _watch(denoiser, found, call, None)
+    seen, output = _watch_faked(denoiser, found, call) or _watch(denoiser, found, call)
     if blocks is not None:
         seen.check_all_called()
     return seen.graph(output)
 
 
+def _watch_faked(
+    denoiser: nn.Module, found: dict[str, tuple[nn.Module, Reuse | None]], call: Call
+) -> "tuple[_Recorder, Any] | None":
+    """One evaluation on fake tensors, of a copy: what it keeps for later, such as frequencies, would be fake too.
+
+    `None` where fake tensors do not do.
+    """
+    if moves_weights(denoiser):
+        return None
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        try:
+            with FakeCopyMode(fake):
+                copied = copy.deepcopy(denoiser)
+            args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, (call.args, call.kwargs))
+            return _watch(copied, found, Call(args, kwargs))
+        except (DataDependentOutputException, DynamicOutputShapeException, TypeError):
+            return None  # shapes depend on what a mask says; or the denoiser holds what cannot be copied, as a lock
+
+
 def _watch(
-    denoiser: nn.Module, found: dict[str, tuple[nn.Module, Reuse | None]], call: Call, fake: FakeTensorMode | None
+    denoiser: nn.Module, found: dict[str, tuple[nn.Module, Reuse | None]], call: Call
 ) -> "tuple[_Recorder, Any]":
-    """One evaluation, on fake tensors or on the real ones: what it showed, and its output."""
+    """One evaluation: what it showed, and its output."""
     recorder = _Recorder(found)
-    seats = {module: _Seat(recorder, name) for name, (module, _) in found.items()}
-    args, kwargs = call.args, call.kwargs
+    seats = {name: _Seat(recorder, name) for name in found}
     with ExitStack() as stack:
-        for context in (torch.no_grad(), attached({**seats}), sdpa_kernel(SDPBackend.MATH)):
+        for context in (torch.no_grad(), frozen(denoiser), seated(denoiser, seats), sdpa_kernel(SDPBackend.MATH)):
             stack.enter_context(context)
-        if fake is not None:
-            stack.enter_context(fake)
-            args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, (args, kwargs))
         stack.enter_context(recorder.flops)
         stack.enter_context(_Flow(recorder))
-        output = denoiser(*args, **kwargs)
+        output = denoiser(*call.args, **call.kwargs)
     return recorder, output
 
 
