@@ -140,7 +140,7 @@ def _timestep(call: Call, step: int) -> float:
     if given is None and len(call.args) > 1:
         given = call.args[1]
     if isinstance(given, Tensor):
-        return float(given.flatten()[0])
+        return float(given.max())  # of clean tokens or frames it is 0
     return float(given) if isinstance(given, int | float) else float(step)
 
 
