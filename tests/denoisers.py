@@ -60,6 +60,17 @@ LAYERS = {**HEADS, "num_layers": 2}
 DUAL = {**LAYERS, "num_single_layers": 2}
 CHANNELS = {"in_channels": 4, "out_channels": 4}
 WAN = {**LAYERS, **CHANNELS, "text_dim": 8, "freq_dim": 8, "ffn_dim": 16, "rope_max_seq_len": 16}
+LTX2 = {
+    **LAYERS,
+    **CHANNELS,
+    "cross_attention_dim": 16,
+    "caption_channels": 8,
+    "audio_in_channels": 4,
+    "audio_out_channels": 4,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 8,
+    "audio_cross_attention_dim": 16,
+}
 
 TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     "UNet2DModel": (
@@ -715,7 +726,442 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
         },
         lambda: {"hidden_states": picture(4), "text_bth": tokens(8), "text_lens": torch.full((BATCH,), WORDS)},
     ),
+    "AnyFlowTransformer3DModel": (
+        WAN,
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 2, 4, 8, 8),
+            "timestep": torch.ones(BATCH, 2),
+            "r_timestep": torch.zeros(BATCH, 2),
+            "encoder_hidden_states": tokens(8),
+        },
+    ),
+    "BriaFibo2Transformer2DModel": (
+        {
+            "in_channels": 4,
+            "dim": 24,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 3,
+            "cap_feat_dim": 8,
+            "injection_layer_ids": (1,),
+            "perceiver_num_layers": 1,
+            "min_num_gist_tokens": 2,
+            "max_num_gist_tokens": 4,
+            "gist_step": 2,
+            "gist_min_text_len": 4,
+            "gist_max_text_len": 8,
+            "axes_dims": (4, 2, 2),
+            "axes_lens": (16, 16, 16),
+        },
+        lambda: {"hidden_states": picture(4), "encoder_hidden_states": torch.randn(BATCH, 2, WORDS, 8)},
+    ),
+    "CosmosTransformer3DModel": (
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_layers": 2,
+            **CHANNELS,
+            "text_embed_dim": 8,
+            "adaln_lora_dim": 8,
+            "max_size": (2, 8, 8),
+            "concat_padding_mask": False,
+        },
+        video_and_words,
+    ),
+    "ConsisIDTransformer3DModel": (
+        {
+            **LAYERS,
+            **CHANNELS,
+            "time_embed_dim": 8,
+            "text_embed_dim": 8,
+            "sample_width": 8,
+            "sample_height": 8,
+            "sample_frames": 5,
+            "max_text_seq_length": WORDS,
+            "is_train_face": True,
+            "cross_attn_interval": 1,
+            "cross_attn_dim_head": 8,
+            "cross_attn_num_heads": 2,
+            "LFE_id_dim": 8,
+            "LFE_vit_dim": 8,
+            "LFE_depth": 5,
+            "LFE_dim_head": 8,
+            "LFE_num_heads": 2,
+            "LFE_num_id_token": 2,
+            "LFE_num_querie": 2,
+            "LFE_output_dim": 10,
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 2, 4, 8, 8),
+            "encoder_hidden_states": tokens(8),
+            "id_cond": torch.randn(BATCH, 8),
+            "id_vit_hidden": [tokens(8)] * 5,
+        },
+    ),
+    "Cosmos3OmniTransformer": (
+        {
+            "head_dim": 8,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "latent_channel": 4,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 1,
+            "patch_latent_dim": 16,
+            "vocab_size": 16,
+            "rope_axes_dim": (2, 1, 1),
+        },
+        lambda: {
+            "vision_tokens": list(torch.randn(BATCH, 1, 4, 2, 4, 4)),
+            "vision_timesteps": torch.ones(BATCH * 8),
+            "input_ids": torch.ones(WORDS, dtype=torch.long),
+            "text_indexes": torch.arange(WORDS),
+            "position_ids": torch.arange(WORDS + 16),
+            "und_len": WORDS,
+            "sequence_length": WORDS + 16,
+            "vision_token_shapes": [(2, 2, 2)] * BATCH,
+            "vision_sequence_indexes": torch.arange(WORDS, WORDS + 16),
+            "vision_mse_loss_indexes": torch.arange(WORDS, WORDS + 16),
+            "vision_noisy_frame_indexes": [torch.arange(2)] * BATCH,
+        },
+    ),
+    "DreamLiteUNetModel": (
+        {
+            **UNET,
+            **CROSS,
+            "sample_size": 8,
+            "down_block_types": ("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+            "up_block_types": ("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+        },
+        lambda: {"sample": picture(4), "encoder_hidden_states": tokens(8)},
+    ),
+    "HeliosTransformer3DModel": (
+        {
+            **LAYERS,
+            **CHANNELS,
+            "text_dim": 8,
+            "freq_dim": 8,
+            "ffn_dim": 16,
+            "rope_dim": (4, 2, 2),
+        },
+        lambda: {
+            **video_and_words(),
+            "indices_hidden_states": torch.arange(7, 9).expand(BATCH, -1),
+            "indices_latents_history_short": torch.arange(6, 7).expand(BATCH, -1),
+            "indices_latents_history_mid": torch.arange(4, 6).expand(BATCH, -1),
+            "indices_latents_history_long": torch.arange(0, 4).expand(BATCH, -1),
+            "latents_history_short": video(4, frames=1),
+            "latents_history_mid": video(4, frames=2),
+            "latents_history_long": video(4, frames=4),
+        },
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": (
+        {
+            **DUAL,
+            "num_refiner_layers": 1,
+            **CHANNELS,
+            "text_embed_dim": 8,
+            "pooled_projection_dim": 8,
+            "rope_axes_dim": (4, 2, 2),
+            "guidance_embeds": False,
+            "has_image_proj": True,
+            "image_proj_dim": 8,
+            "has_clean_x_embedder": True,
+        },
+        lambda: {
+            "hidden_states": video(4),
+            "encoder_hidden_states": tokens(8),
+            "encoder_attention_mask": ones(),
+            "pooled_projections": torch.randn(BATCH, 8),
+            "image_embeds": tokens(8, 3),
+            "indices_latents": torch.arange(7, 9),
+            "latents_clean": video(4, frames=1),
+            "indices_latents_clean": torch.arange(6, 7),
+            "latents_history_2x": video(4, frames=2),
+            "indices_latents_history_2x": torch.arange(4, 6),
+            "latents_history_4x": video(4, frames=4),
+            "indices_latents_history_4x": torch.arange(0, 4),
+        },
+    ),
+    "Ideogram4Transformer2DModel": (
+        {
+            **LAYERS,
+            "in_channels": 4,
+            "intermediate_size": 16,
+            "adaln_dim": 8,
+            "llm_features_dim": 8,
+            "mrope_section": (2, 1, 1),
+        },
+        lambda: {
+            "hidden_states": tokens(4, WORDS + 16),
+            "encoder_hidden_states": tokens(8, WORDS + 16),
+            "position_ids": torch.zeros(BATCH, WORDS + 16, 3, dtype=torch.long),
+            "segment_ids": ones(WORDS + 16),
+            "indicator": torch.tensor([3] * WORDS + [2] * 16).expand(BATCH, -1),
+        },
+    ),
+    "JoyImageEditPlusTransformer3DModel": (
+        {
+            "in_channels": 4,
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "text_dim": 8,
+            "num_layers": 2,
+            "rope_dim_list": [4, 2, 2],
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 8, 4, 1, 2, 2),
+            "encoder_hidden_states": tokens(8),
+            "shape_list": [[(1, 2, 2)] * 2] * BATCH,
+        },
+    ),
+    "Kandinsky6Transformer3DModel": (
+        {
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": 8,
+            "in_text_dim2": 8,
+            "time_dim": 8,
+            "model_dim": 16,
+            "ff_dim": 16,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (4, 2, 2),
+            "in_audio_dim": 4,
+            "out_audio_dim": 4,
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 2, 8, 8, 9),
+            "encoder_hidden_states": tokens(8),
+            "pooled_projections": torch.randn(BATCH, 8),
+            "audio_hidden_states": tokens(4),
+        },
+    ),
+    "Krea2Transformer2DModel": (
+        {
+            **LAYERS,
+            "in_channels": 4,
+            "num_key_value_heads": 1,
+            "intermediate_size": 16,
+            "timestep_embed_dim": 8,
+            "text_hidden_dim": 8,
+            "num_text_layers": 2,
+            "text_num_attention_heads": 1,
+            "text_num_key_value_heads": 1,
+            "text_intermediate_size": 16,
+            "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "encoder_hidden_states": torch.randn(BATCH, WORDS, 2, 8),
+            "position_ids": torch.zeros(WORDS + 16, 3),
+        },
+    ),
+    "LTX2VideoTransformer3DModel": (
+        LTX2,
+        lambda: {
+            "hidden_states": tokens(4, 32),
+            "audio_hidden_states": tokens(4, 3),
+            "encoder_hidden_states": tokens(8),
+            "audio_encoder_hidden_states": tokens(8),
+            "num_frames": 2,
+            "height": 4,
+            "width": 4,
+            "audio_num_frames": 3,
+        },
+    ),
+    "MiniMaxH3Transformer3DModel": (
+        {
+            **LAYERS,
+            "hidden_size": 16,
+            "num_refiner_layers": 1,
+            "ffn_dim": 16,
+            "in_channels": 4,
+            "audio_in_channels": 4,
+            "text_dim": 8,
+            "freq_dim": 8,
+            "time_embed_hidden_dim": 8,
+            "time_embed_dim": 8,
+            "rope_freq_dim": 1,
+        },
+        lambda: {
+            "hidden_states": tokens(16, 16),
+            "audio_hidden_states": tokens(4, 3),
+            "encoder_hidden_states": tokens(8),
+            "timestep_indices": torch.zeros(WORDS + 19, dtype=torch.long),
+            "token_tags": torch.tensor([0] * WORDS + [1] * 16 + [2] * 3),
+            "position_ids": torch.zeros(WORDS + 19, 3),
+            "text_indices": torch.arange(WORDS),
+            "video_indices": torch.arange(WORDS, WORDS + 16),
+            "audio_indices": torch.arange(WORDS + 16, WORDS + 19),
+        },
+    ),
+    "MotifVideoTransformer3DModel": (
+        {**DUAL, **CHANNELS, "num_decoder_layers": 1, "text_embed_dim": 8, "rope_axes_dim": (4, 2, 2)},
+        video_and_words,
+    ),
+    "NucleusMoEImageTransformer2DModel": (
+        {
+            **LAYERS,
+            "in_channels": 4,
+            "out_channels": 1,
+            "joint_attention_dim": 8,
+            "axes_dims_rope": (4, 2, 2),
+            "dense_moe_strategy": "all_moe",
+            "num_experts": 2,
+            "moe_intermediate_dim": 16,
+            "capacity_factors": 1.0,
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "img_shapes": [(1, 4, 4)] * BATCH,
+            "encoder_hidden_states": tokens(8),
+        },
+    ),
+    "OmniGenTransformer2DModel": (
+        {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 16,
+            "num_layers": 2,
+            "pad_token_id": 0,
+            "vocab_size": 16,
+            "time_step_dim": 8,
+            "pos_embed_max_size": 8,
+            "rope_scaling": {"long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
+        },
+        lambda: {
+            "hidden_states": picture(4),
+            "input_ids": ones(),
+            "input_img_latents": [],
+            "input_image_sizes": {},
+            "attention_mask": torch.ones(BATCH, WORDS + 17, WORDS + 17),
+            "position_ids": torch.arange(WORDS + 17).expand(BATCH, -1),
+        },
+    ),
+    "QwenImage21Transformer2DModel": (
+        {
+            **LAYERS,
+            **CHANNELS,
+            "context_in_dim": 8,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        lambda: {
+            "hidden_states": tokens(4, 16),
+            "encoder_hidden_states": tokens(8),
+            "img_shapes": [[(1, 4, 4)]] * BATCH,
+            "img_mask": torch.tensor([False] * WORDS + [True] * 4).expand(BATCH, -1),
+        },
+    ),
+    "SanaWMLTX2RefinerTransformer3DModel": (
+        LTX2,
+        lambda: {
+            "hidden_states": tokens(4, 32),
+            "encoder_hidden_states": tokens(8),
+            "video_rotary_emb": (torch.ones(BATCH, 32, 16), torch.zeros(BATCH, 32, 16)),
+        },
+    ),
+    "SanaWMTransformer3DModel": (
+        {
+            "in_channels": 4,
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "softmax_every_n": 2,
+            "linear_head_dim": 16,
+            "chunk_plucker_channels": 4,
+            "caption_channels": 8,
+            "image_size": 8,
+        },
+        lambda: {
+            "hidden_states": video(4, size=4),
+            "timestep": torch.ones(BATCH, 1, 2),
+            "encoder_hidden_states": torch.randn(BATCH, 1, WORDS, 8),
+            "encoder_attention_mask": ones(),
+            "camera_conditions": torch.cat([torch.eye(4).flatten(), torch.full((4,), 2.0)]).expand(BATCH, 2, -1),
+            "chunk_plucker": video(4, size=4),
+        },
+    ),
+    "WanAnimateTransformer3DModel": (
+        {
+            **WAN,
+            "in_channels": 12,
+            "latent_channels": 4,
+            "image_dim": 8,
+            "added_kv_proj_dim": 16,
+            "motion_encoder_channel_sizes": {"4": 8, "8": 8},
+            "motion_encoder_size": 8,
+            "motion_style_dim": 8,
+            "motion_dim": 2,
+            "motion_encoder_dim": 8,
+            "face_encoder_hidden_dim": 8,
+            "face_encoder_num_heads": 2,
+            "inject_face_latents_blocks": 1,
+        },
+        lambda: {
+            "hidden_states": video(12),
+            "encoder_hidden_states": tokens(8),
+            "encoder_hidden_states_image": tokens(8, 3),
+            "pose_hidden_states": video(4, frames=1),
+            "face_pixel_values": video(3, frames=4),
+        },
+    ),
+    "UNet1DModel": (
+        {
+            "sample_size": 16,
+            "block_out_channels": (32, 32),
+            "extra_in_channels": 64,
+            "down_block_types": ("DownBlock1DNoSkip", "AttnDownBlock1D"),
+            "up_block_types": ("AttnUpBlock1D", "UpBlock1DNoSkip"),
+        },
+        lambda: {"sample": torch.randn(BATCH, 2, 16)},
+    ),
+    "StableAudio3DiTModel": (
+        {
+            "io_channels": 4,
+            "embed_dim": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "cond_token_dim": 8,
+            "global_cond_dim": 8,
+            "local_add_cond_dim": 5,
+            "timestep_features_dim": 8,
+            "num_memory_tokens": 2,
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 4, 8),
+            "encoder_hidden_states": tokens(8),
+            "global_hidden_states": torch.randn(BATCH, 8),
+            "local_add_cond": torch.randn(BATCH, 5, 8),
+        },
+    ),
+    "AceStepTransformer1DModel": (
+        {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "in_channels": 12,
+            "audio_acoustic_hidden_dim": 4,
+            "sliding_window": 2,
+        },
+        lambda: {
+            "hidden_states": tokens(4, 8),
+            "timestep_r": at(0.0),
+            "encoder_hidden_states": tokens(16),
+            "context_latents": tokens(8, 8),
+        },
+    ),
 }
+
+
+UNSET = ("experts.gate_up_proj", "experts.down_proj", "pad_token")
+"""Weights that diffusers leaves as the memory was."""
 
 
 def denoiser(name: str, **config: Any) -> Any:
@@ -725,7 +1171,7 @@ def denoiser(name: str, **config: Any) -> Any:
 
 
 def build(name: str) -> tuple[nn.Module, Inputs]:
-    """A denoiser, and what it is called with but for the timestep."""
+    """A denoiser, and what it is called with; a timestep only if it takes another than one per sample."""
     return denoiser(name), TINY[name][1]()
 
 
@@ -733,25 +1179,31 @@ def stirred(denoiser: nn.Module) -> nn.Module:
     """Random weights everywhere: some classes start with zeros, which would hide every mistake."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in denoiser.parameters():
+        for name, parameter in denoiser.named_parameters():
+            if name.endswith(UNSET):
+                parameter.zero_()
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return denoiser.eval()
 
 
 def timestep_name(denoiser: nn.Module) -> str:
     """What a denoiser calls its timestep."""
-    names = ("timestep", "timesteps", "t", "timestep_ratio")
+    names = ("timestep", "timesteps", "t", "timestep_ratio", "vision_timesteps")
     return next(name for name in inspect.signature(denoiser.forward).parameters if name in names)
 
 
 def sampler(denoiser: nn.Module, inputs: Inputs, steps: int) -> Callable[[], Tensor]:
-    """A plain loop: x ← x − 0.1 · output, as far as the output reaches. Some take a list of samples, and give one."""
+    """A plain loop: x ← x − 0.1 · output, as far as the output reaches. Some take a list of samples, and give one.
+
+    A timestep among the inputs is the share of the loop's own that each frame or token gets.
+    """
     (name, start), timestep = next(iter(inputs.items())), timestep_name(denoiser)
+    shares = inputs.get(timestep, at(1.0))
 
     def run() -> Tensor:
         x = torch.stack(start) if isinstance(start, list) else start
         for step in range(steps):
-            given = {name: list(x) if isinstance(start, list) else x, timestep: at(900.0 - 100 * step)}
+            given = {name: list(x) if isinstance(start, list) else x, timestep: shares * (900.0 - 100 * step)}
             output = denoiser(**{**inputs, **given}, return_dict=False)
             output = output if isinstance(output, Tensor) else output[0]
             output = torch.stack(output) if isinstance(output, list) else output

@@ -1,5 +1,6 @@
 """Tracing: blocks, order, reads, shapes and MACs, from fake tensors."""
 
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import stepmask
+from denoisers import at, build, denoiser
 from stepmask.errors import NoSuchBlock, TraceError
 from stepmask.schedule.graph import DENOISER
 
@@ -34,6 +36,22 @@ def test_nothing_is_computed_and_nothing_stays_attached() -> None:
     denoiser = Chain()
     stepmask.trace(denoiser, (torch.full((2,), torch.nan), 0.0), blocks="layers.*")
     assert [type(layer) for layer in denoiser.layers] == [Scale, Scale]
+
+
+@pytest.mark.parametrize(
+    "name", ["AnyFlowTransformer3DModel", "BriaFibo2Transformer2DModel", "QwenImageTransformer2DModel"]
+)
+def test_nothing_fake_stays_in_what_a_denoiser_keeps_for_later(name: str) -> None:
+    traced, inputs = build(name)
+    example = {"timestep": at(900.0), **inputs}
+    stepmask.trace(traced, example)
+    assert torch.equal(traced(**example).sample, denoiser(name)(**example).sample)
+
+
+def test_what_cannot_be_copied_is_evaluated() -> None:
+    chain = Chain()
+    chain.lock = Lock()
+    assert len(stepmask.trace(chain, (torch.ones(2), 0.0), blocks="layers.*").blocks) == 3
 
 
 def test_shapes_decide_how_a_pattern_is_reused() -> None:
