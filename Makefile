@@ -25,6 +25,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/learning_memory.py
@@ -33,7 +34,10 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/prediction.py
 	for pipeline in dit ldm ddpm pixart; do $(BIN)/python benchmarks/frontier.py --pipeline zoo:$$pipeline-emoji || exit 1; done
+	for pipeline in dit ldm ddpm pixart; do for steps in 20 50; do \
+		$(BIN)/python benchmarks/against_peers.py --pipeline zoo:$$pipeline-emoji --steps $$steps || exit 1; done; done
 	$(BIN)/python benchmarks/unets.py
+	$(BIN)/python benchmarks/transfer.py
 
 clean:
 	rm -rf $(VENV) demo-out runs build dist

@@ -56,9 +56,9 @@ def test_learn_show_sample_evaluate(folder: str, learned: str, tmp_path: Path) -
     assert [row["name"] for row in numbers["rows"]][:2] == ["reference", "schedule"]
     assert numbers["rows"][1]["evaluations"] == schedule.steps
     table = run("evaluate", folder, learned, "--samples", "1", "--repeats", "1", "--no-rivals",
-                "--report", str(tmp_path / "report.json"))  # fmt: skip
+                "--report", str(tmp_path / "report.html"))  # fmt: skip
     assert "latent error" in table
-    assert (tmp_path / "report.json").exists()
+    assert "<svg" in (tmp_path / "report.html").read_text()
 
 
 def test_a_budget_in_time_with_a_small_store(folder: str, tmp_path: Path) -> None:

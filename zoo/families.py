@@ -150,9 +150,9 @@ class LDM(_Captioned):
         self.scheduler = DDIMScheduler(**VELOCITY, clip_sample=False, steps_offset=1)
         self.unet = UNet2DConditionModel(
             sample_size=16,
-            block_out_channels=(48, 96, 128),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(128, 128),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             layers_per_block=1,
             norm_num_groups=16,
             attention_head_dim=4,

@@ -70,6 +70,8 @@ def line_chart(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: st
                     *zip(*positive, strict=True), marker="o", markersize=6 if len(positive) == 1 else 3, label=name
                 )
         axis.set(yscale="log", xlabel=x, ylabel=y)
+        if all(isinstance(place, int) for points in lines.values() for place, _ in points):
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8, frameon=False)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     plot.close(figure)
