@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ def card(name: str, family: Any, pipe: Any, log: Path) -> str:
         pipe: The pipeline that came out.
         log: The training's, a JSON object to a line.
     """
-    last = json.loads(log.read_text().splitlines()[-1])
+    runs = _last_of_each_run(log)
+    commands = [
+        f"`python zoo/train.py {name} --iterations {run['iteration']}{' --on' * (run != runs[0])}`" for run in runs
+    ]
     parts = [
         f"- `{part}`: `{type(module).__name__}`, {sum(weights.numel() for weights in module.parameters()) / 1e6:.2f} M "
         "parameters"
@@ -50,9 +54,9 @@ trained weights.
 
 ## Training
 
-`python zoo/train.py {name} --iterations {last["iteration"]}`: {predicted}-prediction, linear betas of 1000 steps,
+{", then ".join(commands)}: {predicted}-prediction, linear betas of 1000 steps,
 min-SNR-5 loss weights, cosine learning rate from {family.rate:g}, averaged weights, batches of {family.batch};
-{last["seconds"] / 3600:.1f} hours on one CPU core. `log.jsonl` has the loss.
+{sum(run["seconds"] for run in runs) / 3600:.1f} hours on one CPU core. `log.jsonl` has the loss.
 
 ## Data
 
@@ -62,3 +66,10 @@ min-SNR-5 loss weights, cosine learning rate from {family.rate:g}, averaged weig
 
 The weights: Apache-2.0, with the attribution above.
 """
+
+
+def _last_of_each_run(log: Path) -> list[dict[str, Any]]:
+    """The log's last rows before the iterations begin anew, and its last."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    ends = [row for row, after in pairwise(rows) if after["iteration"] < row["iteration"]]
+    return [*ends, rows[-1]]

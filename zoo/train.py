@@ -68,12 +68,17 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--bf16", action="store_true", help="compute in bfloat16; for CPUs with instructions for it")
     arguments.add_argument("--compile", action="store_true", help="a third faster after minutes of compilation")
+    arguments.add_argument("--on", action="store_true", help="begin with the zoo's weights, and a new cosine")
     arguments.add_argument("--export", action="store_true", help="export what is trained so far, and stop")
     asked = arguments.parse_args()
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
     family = FAMILIES[asked.family](Emoji.load(asked.data))
     training = Training(family, asked.iterations, RUNS / asked.family, bf16=asked.bf16, compiled=asked.compile)
+    if asked.on and training.iteration == 0:
+        before = ZOO / f"{asked.family}-emoji"
+        training.begin_with(DiffusionPipeline.from_pretrained(before, torch_dtype=torch.float32))
+        shutil.copy(before / "log.jsonl", training.folder / "log.jsonl")
     if not asked.export:
         training.run()
     export(asked.family, training)

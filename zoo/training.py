@@ -69,7 +69,7 @@ class Training:
         self.average = EMAModel(
             self.parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True
         )
-        self.iteration, self.seconds = 0, 0.0
+        self.iteration, self.seconds, self.prepared = 0, 0.0, False
         self.losses: list[float] = []
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "state.pt").exists():
@@ -78,7 +78,7 @@ class Training:
     def run(self) -> None:
         """Train to the end."""
         self.family.modules.train()
-        if self.iteration == 0:
+        if self.iteration == 0 and not self.prepared:
             # a cache of cast weights would outlive their steps
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16, cache_enabled=False):
                 self.family.prepare()
@@ -89,6 +89,12 @@ class Training:
             if self.iteration % KEEP_EVERY == 0 or self.iteration == self.iterations:
                 self.seconds = time.perf_counter() - started
                 self._keep()
+
+    def begin_with(self, pipe: Any) -> None:
+        """Take a trained pipeline's weights to begin with; what comes before the first iteration is done with."""
+        for name, module in self.family.modules.items():
+            module.load_state_dict(getattr(pipe, name).state_dict())
+        self.prepared = True
 
     def averaged(self) -> Any:
         """The pipeline of the averaged weights."""
