@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import stepmask
 from denoisers import at, build, denoiser
@@ -154,6 +155,24 @@ class Odd(nn.Module):
 def test_what_cannot_be_masked_is_refused(kind: str, blocks: str, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         stepmask.trace(Odd(kind), (torch.zeros(2),), blocks=blocks)
+
+
+class Flexible(nn.Module):
+    """A block of flex attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Scale(2.0)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.layers[0](x)[:, None]
+        return flex_attention(heads, heads, heads)[:, 0]  # type: ignore[no-any-return, index]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_refused() -> None:
+    with pytest.raises(TraceError, match="flex_attention"):
+        stepmask.trace(Flexible(), (torch.randn(1, 16, 8),), blocks="layers.*")
 
 
 def test_delta_needs_a_stream() -> None:

@@ -59,16 +59,28 @@ def trace(
         NoSuchBlock: A pattern matches no module.
         AlreadyApplied: The denoiser is under a schedule.
         TraceError: A named block is not called; a block is called twice, without tensors, or changed in place by the
-            code after it.
+            code after it; or the denoiser uses flex attention.
     """
     denoiser = denoiser_of(pipe)
     refuse_if_taken(denoiser)
     found = find_blocks(denoiser, granularity, blocks)
     call = _first_call(example)
-    seen, output = _watch_faked(denoiser, found, call) or _watch(denoiser, found, call)
+    try:
+        seen, output = _watch_faked(denoiser, found, call) or _watch(denoiser, found, call)
+    except NotImplementedError as error:
+        raise _not_followed(denoiser, error) from error
     if blocks is not None:
         seen.check_all_called()
     return seen.graph(output)
+
+
+def _not_followed(denoiser: nn.Module, error: NotImplementedError) -> TraceError:
+    what = str(error).split(" and mode")[0]
+    return TraceError(
+        given=f"a {type(denoiser).__name__} with an operation that cannot be followed ({what})",
+        expected="operations that torch's dispatch modes see; flex attention is none outside torch.compile",
+        advice="Choose another attention for the denoiser",
+    )
 
 
 def _watch_faked(
