@@ -61,7 +61,7 @@ class PixelDDPM(_OnEmoji):
         self.scheduler = DDIMScheduler(**VELOCITY, clip_sample=True)
         self.unet = UNet2DModel(
             sample_size=32,
-            block_out_channels=(32, 64, 96, 96),
+            block_out_channels=(32, 64, 96, 64),
             down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
             layers_per_block=1,

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,17 @@ def _known_labels(pipe: Any) -> list[int]:
 
 
 def _fixed(pipe: Any) -> dict[str, Any]:
-    """What pipelines of a small denoiser must be told besides: PixArt's look for aspect ratios of large ones."""
-    size = getattr(denoiser_of(pipe).config, "sample_size", None)
+    """What PixArt's pipelines must be told besides.
+
+    They look for aspect ratios of large pictures, and warn at every call that they clean no captions without two
+    packages.
+    """
+    fixed, size = {}, getattr(denoiser_of(pipe).config, "sample_size", None)
     if "use_resolution_binning" in _arguments(pipe) and size not in _BINNED_SIZES:
-        return {"use_resolution_binning": False}
-    return {}
+        fixed["use_resolution_binning"] = False
+    if "clean_caption" in _arguments(pipe) and not all(map(find_spec, ("bs4", "ftfy"))):
+        fixed["clean_caption"] = False
+    return fixed
 
 
 def _check_takes(pipe: Any, argument: str, what: str) -> None:
