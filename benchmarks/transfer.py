@@ -1,24 +1,37 @@
 """A table that is carried over, against one learned where it is used: to other steps, and to another resolution.
 
-All spend the same MACs; errors are of held-out samples.
+All spend the same MACs; errors are of held-out samples. What is finished lies in runs/transfer, so that a killed run
+goes on where it stopped.
 """
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import stepmask
 from results import save
 from setting import Setting, errors
 from stepmask import MaskSchedule
+from stepmask.files import write_whole
 from stepmask.schedule.baselines import fixed_interval
 from stepmask.schedule.rectify import lower
 
 LEARNED_AT = 20
+RUNS = Path("runs") / "transfer"
 
 
 def learned(setting: Setting, budget: float) -> MaskSchedule:
     """What the default learner makes of 64 samples."""
     return stepmask.learn(setting.pipe, [setting.record(8, seed) for seed in range(100, 108)], budget)
+
+
+def at_home(pipeline: str, share: float, kept: Path) -> MaskSchedule:
+    """The table that is carried over; learned once."""
+    if not (kept / "stepmask.json").exists():
+        home = Setting(pipeline, LEARNED_AT)
+        learned(home, home.budget(share)).save_pretrained(kept)
+    return MaskSchedule.from_pretrained(kept)
 
 
 def carried(table: MaskSchedule, setting: Setting, samples: int) -> dict[str, Any]:
@@ -42,11 +55,16 @@ def main() -> None:
     arguments.add_argument("--sizes", type=int, nargs="*", default=[96], help="in pixels; not every pipeline has them")
     arguments.add_argument("--samples", type=int, default=32)
     asked = arguments.parse_args()
-    home = Setting(asked.pipeline, LEARNED_AT)
-    table = learned(home, home.budget(asked.share))
+    kept = RUNS / f"{asked.pipeline.removeprefix('zoo:')}-{asked.share:g}"
+    table = at_home(asked.pipeline, asked.share, kept)
     elsewhere = {f"{steps} steps": Setting(asked.pipeline, steps) for steps in asked.steps}
     elsewhere |= {f"{size} pixels": Setting(asked.pipeline, LEARNED_AT, size=size) for size in asked.sizes}
-    found = {place: carried(table, setting, asked.samples) for place, setting in elsewhere.items()}
+    found: dict[str, Any] = {}
+    for place, setting in elsewhere.items():
+        file = kept / f"{place}, {asked.samples} samples.json"
+        if not file.exists():
+            write_whole(file, json.dumps(carried(table, setting, asked.samples)))
+        found[place] = json.loads(file.read_text())
     over = {place: row["carried over"]["error"] / row["learned there"]["error"] for place, row in found.items()}
     save(
         "transfer",
