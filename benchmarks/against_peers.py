@@ -37,8 +37,8 @@ EXACT = 1e-12
 MOST = 5
 """Settings of one peer that are measured on held-out samples."""
 
-SMOOTH = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48)
-PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+SMOOTH = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 0.9)
+PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def best(tried: Sequence[Tried]) -> list[Tried]:
     """The settings that no other beats in both cost and error, at most `MOST`, spread over their costs."""
     kept: list[Tried] = []
     for each in sorted(tried, key=lambda each: each.cost):
-        if np.isfinite(each.error) and each.error > EXACT and (not kept or each.error < kept[-1].error):
+        if np.isfinite(each.error) and each.error > 2 * EXACT and (not kept or each.error < kept[-1].error):
             kept.append(each)
     places = np.unique(np.linspace(0, len(kept) - 1, min(MOST, len(kept))).round().astype(int)) if kept else []
     return [kept[place] for place in places]
