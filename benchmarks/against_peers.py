@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from frontier import SCHEDULES, name_of
+from frontier import SCHEDULES
 from peers import PEERS, CannotRun, Peer
 from results import FOLDER, save
 from rules import SmoothCache, learning_to_cache
-from setting import Setting, by_sample
+from setting import Setting, by_sample, name_of
 from stepmask import MaskSchedule
 from stepmask.denoiser.sampling import Sampling
 from stepmask.evaluation.compare import evaluate

@@ -9,13 +9,10 @@ from typing import Any
 
 import stepmask
 from results import save
-from setting import Setting, errors, timed
+from setting import SAMPLES, Setting, errors, timed
 from stepmask import MaskSchedule, Profile, Trajectory
 
 STEPS = 20
-SAMPLES = 8
-"""Of each trajectory."""
-
 ROWS = 32
 """Measurements of all sweeps together, at least: few samples get several probes each."""
 
@@ -42,7 +39,7 @@ def main() -> None:
     held_out, budget = setting.record(asked.held_out, 1), setting.budget(asked.share)
     found: dict[str, dict[int, dict[str, float]]] = {way: {} for way in WAYS}
     for samples in asked.samples:
-        runs = [setting.record(SAMPLES, seed) for seed in range(100, 100 + samples // SAMPLES)]
+        runs = setting.calibration(samples)
         for way, learn in WAYS.items():
             table, seconds = timed(lambda learn=learn, runs=runs: learn(setting.pipe, runs, budget))
             cost = {"reference_samplings_of_16": seconds / setting.reference_s}

@@ -14,7 +14,7 @@ from typing import Any
 
 import stepmask
 from results import FOLDER, save
-from setting import Setting, errors, timed
+from setting import Setting, errors, name_of, timed
 from stepmask import MaskSchedule
 from stepmask.errors import InvalidBudget
 from stepmask.evaluation.compare import evaluate
@@ -42,7 +42,7 @@ class Contest(Setting):
     def __init__(self, pipeline: str, steps: int, guidance: float | None) -> None:
         super().__init__(pipeline, steps, guidance)
         self.pipeline = pipeline
-        self.trajectories = [self.record(8, seed) for seed in range(100, 108)]
+        self.trajectories = self.calibration(64)
         self.few = self.record(4, 0)
         self.profile, self.sweep_s = timed(lambda: stepmask.sweep(self.pipe, self.trajectories[0], ages=AGES))
 
@@ -140,11 +140,6 @@ def ratio(cell: dict[str, Any]) -> float:
 def title(cell: dict[str, Any]) -> str:
     guidance = "the pipeline's own guidance" if cell["guidance"] is None else f"guidance {cell['guidance']:g}"
     return f"{cell['steps']} steps, {guidance}"
-
-
-def name_of(pipeline: str) -> str:
-    """What files of a pipeline's results are called."""
-    return pipeline.removeprefix("zoo:").replace("/", "-")
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:

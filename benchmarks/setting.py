@@ -17,6 +17,12 @@ from stepmask.schedule.rectify import lower
 
 T = TypeVar("T")
 
+SAMPLES = 8
+"""Of each calibration run."""
+
+FIRST_SEED = 100
+"""Of the calibration runs."""
+
 
 class Setting:
     """A pipeline with its sampler's settings.
@@ -45,6 +51,10 @@ class Setting:
         """A reference run of `count` samples."""
         return stepmask.record(self.pipe, seed=seed, **self.call(count, seed, held_out=held_out))
 
+    def calibration(self, samples: int) -> list[Trajectory]:
+        """Reference runs of `SAMPLES` each, to learn from."""
+        return [self.record(SAMPLES, FIRST_SEED + run) for run in range(samples // SAMPLES)]
+
     @cached_property
     def reference_s(self) -> float:
         """Seconds that one reference sampling of 16 samples takes."""
@@ -60,6 +70,11 @@ class Setting:
     def budget(self, share: float) -> float:
         """What the fixed interval at a share of computed steps spends, glue included: every learner may as well."""
         return lower(fixed_interval(self.full, share)).macs_share
+
+
+def name_of(pipeline: str) -> str:
+    """What files of a pipeline's results are called."""
+    return pipeline.removeprefix("zoo:").replace("/", "-")
 
 
 def _split(told: Conditioning) -> tuple[Conditioning, Conditioning]:

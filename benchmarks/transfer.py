@@ -11,7 +11,7 @@ from typing import Any
 
 import stepmask
 from results import save
-from setting import Setting, errors
+from setting import Setting, errors, name_of
 from stepmask import MaskSchedule
 from stepmask.files import write_whole
 from stepmask.schedule.baselines import fixed_interval
@@ -23,7 +23,7 @@ RUNS = Path("runs") / "transfer"
 
 def learned(setting: Setting, budget: float) -> MaskSchedule:
     """What the default learner makes of 64 samples."""
-    return stepmask.learn(setting.pipe, [setting.record(8, seed) for seed in range(100, 108)], budget)
+    return stepmask.learn(setting.pipe, setting.calibration(64), budget)
 
 
 def at_home(pipeline: str, share: float, kept: Path) -> MaskSchedule:
@@ -55,7 +55,7 @@ def main() -> None:
     arguments.add_argument("--sizes", type=int, nargs="*", default=[96], help="in pixels; not every pipeline has them")
     arguments.add_argument("--samples", type=int, default=32)
     asked = arguments.parse_args()
-    kept = RUNS / f"{asked.pipeline.removeprefix('zoo:')}-{asked.share:g}"
+    kept = RUNS / f"{name_of(asked.pipeline)}-{asked.share:g}"
     table = at_home(asked.pipeline, asked.share, kept)
     elsewhere = {f"{steps} steps": Setting(asked.pipeline, steps) for steps in asked.steps}
     elsewhere |= {f"{size} pixels": Setting(asked.pipeline, LEARNED_AT, size=size) for size in asked.sizes}

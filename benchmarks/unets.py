@@ -23,7 +23,7 @@ def at_deepcaches_macs(setting: Setting, samples: int, repeats: int) -> dict[str
     """Error and speed-up of a learned table and of DeepCache's, at equal MACs."""
     rival = deepcache(setting.full, INTERVAL)
     budget = Budget(macs=lower(rival).macs_share)
-    runs = [setting.record(8, seed) for seed in range(100, 108)]
+    runs = setting.calibration(64)
     table, seconds = timed(lambda: stepmask.learn(setting.pipe, runs, budget))
     rivals = {"DeepCache": rival}
     call = setting.call(samples, 1, held_out=True)

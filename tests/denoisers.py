@@ -41,6 +41,10 @@ def video_and_words() -> Inputs:
     return {"hidden_states": video(4), "encoder_hidden_states": tokens(8)}
 
 
+def pooled_video() -> Inputs:
+    return {**video_and_words(), "encoder_attention_mask": ones(), "pooled_projections": torch.randn(BATCH, 8)}
+
+
 def patches_and_words(axes: int = 3) -> Inputs:
     """A picture in 16 patches, and where patches and words are."""
     places = {"img_ids": torch.zeros(16, axes), "txt_ids": torch.zeros(WORDS, axes)}
@@ -60,6 +64,25 @@ LAYERS = {**HEADS, "num_layers": 2}
 DUAL = {**LAYERS, "num_single_layers": 2}
 CHANNELS = {"in_channels": 4, "out_channels": 4}
 WAN = {**LAYERS, **CHANNELS, "text_dim": 8, "freq_dim": 8, "ffn_dim": 16, "rope_max_seq_len": 16}
+COGVIDEOX = {
+    **LAYERS,
+    **CHANNELS,
+    "time_embed_dim": 8,
+    "text_embed_dim": 8,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 5,
+    "max_text_seq_length": WORDS,
+}
+HUNYUAN_VIDEO = {
+    **DUAL,
+    "num_refiner_layers": 1,
+    **CHANNELS,
+    "text_embed_dim": 8,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (4, 2, 2),
+    "guidance_embeds": False,
+}
 LTX2 = {
     **LAYERS,
     **CHANNELS,
@@ -264,21 +287,8 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
         },
     ),
     "HunyuanVideoTransformer3DModel": (
-        {
-            **DUAL,
-            "num_refiner_layers": 1,
-            **CHANNELS,
-            "text_embed_dim": 8,
-            "pooled_projection_dim": 8,
-            "rope_axes_dim": (4, 2, 2),
-            "guidance_embeds": False,
-        },
-        lambda: {
-            "hidden_states": video(4),
-            "encoder_hidden_states": tokens(8),
-            "encoder_attention_mask": ones(),
-            "pooled_projections": torch.randn(BATCH, 8),
-        },
+        HUNYUAN_VIDEO,
+        pooled_video,
     ),
     "Lumina2Transformer2DModel": (
         {
@@ -331,16 +341,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
         picture_and_words,
     ),
     "CogVideoXTransformer3DModel": (
-        {
-            **LAYERS,
-            **CHANNELS,
-            "time_embed_dim": 8,
-            "text_embed_dim": 8,
-            "sample_width": 8,
-            "sample_height": 8,
-            "sample_frames": 5,
-            "max_text_seq_length": WORDS,
-        },
+        COGVIDEOX,
         lambda: {"hidden_states": torch.randn(BATCH, 2, 4, 8, 8), "encoder_hidden_states": tokens(8)},
     ),
     "CogView3PlusTransformer2DModel": (
@@ -770,14 +771,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "ConsisIDTransformer3DModel": (
         {
-            **LAYERS,
-            **CHANNELS,
-            "time_embed_dim": 8,
-            "text_embed_dim": 8,
-            "sample_width": 8,
-            "sample_height": 8,
-            "sample_frames": 5,
-            "max_text_seq_length": WORDS,
+            **COGVIDEOX,
             "is_train_face": True,
             "cross_attn_interval": 1,
             "cross_attn_dim_head": 8,
@@ -857,22 +851,13 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     ),
     "HunyuanVideoFramepackTransformer3DModel": (
         {
-            **DUAL,
-            "num_refiner_layers": 1,
-            **CHANNELS,
-            "text_embed_dim": 8,
-            "pooled_projection_dim": 8,
-            "rope_axes_dim": (4, 2, 2),
-            "guidance_embeds": False,
+            **HUNYUAN_VIDEO,
             "has_image_proj": True,
             "image_proj_dim": 8,
             "has_clean_x_embedder": True,
         },
         lambda: {
-            "hidden_states": video(4),
-            "encoder_hidden_states": tokens(8),
-            "encoder_attention_mask": ones(),
-            "pooled_projections": torch.randn(BATCH, 8),
+            **pooled_video(),
             "image_embeds": tokens(8, 3),
             "indices_latents": torch.arange(7, 9),
             "latents_clean": video(4, frames=1),

@@ -1,5 +1,6 @@
 """The pipelines that ship with the package: they load, stay small, say where they come from, and obey the laws."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,10 @@ class TestEach:
 
     def test_it_is_small(self, name: str) -> None:
         assert size(zoo.folder(name)) <= 25 * MB
+
+    def test_it_names_no_place_where_it_was_made(self, name: str) -> None:
+        configs = [json.loads(path.read_text()) for path in zoo.folder(name).rglob("*config.json")]
+        assert not any(config.get("_name_or_path", "").startswith("/") for config in configs)
 
     def test_its_card_names_the_makers_of_the_pictures(self, name: str) -> None:
         card = (zoo.folder(name) / "README.md").read_text()

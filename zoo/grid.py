@@ -8,6 +8,7 @@ import torch
 from diffusers.utils import make_image_grid
 
 from emoji import STYLES, caption
+from stepmask.denoiser.conditioning import Conditioning
 
 NAMES = ("red heart", "flag of Japan", "grinning face", "dog face", "pizza", "rocket", "sunflower", "guitar")
 LABELS = list(range(27))
@@ -29,4 +30,4 @@ def _call(pipe: Any) -> dict[str, Any]:
     if "prompt" not in wanted:
         return {"batch_size": 32}
     prompts = [caption(style, name) for style in STYLES for name in NAMES]
-    return {"prompt": prompts, **({"use_resolution_binning": False} if "use_resolution_binning" in wanted else {})}
+    return Conditioning.prompted(pipe, prompts).call(len(prompts), None)

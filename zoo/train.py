@@ -24,13 +24,16 @@ from training import Family, Training
 ZOO = Path(__file__).parent.parent / "src" / "stepmask" / "zoo"
 RUNS = Path("runs") / "zoo"
 
+SHARES_VAE = "dit-emoji"
+"""Of this pipeline all latent families have the autoencoder."""
+
 PROMPTS = 128
 """Captions that go beside a pipeline that is told any, to draw from."""
 
 
 def zoo_pipeline() -> Any:
     """The pipeline whose autoencoder all latent families share."""
-    return DiffusionPipeline.from_pretrained(ZOO / "dit-emoji", torch_dtype=torch.float32)
+    return DiffusionPipeline.from_pretrained(ZOO / SHARES_VAE, torch_dtype=torch.float32)
 
 
 FAMILIES: dict[str, Callable[[Emoji], Family]] = {
@@ -47,7 +50,9 @@ def export(name: str, training: Training) -> None:
     draw(pipe, training.folder / "samples.png")
     pipe.to(torch.float16).save_pretrained(place)
     if "text_encoder" in pipe.components:
-        _compute_in_float32(place / "text_encoder" / "config.json")
+        _change(place / "text_encoder" / "config.json", dtype="float32")  # transformers would load it as it lies there
+    if "vae" in pipe.components:
+        _change(place / "vae" / "config.json", _name_or_path=f"zoo:{SHARES_VAE}")  # and not a path of this machine
     for kept in ("samples.png", "log.jsonl"):
         shutil.copy(training.folder / kept, place / kept)
     (place / "README.md").write_text(card(name, training.family, pipe, place / "log.jsonl"))
@@ -55,9 +60,9 @@ def export(name: str, training: Training) -> None:
         (place / PROMPTS_NAME).write_text("\n".join(training.family.emoji.prompts(PROMPTS)) + "\n")
 
 
-def _compute_in_float32(config: Path) -> None:
-    """Let transformers load a model in float32, as diffusers does, and not as it lies in the file."""
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+def _change(config: Path, **values: str) -> None:
+    """Set values of a model's configuration."""
+    config.write_text(json.dumps({**json.loads(config.read_text()), **values}, indent=2) + "\n")
 
 
 def main() -> None:

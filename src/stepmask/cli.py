@@ -73,7 +73,7 @@ def demo(
         num_inference_steps=steps,
     )
     report.save(folder / "report.json")
-    report.save(folder / "report.html", command=shlex.join(["stepmask", *sys.argv[1:]]))
+    report.save(folder / "report.html", command=_command())
     plots.heat_map(schedule, folder / "schedule.png")
     shown = {name: report.images[name] for name in ("reference", "schedule", "interval, reuse")}
     plots.side_by_side(shown, folder / "samples.png")
@@ -208,12 +208,12 @@ def evaluate(
     from stepmask.schedule.schedule import MaskSchedule
 
     pipe, table = _load(pipeline), MaskSchedule.from_pretrained(schedule)
+    swept = Profile.from_pretrained(profile) if profile else None
     others = _rivals(table, lower(table).macs_share) if rivals else {}
     arguments = {"num_inference_steps": table.steps, **_Told(pipe, prompts, labels, call).call(samples, seed)}
     measured = measure(pipe, table, rivals=others, seed=seed, repeats=repeats, **arguments)
     if report is not None:
-        swept = Profile.from_pretrained(profile) if profile else None
-        measured.save(report, profile=swept, command=shlex.join(["stepmask", *sys.argv[1:]]))
+        measured.save(report, profile=swept, command=_command())
     _print_report(measured, as_json)
 
 
@@ -311,6 +311,11 @@ def _print_schedule(schedule: "MaskSchedule", as_json: bool) -> None:
 
 def _print_report(report: "Report", as_json: bool) -> None:
     print(report.to_json() if as_json else report)
+
+
+def _command() -> str:
+    """This command line, as a page shows it."""
+    return shlex.join(["stepmask", *sys.argv[1:]])
 
 
 def _say(text: str, as_json: bool) -> None:

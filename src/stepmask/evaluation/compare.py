@@ -68,8 +68,9 @@ def evaluate(
     sampling = Sampling(pipe, call, seed, run)
     contenders = [_Contender(REFERENCE, sampling), _Contender(SCHEDULE, sampling, schedule)]
     contenders += [_contender(name, sampling, rival) for name, rival in (rivals or {}).items()]
-    for contender in contenders:
-        contender.counted = contender.schedule is None and any(_is_foreign(each, sampling) for each in contenders)
+    foreign = any(contender.sampling.pipe is not pipe for contender in contenders)
+    for contender in contenders:  # what another pipeline computes is in no plan
+        contender.counted = foreign and contender.schedule is None
     for turn in tqdm(range(repeats + 1), "evaluating", disable=None):
         for contender in contenders:
             contender.run() if turn else contender.warm_up()
@@ -138,13 +139,11 @@ class _Contender:
 
     def executed(self, reference: "_Contender") -> float:
         """MACs of the blocks that ran, over those of the reference."""
-        if self.schedule is None:
-            return (
-                self.computed_macs / reference.computed_macs
-                if self.counted
-                else self.evaluations / reference.evaluations
-            )
-        return self.computed_macs / (int(self.schedule.graph.macs.sum()) * reference.evaluations)
+        if self.schedule is not None:
+            return self.computed_macs / (int(self.schedule.graph.macs.sum()) * reference.evaluations)
+        if self.counted:
+            return self.computed_macs / reference.computed_macs
+        return self.evaluations / reference.evaluations
 
     def path_errors(self, reference: "_Contender") -> list[float]:
         """Mean error of the latents after each step, where the steps are the reference's."""
@@ -160,11 +159,6 @@ def _contender(name: str, sampling: Sampling, rival: Any) -> _Contender:
     if isinstance(rival, int):
         return _Contender(name, replace(sampling, call={**sampling.call, "num_inference_steps": rival}))
     return _Contender(name, replace(sampling, pipe=rival))
-
-
-def _is_foreign(contender: _Contender, sampling: Sampling) -> bool:
-    """Whether another pipeline samples, of which no plan says what it computes."""
-    return contender.sampling.pipe is not sampling.pipe
 
 
 def _parameters(pipe: Any) -> list[str]:
