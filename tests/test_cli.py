@@ -1,14 +1,20 @@
 """The command line, on a tiny pipeline folder, as a user would call it."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import stepmask
 from stepmask import MaskSchedule
-from stepmask.cli import app, main
+from stepmask.cli import _complete_zoo, app, main
+from stepmask.progress import progress
 
 runner = CliRunner()
 
@@ -113,3 +119,43 @@ def test_arguments_that_are_not_json(folder: str) -> None:
     assert runner.invoke(app, ["blocks", folder, "--call", "[1]"]).exit_code == 2
     assert runner.invoke(app, ["blocks", folder, "--granularity", "atom"]).exit_code == 2
     assert runner.invoke(app, ["blocks", folder, "--prompts", "p.txt", "--labels", "1"]).exit_code == 2
+
+
+def test_quiet_silences_the_bars_of_every_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "")  # so that it is put back
+    run("--quiet", "show", "--help")
+    assert os.environ["TQDM_DISABLE"] == "1"
+
+
+def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    assert progress([1], "working", file=io.StringIO()).disable
+    assert not progress([1], "working", file=Terminal()).disable
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert progress([1], "working", file=Terminal()).disable
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_verbose_tells_what_is_decided_and_traces_errors(folder: str, tmp_path: Path) -> None:
+    def told(*arguments: str) -> str:
+        command = [sys.executable, "-c", "from stepmask.cli import main; main()", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+    learning = ["learn", folder, "--out", str(tmp_path / "out"), "--steps", "4", "--budget", "0.6", "--samples", "1"]
+    assert "stepmask.learning.trained: fixed-interval" in told("--verbose", *learning)
+    assert "Traceback" not in told("show", "nowhere")
+    assert "Traceback" in (verbose := told("-v", "show", "nowhere"))
+    assert verbose.splitlines()[-1].startswith("stepmask: ")
+
+
+def test_names_of_the_zoo_are_completed() -> None:
+    assert _complete_zoo("zoo:d") == ["zoo:ddpm-emoji", "zoo:dit-emoji"]
+    assert _complete_zoo("x") == []
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").strip() == stepmask.__version__

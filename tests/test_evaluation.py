@@ -12,7 +12,6 @@ from PIL import Image
 import stepmask
 from stepmask import MaskSchedule, Report
 from stepmask.errors import RunError, UnwritablePath
-from stepmask.evaluation import plots
 from stepmask.evaluation.measure import machine, peak_memory
 from stepmask.evaluation.metrics import images_of, latent_errors, psnr, ssim
 from stepmask.evaluation.report import Row
@@ -116,13 +115,3 @@ def test_peak_memory_sees_an_allocation() -> None:
     if small.bytes is None or large.bytes is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert large.bytes - small.bytes > 32 * 2**20
-
-
-def test_pictures_are_drawn(reference: MaskSchedule, tmp_path: Path) -> None:
-    schedule = fixed_interval(reference, 0.6, order=1)
-    with Image.open(plots.heat_map(schedule, tmp_path / "map.png")) as heat:
-        assert heat.width > 400
-        assert len(np.unique(np.asarray(heat.convert("RGB")).reshape(-1, 3), axis=0)) > 3
-    images = np.random.default_rng(0).random((3, 8, 8, 3)).astype(np.float32)
-    with Image.open(plots.side_by_side({"reference": images, "schedule": images}, tmp_path / "grid.png")) as grid:
-        assert grid.width > grid.height / 2

@@ -4,8 +4,11 @@ Rooms that need torch are imported inside the commands, so that `stepmask show` 
 """
 
 import json
+import logging
+import os
 import shlex
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +17,8 @@ from stepmask.errors import InvalidBudget, MissingExtra, StepmaskError
 
 try:
     import typer
+    from rich.console import Console
+    from rich.text import Text
 except ImportError as error:
     missing = MissingExtra(given="no typer", expected="it, for the command line", advice="pip install 'stepmask[cli]'")
     raise SystemExit(str(missing)) from error
@@ -25,15 +30,27 @@ if TYPE_CHECKING:
     from stepmask.schedule.schedule import MaskSchedule
 
 app = typer.Typer(
-    help="Faster diffusion sampling: learn per timestep which blocks to compute, and measure what it gives.",
     no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
 
 HELD_OUT = 1000
 """Seed of what is measured, unless another is asked for; schedules are learned from smaller ones."""
 
-Pipeline = Annotated[str, typer.Argument(help="zoo:NAME, a diffusers folder, or a hub id")]
+STYLES = {"█": "blue", "▓": "cyan", "·": "yellow", "~": "red", "≈": "magenta"}
+"""Of the marks of a table in a terminal."""
+
+
+def _complete_zoo(incomplete: str) -> list[str]:
+    from stepmask import zoo
+
+    return [f"zoo:{name}" for name in zoo.names() if f"zoo:{name}".startswith(incomplete)]
+
+
+Pipeline = Annotated[
+    str, typer.Argument(help="zoo:NAME, a diffusers folder, or a hub id", autocompletion=_complete_zoo)
+]
 ScheduleSource = Annotated[str, typer.Argument(help="Folder or hub id of a schedule")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
 Steps = Annotated[int, typer.Option(help="Sampling steps")]
@@ -42,6 +59,25 @@ Prompts = Annotated[Path | None, typer.Option(help="UTF-8 text file with a promp
 Labels = Annotated[str, typer.Option(help="Class labels to draw from, such as 0-4,8")]
 CallJson = Annotated[str, typer.Option("--call", help="Further arguments of the pipeline as a JSON object")]
 Out = Annotated[Path, typer.Option(help="Folder to write to")]
+
+
+@app.callback(epilog="Exit codes: 0 done, 1 an error that is explained, 2 wrong arguments, 130 interrupted.")
+def common(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell what is decided; trace errors")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit")] = False,
+) -> None:
+    """Faster diffusion sampling: learn per timestep which blocks to compute, and measure what it gives."""
+    if version:
+        from stepmask import __version__
+
+        print(__version__)
+        raise typer.Exit
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # of every library's bars
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("stepmask").setLevel(logging.INFO)
 
 
 @app.command()
@@ -54,6 +90,7 @@ def demo(
 ) -> None:
     """Learn a schedule for an embedded pipeline, measure it beside its rivals, and draw what it does."""
     from stepmask.denoiser.conditioning import Conditioning
+    from stepmask.drawing import save
     from stepmask.evaluation import plots
     from stepmask.evaluation.compare import evaluate as measure
     from stepmask.schedule.budget import Budget
@@ -74,7 +111,7 @@ def demo(
     )
     report.save(folder / "report.json")
     report.save(folder / "report.html", command=_command())
-    plots.heat_map(schedule, folder / "schedule.png")
+    save(schedule.plot(), folder / "schedule.png")
     shown = {name: report.images[name] for name in ("reference", "schedule", "interval, reuse")}
     plots.side_by_side(shown, folder / "samples.png")
     _print_report(report, as_json)
@@ -171,6 +208,7 @@ def sample(
     from stepmask.schedule.schedule import MaskSchedule
 
     pipe = _load(pipeline)
+    pipe.set_progress_bar_config(disable=None)  # on a terminal
     table = MaskSchedule.from_pretrained(schedule) if schedule else None
     steps = steps or (table.steps if table else 20)
     told = _Told(pipe, prompts, labels, call).call(samples, None if prompts or labels else seed)
@@ -218,6 +256,7 @@ def evaluate(
 
 
 def _load(source: str) -> Any:
+    """A pipeline whose runs show no bar of their own, for most commands repeat them under one."""
     from stepmask import zoo
 
     pipe = zoo.load(source)
@@ -229,8 +268,9 @@ def _learn(pipe: Any, calls: dict[int, dict[str, Any]], budget: "Budget", folder
     """Learn from one run per seed."""
     from stepmask.denoiser.trajectory import record
     from stepmask.learning.learn import learn as learn_schedule
+    from stepmask.progress import progress
 
-    trajectories = [record(pipe, seed=seed, **call) for seed, call in calls.items()]
+    trajectories = [record(pipe, seed=seed, **call) for seed, call in progress(calls.items(), "recording")]
     return learn_schedule(pipe, trajectories, budget, folder=folder)
 
 
@@ -306,7 +346,18 @@ def _write_images(images: Any, folder: Path) -> list[Path]:
 def _print_schedule(schedule: "MaskSchedule", as_json: bool) -> None:
     from stepmask.schedule.show import show as show_text
 
-    print(schedule.to_json() if as_json else show_text(schedule))
+    if as_json:
+        return print(schedule.to_json())
+    console = Console(highlight=False)
+    return console.print(_painted(show_text(schedule, console.width)), no_wrap=True, overflow="ignore")
+
+
+def _painted(text: str) -> Text:
+    """A table with its marks in colour; a terminal without colours shows the characters alone."""
+    painted = Text(text)
+    for mark, style in STYLES.items():
+        painted.highlight_regex(f"{mark}+", style)
+    return painted
 
 
 def _print_report(report: "Report", as_json: bool) -> None:
@@ -328,5 +379,7 @@ def main() -> None:
     try:
         app()
     except StepmaskError as error:
+        if logging.getLogger("stepmask").isEnabledFor(logging.INFO):
+            traceback.print_exception(error)
         print(f"stepmask: {error}", file=sys.stderr)
         raise SystemExit(1) from error

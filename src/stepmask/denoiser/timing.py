@@ -15,6 +15,7 @@ from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import NoSuchBlock, RunError, TraceError
+from stepmask.progress import progress
 from stepmask.schedule.graph import Block, BlockGraph
 
 WARM_UPS = 3
@@ -58,7 +59,9 @@ def time_blocks(pipe: Any, trajectory: Trajectory, graph: BlockGraph, *, repeats
     watches = [_Watch(running) for _ in graph.blocks]
     modules = [_module(denoiser, block) for block in graph.blocks]
     with torch.no_grad(), attached(dict(zip(modules, watches, strict=True))):
-        for call in islice(cycle(trajectory.calls), WARM_UPS + repeats):
+        for call in progress(
+            islice(cycle(trajectory.calls), count := WARM_UPS + repeats), "timing blocks", total=count
+        ):
             denoiser(*call.args, **call.kwargs)
     return BlockGraph(tuple(_timed(block, watch) for block, watch in zip(graph.blocks, watches, strict=True)))
 

@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from stepmask.denoiser.clock import now
 from stepmask.denoiser.runtime import apply
@@ -18,6 +17,7 @@ from stepmask.errors import RunError
 from stepmask.evaluation.measure import MacCounter, Stopwatch, machine, peak_memory
 from stepmask.evaluation.metrics import images_of, latent_errors, psnr, ssim
 from stepmask.evaluation.report import Report, Row
+from stepmask.progress import progress
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -71,9 +71,9 @@ def evaluate(
     foreign = any(contender.sampling.pipe is not pipe for contender in contenders)
     for contender in contenders:  # what another pipeline computes is in no plan
         contender.counted = foreign and contender.schedule is None
-    for turn in tqdm(range(repeats + 1), "evaluating", disable=None):
-        for contender in contenders:
-            contender.run() if turn else contender.warm_up()
+    turns = [contender.warm_up for contender in contenders] + [contender.run for contender in contenders] * repeats
+    for turn in progress(turns, "evaluating"):
+        turn()
     setting = {**{key: _brief(value) for key, value in call.items()}, "seed": seed, "repeats": repeats}
     rows = [contender.row(contenders[0]) for contender in contenders]
     images = {c.name: found for c in contenders if (found := images_of(c.sampled.output)) is not None}

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import MissingExtra
-from stepmask.evaluation.plots import line_chart
+from stepmask.evaluation.plots import Points, against_macs, against_speed, line_chart
 from stepmask.evaluation.report import Report, Row
 from stepmask.schedule.rectify import Cell, Plan, lower
 from stepmask.schedule.schedule import MaskSchedule
@@ -19,9 +19,6 @@ from stepmask.schedule.show import summary
 
 if TYPE_CHECKING:
     from stepmask.learning.profile import Profile
-
-Points = dict[str, Sequence[tuple[float, float]]]
-"""Points (x, y) of each line."""
 
 SHOWN = 16
 """Samples of which pictures are shown, at most."""
@@ -120,12 +117,11 @@ def _data_uri(picture: npt.NDArray[np.float32]) -> str:
 def _table(schedule: MaskSchedule, profile: "Profile | None") -> dict[str, Any]:
     """The heat map: a row per step with its share of the MACs, and a cell per block."""
     plan, costs = lower(schedule), None if profile is None else profile.cell_errors(schedule)
-    shares = (plan.computed * schedule.graph.costs).sum(axis=1)
     return {
         "blocks": [block.label for block in schedule.graph.blocks],
         "steps": [
             {"timestep": timestep, "share": float(share), "cells": [*_cells(plan, step, costs)]}
-            for step, (timestep, share) in enumerate(zip(schedule.sampler.timesteps, shares, strict=True))
+            for step, (timestep, share) in enumerate(zip(schedule.sampler.timesteps, plan.shares, strict=True))
         ],
     }
 
@@ -135,8 +131,7 @@ def _cells(plan: Plan, step: int, costs: npt.NDArray[np.float64] | None) -> Iter
         said = [_said(plan, step, column)]
         if costs is not None and cell.action != "dead":
             said.append(f"alone it adds a predicted error of {costs[step, column]:.1e}")
-        kind = "forecast" if cell.is_forecast else "blend" if cell.is_blend else cell.action
-        yield {"kind": kind, "says": "; ".join(said)}
+        yield {"kind": cell.kind, "says": "; ".join(said)}
 
 
 def _said(plan: Plan, step: int, column: int) -> str:
@@ -164,9 +159,8 @@ def _charts(report: Report, profile: "Profile | None") -> Iterator[tuple[str, st
     paths: Points = {row.name: list(enumerate(row.path_errors)) for row in report.rows[1:] if row.path_errors}
     if paths:
         yield "Error along the trajectory", line_chart(paths, "step", "latent error")
-    by_macs: Points = {row.name: [(row.macs_executed, row.latent_error)] for row in report.rows[1:]}
+    by_macs: dict[str, Sequence[tuple[float, float]]] = {**against_macs(report)}
     if profile is not None:
         by_macs["predicted by the profile"] = [(lower(table).macs_share, error) for table, error in profile.pareto()]
     yield "Error against MACs", line_chart(by_macs, "share of MACs", "latent error")
-    by_speed: Points = {row.name: [(report.speedup(row.name)[0], row.latent_error)] for row in report.rows[1:]}
-    yield "Error against measured speed", line_chart(by_speed, "speed-up of the denoiser", "latent error")
+    yield "Error against measured speed", line_chart(against_speed(report), "speed-up of the denoiser", "latent error")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,11 @@ from stepmask.files import write_whole
 from stepmask.schedule.schedule import MaskSchedule
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from stepmask.learning.profile import Profile
+
+HEADS = ("", "MACs", "latent error", "PSNR", "SSIM", "denoiser", "speed-up", "pipeline", "store")
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,25 @@ class Report:
             return write_whole(path, render(self, profile=profile, command=command))
         return write_whole(path, self.to_json() if path.suffix == ".json" else f"{self}\n")
 
+    def plot(self) -> "Figure":
+        """Latent error against MACs and against measured speed, a point a row, as a matplotlib figure.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        from stepmask.evaluation.plots import frontier
+
+        return frontier(self)
+
+    def _repr_html_(self) -> str:
+        """The rows as a table, as a notebook shows it."""
+        lines = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in self._cells(row))}</tr>" for row in self.rows)
+        heads = "".join(f"<th>{head}</th>" for head in HEADS)
+        return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
     def __str__(self) -> str:
-        heads = ("", "MACs", "latent error", "PSNR", "SSIM", "denoiser", "speed-up", "pipeline", "store")
-        lines = [heads, *(self._cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+        lines = [HEADS, *(self._cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(HEADS))]
         table = "\n".join("  ".join(_padded(line, widths)).rstrip() for line in lines)
         known = ", ".join(f"{key} {value}" for key, value in self.machine.items() if value is not None)
         return f"{table}\n\n{self.setting}\n{known}"

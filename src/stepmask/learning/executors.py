@@ -1,6 +1,7 @@
 """Where independent jobs run, and how a killed run goes on where it stopped."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 from torch import nn
-from tqdm import tqdm
 
 from stepmask.files import write_whole
 from stepmask.learning.step import StepJob, learn_step
+from stepmask.progress import progress
+
+log = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -31,7 +34,7 @@ class LocalExecutor:
 
     def map(self, function: Callable[[Job], Result], jobs: Sequence[Job], *, title: str) -> Iterator[Result]:
         """Results in order, with a progress bar on a terminal."""
-        return map(function, tqdm(jobs, title, disable=None))
+        return map(function, progress(jobs, title))
 
 
 def learn_rows(
@@ -45,6 +48,8 @@ def learn_rows(
     rows = [_read(path) if path else None for path in paths]
     missing = [index for index, row in enumerate(rows) if row is None]
     todo = [jobs[index] for index in missing]
+    if len(todo) < len(jobs):
+        log.info("%d of %d rows are learned already", len(jobs) - len(todo), len(jobs))
     learned = executor.map(lambda job: learn_step(job, denoiser), todo, title="learning rows")
     for index, scores in zip(missing, learned, strict=True):
         rows[index] = scores

@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError
 from stepmask.learning.guidance import guidance_of
+from stepmask.progress import progress
 from stepmask.schedule.graph import BlockGraph
 
 Floats = npt.NDArray[np.float64]
@@ -113,7 +113,7 @@ class MeasuredGain:
             LearningError: A run is not finite.
         """
         steps = range(1, trajectory.steps)
-        gains = [self._gain(trajectory, step) for step in tqdm(steps, "measuring the gain per step", disable=None)]
+        gains = [self._gain(trajectory, step) for step in progress(steps, "measuring the gain per step")]
         return np.array(gains[:1] + gains or [1.0]) ** self.power
 
     def _gain(self, trajectory: Trajectory, step: int) -> float:

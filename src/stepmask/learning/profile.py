@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from stepmask.schedule.budget import Budget
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = "stepmask-profile/1"
 ARRAYS = ("inner", "held", "offset", "samples")
@@ -208,6 +211,16 @@ class Profile:
         """
         schedules = [self.schedule(budget) for budget in budgets]
         return [(schedule, self.predicted_error(schedule)) for schedule in schedules]
+
+    def plot(self) -> "Figure":
+        """What plain reuse of each cell costs alone, and the predicted error at any budget, as a matplotlib figure.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        from stepmask.learning.picture import sensitivities
+
+        return sensitivities(self)
 
     @classmethod
     def merge(cls, *profiles: "Profile") -> "Profile":

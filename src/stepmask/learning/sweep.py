@@ -21,6 +21,7 @@ from stepmask.learning.objective import relative_error
 from stepmask.learning.profile import Profile, swept_answers
 from stepmask.learning.sample_rows import SampleRows
 from stepmask.learning.tape import Blocks, Moment, Tape, detached, not_finite
+from stepmask.progress import progress
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -81,9 +82,9 @@ def sweep(
         tape = Tape(trajectory, graph, swept_answers(around, ages), readings, checkpoint_blocks=checkpoint_blocks)
         latent = _run(tape, trajectory, reference=bool((tape.answered[..., 0] == 1).all()))
         pulls, offsets = zip(*(measure.probe(latent.detach(), seed + probe) for probe in range(probes)), strict=True)
-        for left, pull in zip(reversed(range(probes)), pulls, strict=True):
+        for probe, pull in enumerate(progress(pulls, "sweeping")):
             readings.begin()
-            torch.autograd.grad(latent, tape.anchor, pull, retain_graph=left > 0)
+            torch.autograd.grad(latent, tape.anchor, pull, retain_graph=probe < probes - 1)
     provenance = {"probes": probes, "seed": seed, "samples": measure.samples, "decoded": decode is not None}
     inner, held = np.concatenate(readings.probes, axis=1)
     samples = np.tile(np.arange(measure.samples), probes)

@@ -1,6 +1,7 @@
 """`TrainedForecasts`: the best regular table, its forecasts trained on the masked run itself."""
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -9,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.trajectory import Trajectory
@@ -18,11 +18,14 @@ from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.objective import sample_errors
 from stepmask.learning.starts import Family, families
 from stepmask.learning.task import Task
+from stepmask.progress import progress
 from stepmask.schedule.answers import answers
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.forecasts import DIFFERENCES, PLAIN, WINDOW
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
+
+log = logging.getLogger(__name__)
 
 PACE = (0.05, 1.0, 1.0)
 """Relative learning rates of a forecast's scale and its first and second difference; the scale is the stiff one."""
@@ -67,6 +70,7 @@ class TrainedForecasts:
         tables = [*regular, _Training(self, start, task).run()]
         errors = [calibration_error(task.trajectories, table) for table in tables]
         chosen = tables[int(np.argmin(errors))]
+        log.info("trained on %s: error %.3g", start.table.provenance["table"], errors[-1])
         provenance = {
             **chosen.provenance,
             "learner": repr(self),
@@ -79,10 +83,11 @@ class TrainedForecasts:
     def _starts(self, task: Task) -> list["_Start"]:
         """The best table of each family, by true runs of the first trajectory."""
         starts = []
-        for family in tqdm(families(task.reference, task.budget, self.window), "regular tables", disable=None):
+        for family in progress(families(task.reference, task.budget, self.window), "regular tables"):
             errors = [calibration_error(task.trajectories[:1], table) for table in family.tables]
             table = family.tables[int(np.argmin(errors))]
             starts.append(_Start(table, min(errors), family))
+            log.info("%s: error %.3g", table.provenance["table"], min(errors))
         return starts
 
     def rates(self, share: float, error: float) -> list[float]:
@@ -136,13 +141,13 @@ class _Training:
     def run(self) -> MaskSchedule:
         """Train to the end: the start's table with trained weights."""
         last = len(self.rates)
-        with tqdm(total=last, initial=self.iteration, desc="training forecasts", disable=None) as bar:
-            while self.iteration < last:
-                self._step(self.trajectories[self.iteration % len(self.trajectories)])
-                self.iteration += 1
-                bar.update()
-                if self.path:
-                    write_whole(self.path, self._state())
+        for iteration in progress(
+            range(self.iteration, last), "training forecasts", initial=self.iteration, total=last
+        ):
+            self._step(self.trajectories[iteration % len(self.trajectories)])
+            self.iteration = iteration + 1
+            if self.path:
+                write_whole(self.path, self._state())
         start, trained = self.start.table, self._weights().detach().double().numpy()
         provenance = {"table": f"trained forecasts on {start.provenance['table']}"}
         return start.with_rows(start.rows, trained, provenance=provenance)
@@ -178,6 +183,7 @@ class _Training:
     def _load(self, state: bytes) -> None:
         found = torch.load(io.BytesIO(state), weights_only=True)
         self.iteration = found["iteration"]
+        log.info("going on at iteration %d of %d: %s", self.iteration, len(self.rates), self.path)
         with torch.no_grad():
             self.shared.copy_(found["shared"])
             self.own.copy_(found["own"])

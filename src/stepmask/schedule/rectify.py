@@ -21,6 +21,9 @@ from stepmask.schedule.schedule import MaskSchedule
 
 Action = Literal["compute", "reuse", "dead"]
 
+Kind = Literal["compute", "blend", "reuse", "forecast", "dead"]
+"""What a cell does, as a person is shown it."""
+
 
 class Cell(NamedTuple):
     """What one block does at one step.
@@ -47,6 +50,11 @@ class Cell(NamedTuple):
         """Whether it is computed, and answers with more than that."""
         return self.action == "compute" and bool(self.weights)
 
+    @property
+    def kind(self) -> Kind:
+        """The action, forecasts and blends told apart."""
+        return "forecast" if self.is_forecast else "blend" if self.is_blend else self.action
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,6 +72,11 @@ class Plan:
     def computed(self) -> npt.NDArray[np.bool_]:
         """What is run, shape (steps, blocks)."""
         return np.array([[cell.action == "compute" for cell in row] for row in self.cells])
+
+    @property
+    def shares(self) -> npt.NDArray[np.float64]:
+        """MACs of each step over those of an evaluation, shape (steps,)."""
+        return np.asarray((self.computed * self.graph.costs).sum(axis=1))
 
     @property
     def macs(self) -> int:

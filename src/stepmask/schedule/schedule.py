@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprin
 from stepmask.schedule.forecasts import PLAIN, WINDOW
 from stepmask.schedule.graph import BlockGraph, columns_of, span_of
 from stepmask.schedule.resample import resample_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +129,22 @@ class MaskSchedule:
     def __repr__(self) -> str:
         reused = f"{(~self.rows).mean():.0%} of cells reused"
         return f"MaskSchedule({self.steps} steps × {len(self.graph)} blocks of {self.denoiser.class_name}, {reused})"
+
+    def plot(self) -> "Figure":
+        """The table as a heat map beside the MACs of each step, as a matplotlib figure.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        from stepmask.schedule.picture import heat_map
+
+        return heat_map(self)
+
+    def _repr_html_(self) -> str:
+        """The table as a notebook shows it."""
+        from stepmask.schedule.picture import html
+
+        return html(self)
 
     @classmethod
     def all_compute(

@@ -1,25 +1,31 @@
 """A schedule for the terminal: the table in characters, and a summary in words."""
 
+from collections.abc import Iterator
+from textwrap import fill
+
 import numpy as np
 
-from stepmask.schedule.rectify import Action, Cell, lower
+from stepmask.schedule.rectify import Cell, Kind, Plan, lower
 from stepmask.schedule.schedule import MaskSchedule
 
-MARKS: dict[Action, str] = {"compute": "█", "reuse": "·", "dead": " "}
-FORECAST, PER_CHANNEL = "~", "≈"
+MARKS: dict[Kind, str] = {"compute": "█", "blend": "▓", "reuse": "·", "forecast": "~", "dead": " "}
+PER_CHANNEL = "≈"
+EDGE = 22
+"""Columns beside the blocks of a line: step, timestep, share."""
 
 
-def show(schedule: MaskSchedule) -> str:
-    """The table, a line a step and a character a block, under a summary."""
-    plan = lower(schedule)
-    shares = (plan.computed * schedule.graph.costs).sum(1)
-    lines = [
-        f"{step:4d} {schedule.sampler.timesteps[step]:8g}  {''.join(map(_mark, row))}  {share:4.0%}"
-        for step, (row, share) in enumerate(zip(plan.cells, shares, strict=True))
-    ]
-    legend = f"{MARKS['compute']} compute   {MARKS['reuse']} reuse   {FORECAST} forecast   "
-    legend += f"{PER_CHANNEL} per channel   (blank) read by nobody" if schedule.channels else "(blank) read by nobody"
-    return "\n".join([summary(schedule), "", "step timestep", *lines, "", legend])
+def show(schedule: MaskSchedule, width: int = 80) -> str:
+    """The table, a line a step and a character a block, under a summary.
+
+    Args:
+        schedule: The table.
+        width: Columns of the terminal; where the blocks are more, the table is cut into parts, one below the other.
+    """
+    plan, wide = lower(schedule), max(10, width - EDGE)
+    parts = [range(first, min(first + wide, len(plan.graph))) for first in range(0, len(plan.graph), wide)]
+    drawn = ["\n".join(_part(schedule, plan, columns)) for columns in parts]
+    told = "\n".join(fill(line, width, subsequent_indent="  ") for line in summary(schedule).splitlines())
+    return "\n\n".join([told, *drawn, fill(_legend(plan), width)])
 
 
 def summary(schedule: MaskSchedule) -> str:
@@ -42,7 +48,37 @@ def summary(schedule: MaskSchedule) -> str:
     )
 
 
+def _part(schedule: MaskSchedule, plan: Plan, columns: range) -> Iterator[str]:
+    first, last = plan.graph.blocks[columns[0]].label, plan.graph.blocks[columns[-1]].label
+    yield f"blocks {columns[0]} to {columns[-1]}, {first} to {last}"
+    yield f"step timestep  {_ruler(columns)}  MACs"
+    for step, (timestep, share) in enumerate(zip(schedule.sampler.timesteps, plan.shares, strict=True)):
+        row = "".join(_mark(plan.cells[step][column]) for column in columns)
+        yield f"{step:4d} {timestep:8.6g}  {row}  {share:4.0%}"
+
+
+def _ruler(columns: range) -> str:
+    """Tens of the columns, as far as they fit: "0         10        20"."""
+    tens = [str(column).ljust(10 - column % 10) for column in columns if column == columns[0] or column % 10 == 0]
+    return "".join(tens)[: len(columns)].ljust(len(columns))
+
+
 def _mark(cell: Cell) -> str:
-    if cell.vectors is not None:
-        return PER_CHANNEL
-    return FORECAST if cell.is_forecast else MARKS[cell.action]
+    return PER_CHANNEL if cell.vectors is not None else MARKS[cell.kind]
+
+
+def _legend(plan: Plan) -> str:
+    """What the marks mean, of those that are there."""
+    kinds = {cell.kind for row in plan.cells for cell in row}
+    known = [f"{'(blank)' if kind == 'dead' else mark} {SAYS[kind]}" for kind, mark in MARKS.items() if kind in kinds]
+    per_channel = any(cell.vectors is not None for row in plan.cells for cell in row)
+    return "   ".join([*known, *([f"{PER_CHANNEL} forecast per channel"] if per_channel else [])])
+
+
+SAYS: dict[Kind, str] = {
+    "compute": "compute",
+    "blend": "compute and blend",
+    "reuse": "reuse",
+    "forecast": "forecast",
+    "dead": "read by nobody",
+}

@@ -1,0 +1,73 @@
+"""Figures by matplotlib, which is optional, without its global state; and the colours of what a block does."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stepmask.errors import MissingExtra
+from stepmask.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "compute": "#1f4e79",
+    "blend": "#3f86c0",
+    "reuse": "#f2c879",
+    "forecast": "#e07b39",
+    "dead": "#e6e9ee",
+}
+"""Of the kinds of a plan's cells."""
+
+INK = "#010203"
+"""Stands for a page's own text colour while an inline drawing is made."""
+
+
+def blank(width: float, height: float) -> "Figure":
+    """A figure of a size in inches, for its methods to draw on.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra(
+            given="no matplotlib", expected="it, for pictures", advice="pip install 'stepmask[evaluate]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="tight")
+
+
+def save(figure: "Figure", path: str | Path) -> Path:
+    """Write a figure in the format that its path ends in; PNG where it ends in none.
+
+    Raises:
+        UnwritablePath: The path cannot be written.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=150, bbox_inches="tight")
+    return write_whole(path, buffer.getvalue())
+
+
+@contextmanager
+def inked() -> Iterator[None]:
+    """Within it figures are drawn for `inline`: everything that is not a colour of its own in `INK`."""
+    blank(1, 1)
+    from matplotlib import rc_context
+
+    inks = {f"{part}.color": INK for part in ("text", "xtick", "ytick")} | {
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+    }
+    with rc_context({**inks, "svg.fonttype": "none", "svg.hashsalt": "stepmask"}):  # type: ignore[dict-item]
+        yield
+
+
+def inline(figure: "Figure") -> str:
+    """A figure as SVG for the inside of a page, in the page's text colour. Make and draw it within `inked`."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    drawn = buffer.getvalue()
+    return drawn[drawn.index("<svg") :].replace(INK, "currentColor")
