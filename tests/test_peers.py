@@ -85,10 +85,11 @@ class TestDeepCache:
         assert not torch.equal(ours, trajectory.sampled.latent)
         assert torch.equal(ours, latents(deepcache_package(interval, branch)))
 
-    def test_evaluated_as_a_rival_it_computes_and_misses_what_our_table_does(self) -> None:
+    @pytest.mark.parametrize("granularity", ["sublayer", "block"])
+    def test_evaluated_as_a_rival_it_computes_and_misses_what_our_table_does(self, granularity: Granularity) -> None:
         pipe = tiny_stable_diffusion()
         trajectory = stepmask.record(pipe, **words(), num_inference_steps=6)
-        graph = stepmask.trace(pipe, trajectory, granularity="block")
+        graph = stepmask.trace(pipe, trajectory, granularity=granularity)
         full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
         rivals = {"package": deepcache_package(2, 1)}
         report = stepmask.evaluate(

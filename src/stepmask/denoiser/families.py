@@ -45,6 +45,7 @@ _UNET: dict[Granularity, Patterns] = {
             for blocks in ("transformer_blocks", "temporal_transformer_blocks")
             for part in ("attn1", "attn2", "ff")
         },
+        **{f"{place}.attentions.*.{part}": "output" for place in _UNET_PLACES for part in ("proj_in", "proj_out")},
     },
 }
 
