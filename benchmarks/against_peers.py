@@ -24,6 +24,8 @@ from rules import SmoothCache, learning_to_cache
 from setting import Setting, by_sample, name_of
 from stepmask import MaskSchedule
 from stepmask.denoiser.sampling import Sampling
+from stepmask.drawing import blank
+from stepmask.drawing import save as save_figure
 from stepmask.evaluation.compare import evaluate
 from stepmask.evaluation.metrics import latent_errors
 from stepmask.schedule.rectify import lower
@@ -177,12 +179,8 @@ def against_best(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="tight")
+    figure = blank(13.0, 5.0)
+    axes = figure.subplots(1, 2)
     for axis, key, label in zip(axes, ("speedup", "macs"), ("denoiser speed-up", "share of MACs"), strict=True):
         for method in sorted({row["method"] for row in found}):
             points = sorted((row[key], row["error"]) for row in found if row["method"] == method)
@@ -191,7 +189,7 @@ def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set(yscale="log", xlabel=label, ylabel="latent error")
     axes[1].legend(fontsize=7)
     figure.suptitle(f"{found[0]['pipeline']}, {found[0]['steps']} steps")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _counts(steps: int) -> list[int]:

@@ -16,6 +16,8 @@ import stepmask
 from results import FOLDER, save
 from setting import Setting, errors, name_of, timed
 from stepmask import MaskSchedule, zoo
+from stepmask.drawing import blank
+from stepmask.drawing import save as save_figure
 from stepmask.errors import InvalidBudget
 from stepmask.evaluation.compare import evaluate
 from stepmask.evaluation.report import Report
@@ -147,13 +149,9 @@ def title(cell: dict[str, Any]) -> str:
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     settings = list(dict.fromkeys(map(title, found)))
-    figure, axes = pyplot.subplots(len(settings), 2, figsize=(10, 4 * len(settings)), squeeze=False, layout="tight")
+    figure = blank(10.0, 4.0 * len(settings))
+    axes = figure.subplots(len(settings), 2, squeeze=False)
     for setting, pair in zip(settings, axes, strict=True):
         here = [cell for cell in found if title(cell) == setting]
         for axis, key, label in zip(pair, ("macs", "speedup"), ("share of MACs", "denoiser speed-up"), strict=True):
@@ -164,7 +162,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), marker="o", label=name, **style)
             axis.set(yscale="log", xlabel=label, ylabel="latent error", title=setting)
     axes[0, 0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
