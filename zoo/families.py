@@ -54,7 +54,10 @@ class _OnEmoji:
 
 
 class PixelDDPM(_OnEmoji):
-    """Unconditional, on pixels, 32×32: UNet2DModel."""
+    """Unconditional, on pixels, 32×32: UNet2DModel.
+
+    It fits into 4 MB, and draws the shapes and colours of emoji, seldom a thing that one can name.
+    """
 
     def __init__(self, emoji: Emoji) -> None:
         super().__init__(emoji)
