@@ -176,19 +176,30 @@ def markdown(found: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def overview(found: dict[str, list[dict[str, Any]]]) -> str:
-    """A table for people: a row per pipeline and setting, with the best rival and the measured speed-up."""
-    lines = [
-        "| pipeline | steps, share | learned | best rival | over it | speed-up (of the MACs' promise) |",
-        "|---" * 6 + "|",
-    ]
-    for pipeline, here in found.items():
-        for cell in here:
-            learned, rival = cell["rows"][LEARNED], best_rival(cell)
-            errors = f"{learned['error']:.2g} | {cell['rows'][rival]['error']:.2g}, {rival}"
-            speed = f"{learned['speedup']:.2f}× ({learned['speedup'] * learned['macs']:.2f})"
-            lines.append(f"| {pipeline} | {title(cell)}, {cell['share']:g} | {errors} | {ratio(cell):.2f} | {speed} |")
-    return "\n".join(lines)
+def overview() -> str:
+    """A table of all results for people: a row per pipeline, and in a cell learned / best rival, ratio, speed-up.
+
+    Of several guidances the first that was measured.
+    """
+    found = {name: json.loads(path.read_text())["cells"] for name in zoo.names() if (path := _results(name)).exists()}
+    chosen = {
+        name: [cell for cell in cells if cell["guidance"] == cells[0]["guidance"]] for name, cells in found.items()
+    }
+    settings = sorted({(cell["steps"], -cell["share"]) for cells in chosen.values() for cell in cells})
+    lines = [["", *(f"{steps} steps, {-share:g}" for steps, share in settings)], ["---"] * (len(settings) + 1)]
+    for name, cells in chosen.items():
+        told = {(cell["steps"], -cell["share"]): _told(cell) for cell in cells}
+        lines.append([f"`zoo:{name}`", *(told.get(setting, "–") for setting in settings)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _told(cell: dict[str, Any]) -> str:
+    learned, rival = cell["rows"][LEARNED], cell["rows"][best_rival(cell)]
+    return f"{learned['error']:.2g} / {rival['error']:.2g} = **{ratio(cell):.2f}**, {learned['speedup']:.2f}×"
+
+
+def _results(name: str) -> Path:
+    return FOLDER / f"frontier-{name}.json"
 
 
 def publish(pipeline: str, found: list[dict[str, Any]], samples: int) -> None:
@@ -212,11 +223,9 @@ def main() -> None:
     arguments.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35, 0.25])
     arguments.add_argument("--samples", type=int, default=32)
     asked = arguments.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {}
     for pipeline in asked.pipelines:
-        found[pipeline] = list(cells(pipeline, asked))
-        publish(pipeline, found[pipeline], asked.samples)
-    print(overview(found))
+        publish(pipeline, list(cells(pipeline, asked)), asked.samples)
+    print(overview())
 
 
 if __name__ == "__main__":
