@@ -1,4 +1,4 @@
-"""A pipeline that serves many requests under one schedule, which is made once, kept in a folder, and taken off again."""
+"""A pipeline that serves many requests under one schedule, made once and kept in a folder; and off again."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is written for readers is true: every python block in README and docs is run, on the tiny pipeline in place of the
+"""What readers are told is true: every python block in README and docs is run, on the tiny pipeline in place of the
 zoo's to keep it quick; every command line is parsed; every script in examples/ is run as it is."""
 
 import re
