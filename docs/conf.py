@@ -3,6 +3,7 @@
 from typing import Any
 
 import stepmask
+from stepmask import errors
 
 project, author = "stepmask", "the stepmask authors"
 copyright = author
@@ -10,7 +11,7 @@ release = version = stepmask.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 html_theme, html_title = "furo", "stepmask"
@@ -22,7 +23,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|np|numpy|npt|Path|pathlib|collections|typing|Any|Callable|optional)\b.*"),
+    (r"py:.*", r"(torch|nn|np|numpy|npt|Path|pathlib|collections|typing|Any|Callable|optional|tuple\[.*)\b.*"),
     (r"py:.*", r"stepmask\.(denoiser|evaluation|learning|schedule)\..*"),  # what the public names are made of
 ]
 
@@ -34,6 +35,15 @@ def mark_examples(app: Any, what: str, name: str, obj: Any, options: Any, lines:
             lines[at:at] = ["::", ""]
 
 
+def find_error(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """Lead from an error's bare name, as docstrings have it, to its place."""
+    if not hasattr(errors, target := node.get("reftarget", "")):
+        return None
+    full = f"stepmask.errors.{target}"
+    return env.get_domain("py").resolve_xref(env, node["refdoc"], app.builder, "exc", full, node, content)
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", mark_examples, priority=100)
+    app.connect("missing-reference", find_error)
