@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow check format bench clean
+.PHONY: demo test slow check format bench docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/stepmask demo --out demo-out
@@ -40,8 +40,12 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/transfer.py
 
+docs: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --fresh-env docs docs/_build
+
 clean:
-	rm -rf $(VENV) demo-out runs build dist
+	rm -rf $(VENV) demo-out runs build dist docs/_build
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -34,7 +34,7 @@ class Sigmoid:
     Args:
         rate: Learning rate of Adam.
         begin: θ at the start; positive = blocks begin computed.
-        limit: Bound of |θ|.
+        limit: Bound of the size of θ.
     """
 
     rate: float = 0.15
