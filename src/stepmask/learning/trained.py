@@ -93,10 +93,9 @@ class TrainedForecasts:
         starts = []
         found = families(task.reference, task.budget, self.window, _swept(task))
         for family in progress(found, "tables to start from"):
-            errors = [calibration_error(task.trajectories[-1:], table) for table in family.tables]
-            table = family.tables[int(np.argmin(errors))]
-            starts.append(_Start(table, min(errors), family))
-            log.info("%s: error %.3g", table.provenance["table"], min(errors))
+            tried = [_Start.of(table, family, task.trajectories[-1]) for table in family.tables]
+            starts.append(best := min(tried, key=lambda start: start.promise))
+            log.info("%s: error %.3g, typically %.3g", best.table.provenance["table"], best.error, best.typical)
         return starts
 
     def rates(self, share: float, error: float) -> list[float]:
@@ -107,16 +106,25 @@ class TrainedForecasts:
 
 @dataclass(frozen=True)
 class _Start:
-    """A table, its error on the last trajectory, and the family that it is the best of."""
+    """A table, and its error on the last trajectory: the mean, and the geometric mean.
+
+    Starts are compared by the latter: one hard sample of a few makes a mean, and training takes most off hard samples.
+    """
 
     table: MaskSchedule
-    error: float
     family: Family
+    error: float
+    typical: float
+
+    @classmethod
+    def of(cls, table: MaskSchedule, family: Family, trajectory: Trajectory) -> "_Start":
+        errors = calibration_errors([trajectory], table)
+        return cls(table, family, float(errors.mean()), float(errors.clamp_min(1e-12).log().mean().exp()))
 
     @property
     def promise(self) -> float:
         """What the error may come to, to compare starts by."""
-        return self.error * self.family.handicap
+        return self.typical * self.family.handicap
 
 
 def _swept(task: Task) -> Profile:
@@ -126,15 +134,20 @@ def _swept(task: Task) -> Profile:
     return sweep(first.sampling.pipe, first, graph=task.reference.graph, probes=PROBES, ages=ages)
 
 
-@torch.no_grad()
 def calibration_error(trajectories: Sequence[Trajectory], table: MaskSchedule) -> float:
     """Mean relative error of the final latents under a table, over all samples of all trajectories."""
+    return float(calibration_errors(trajectories, table).mean())
+
+
+@torch.no_grad()
+def calibration_errors(trajectories: Sequence[Trajectory], table: MaskSchedule) -> Tensor:
+    """Relative errors of the final latents under a table, of all samples of all trajectories."""
     errors = []
     for trajectory in trajectories:
         with apply(trajectory.sampling.pipe, table):
             latent = trajectory.sampling.latent()
         errors.append(sample_errors(latent, trajectory.sampled.latent))
-    return float(torch.cat(errors).mean())
+    return torch.cat(errors)
 
 
 class _Training:
