@@ -255,26 +255,6 @@ def evaluate(
     _print_report(measured, as_json)
 
 
-@app.command()
-def push(
-    schedule: ScheduleSource,
-    repo_id: Annotated[str, typer.Argument(help="Of a repository on the Hugging Face hub: owner/name")],
-    base_model: Annotated[str, typer.Option(help="Hub id of the pipeline that it is for, for the card")] = "",
-    measured: Annotated[Path | None, typer.Option(help="Text or Markdown for the card: what was measured")] = None,
-    branch: Annotated[str, typer.Option(help="To commit to; main if not given")] = "",
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private")] = False,
-) -> None:
-    """Put a schedule into a repository on the hub, with a card, and print the URL."""
-    from stepmask.schedule.schedule import MaskSchedule
-
-    table = MaskSchedule.from_pretrained(schedule)
-    told = measured.read_text(encoding="utf-8") if measured else ""
-    url = table.push_to_hub(
-        repo_id, measured=told, base_model=base_model or None, branch=branch or None, private=private or None
-    )
-    print(url)
-
-
 def _load(source: str) -> Any:
     """A pipeline whose runs show no bar of their own, for most commands repeat them under one."""
     from stepmask import zoo

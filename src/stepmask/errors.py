@@ -16,7 +16,6 @@
         + RunNotStarted       an evaluation outside a run
     x LearningError           a learning run that cannot go on
     x UnwritablePath          a file or folder that cannot be written
-    x HubError                a repository on the Hugging Face hub that cannot be read or written
     x PipelineNotFound        a name that leads to no pipeline
     x MissingExtra            an optional dependency that is not installed
 """
@@ -98,10 +97,6 @@ class LearningError(StepmaskError, RuntimeError):
 
 class UnwritablePath(StepmaskError, OSError):
     """A file or folder that cannot be written."""
-
-
-class HubError(StepmaskError, OSError):
-    """A repository on the Hugging Face hub that cannot be read or written."""
 
 
 class PipelineNotFound(StepmaskError, ValueError):

@@ -135,21 +135,12 @@ class Report:
         heads = "".join(f"<th>{head}</th>" for head in HEADS)
         return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
-    def to_markdown(self) -> str:
-        """The rows as a table, and under it how they were measured, for a model card."""
-        lines = [HEADS, ("---",) * len(HEADS), *(self._cells(row) for row in self.rows)]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"{table}\n\n{self._measured()}"
-
     def __str__(self) -> str:
         lines = [HEADS, *(self._cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(HEADS))]
         table = "\n".join("  ".join(_padded(line, widths)).rstrip() for line in lines)
-        return f"{table}\n\n{self._measured()}"
-
-    def _measured(self) -> str:
         known = ", ".join(f"{key} {value}" for key, value in self.machine.items() if value is not None)
-        return f"{self.setting}\n{known}"
+        return f"{table}\n\n{self.setting}\n{known}"
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         middle, low, high = self.speedup(row.name)

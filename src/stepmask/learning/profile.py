@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from stepmask.errors import InvalidProfile, ScheduleMismatch, StepmaskError
 from stepmask.files import write_together
-from stepmask.hub import fetch, push
 from stepmask.learning.allocate import allocate
 from stepmask.schedule.answers import answers
 from stepmask.schedule.budget import Budget
@@ -254,40 +253,6 @@ class Profile:
         Raises:
             UnwritablePath: The folder cannot be written.
         """
-        path = Path(folder) / JSON_NAME
-        write_together({path.with_name(name): content for name, content in self._files().items()})
-        return path
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Add a profile of stepmask's sweep",
-        private: bool | None = None,
-        token: str | None = None,
-        branch: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Put both files into a repository on the Hugging Face hub; arguments as `MaskSchedule.push_to_hub`.
-
-        Returns:
-            URL of the commit, or of the pull request.
-
-        Raises:
-            HubError: The hub refuses, or cannot be reached.
-        """
-        return push(
-            repo_id,
-            self._files(),
-            message=commit_message,
-            private=private,
-            token=token,
-            branch=branch,
-            create_pr=create_pr,
-        )
-
-    def _files(self) -> dict[str, bytes]:
-        """Contents by name; the JSON, which names the hash of the other, comes last."""
         from safetensors.numpy import save
 
         arrays = save({name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS})
@@ -297,19 +262,14 @@ class Profile:
             "provenance": dict(self.provenance),
             "around": json.loads(self.around.to_json()),
         }
+        path = Path(folder) / JSON_NAME
         text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
-        return {ARRAYS_NAME: arrays, JSON_NAME: text.encode()}
+        write_together({path.with_name(ARRAYS_NAME): arrays, path: text})
+        return path
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        local_files_only: bool = False,
-    ) -> "Profile":
-        """Read what `save_pretrained` or `push_to_hub` wrote; arguments as `MaskSchedule.from_pretrained`.
+    def from_pretrained(cls, folder: str | Path) -> "Profile":
+        """Read what `save_pretrained` wrote.
 
         Raises:
             InvalidProfile: A file is missing, cut short, or the two do not belong together.
@@ -317,25 +277,20 @@ class Profile:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
-        def found(name: str) -> Path:
-            if Path(source).is_dir():
-                return Path(source) / name
-            return fetch(str(source), name, revision=revision, token=token, local_files_only=local_files_only)
-
         try:
-            data = json.loads(found(JSON_NAME).read_text())
-            content = found(ARRAYS_NAME).read_bytes()
+            data = json.loads((Path(folder) / JSON_NAME).read_text())
+            content = (Path(folder) / ARRAYS_NAME).read_bytes()
             if data["format"] != FORMAT:
-                raise _invalid(f"{source}: format {data['format']!r}", f"format {FORMAT}")
+                raise _invalid(f"{folder}: format {data['format']!r}", f"format {FORMAT}")
             if hashlib.sha256(content).hexdigest() != data["arrays_sha256"]:
-                raise _invalid(f"{source}: arrays that are cut short or of another profile", "both files of one save")
+                raise _invalid(f"{folder}: arrays that are cut short or of another profile", "both files of one save")
             arrays = load(content)
             around = MaskSchedule.from_json(json.dumps(data["around"]))
             return cls(around, **{name: arrays[name] for name in ARRAYS}, provenance=data["provenance"])
         except InvalidProfile:
             raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, StepmaskError) as error:
-            raise _invalid(f"{source}: {type(error).__name__}: {error}", "a whole profile") from error
+            raise _invalid(f"{folder}: {type(error).__name__}: {error}", "a whole profile") from error
 
 
 def swept_answers(around: MaskSchedule, ages: int) -> Floats:

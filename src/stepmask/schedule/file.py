@@ -9,9 +9,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from stepmask.errors import HubError, InvalidScheduleFile
+from stepmask.errors import InvalidScheduleFile
 from stepmask.files import write_together
-from stepmask.hub import fetch
 from stepmask.schedule.channels import Channels, Vectors, reads_of
 
 FORMAT = "stepmask/1"
@@ -27,12 +26,8 @@ def write(folder: str | Path, text: str, tensors: bytes | None) -> Path:
     return path
 
 
-def read(source: str | Path, **of_hub: Any) -> tuple[str, bytes | None]:
+def read(source: str | Path, *, revision: str | None = None, token: str | None = None) -> tuple[str, bytes | None]:
     """The text of a schedule file and the tensor file it names: by its path, its folder, or a hub repository.
-
-    Args:
-        source: A path, or "owner/name".
-        **of_hub: Revision, token and so on, of `hub.fetch`.
 
     Raises:
         InvalidScheduleFile: One of them is not there, or the text is no schedule's.
@@ -42,25 +37,29 @@ def read(source: str | Path, **of_hub: Any) -> tuple[str, bytes | None]:
         path = path / FILE_NAME
     on_hub = not path.is_file()
     if on_hub:
-        path = _from_hub(str(source), FILE_NAME, **of_hub)
+        path = _from_hub(str(source), FILE_NAME, revision, token)
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise not_a_schedule(str(path), str(error)) from error
     if (name := _tensor_file(text)) is None:
         return text, None
-    beside = _from_hub(str(source), name, **of_hub) if on_hub else path.with_name(name)
+    beside = _from_hub(str(source), name, revision, token) if on_hub else path.with_name(name)
     try:
         return text, beside.read_bytes()
     except (OSError, ValueError) as error:
         raise not_a_schedule(str(path), f"its tensor file {name} cannot be read ({error})") from error
 
 
-def _from_hub(source: str, name: str, **of_hub: Any) -> Path:
+def _from_hub(source: str, name: str, revision: str | None, token: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
-        return fetch(source, name, **of_hub)
-    except HubError as error:
-        raise not_a_schedule(source, f"no such file or folder, and {error.parts['given']}") from error
+        return Path(hf_hub_download(source, name, revision=revision, token=token))
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise not_a_schedule(source, f"no such file, folder or hub repository with {name} ({reason})") from error
 
 
 def _tensor_file(text: str) -> str | None:

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import InvalidSchedule, InvalidScheduleFile, ReuseBeforeCompute, ScheduleMismatch
-from stepmask.hub import push
 from stepmask.schedule import file
 from stepmask.schedule.channels import Channels, checked, reads_of
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
@@ -205,67 +204,18 @@ class MaskSchedule:
         """
         return file.write(folder, self.to_json(), self.to_safetensors())
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        measured: str = "",
-        commit_message: str = "Add a mask schedule",
-        private: bool | None = None,
-        token: str | None = None,
-        branch: str | None = None,
-        create_pr: bool = False,
-        **metadata: Any,
-    ) -> str:
-        """Put the schedule into a repository on the Hugging Face hub, with a card, and a picture with matplotlib.
-
-        Args:
-            repo_id: "owner/name"; made if it is not there.
-            measured: A table for the card, in Markdown: `report.to_markdown()`.
-            commit_message: Of the commit.
-            private: Whether a new repository is private; `None` = as the owner's default is.
-            token: Of the user; `None` = the one that huggingface_hub knows.
-            branch: To commit to; `None` = main.
-            create_pr: Whether to open a pull request instead.
-            **metadata: For the card, of `huggingface_hub.ModelCardData`: base_model, license, tags and so on.
-
-        Returns:
-            URL of the commit, or of the pull request.
-
-        Raises:
-            HubError: The hub refuses, or cannot be reached.
-        """
-        from stepmask.schedule.card import files
-
-        content = files(self, repo_id, measured=measured, **metadata)
-        return push(
-            repo_id, content, message=commit_message, private=private, token=token, branch=branch, create_pr=create_pr
-        )
-
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        local_files_only: bool = False,
+        cls, source: str | Path, *, revision: str | None = None, token: str | None = None
     ) -> "MaskSchedule":
         """Read a schedule from a folder, a file, or a repository on the Hugging Face hub.
-
-        Args:
-            source: A path, or "owner/name".
-            revision: Of the repository: branch, tag or commit.
-            token: Of the user; `None` = the one that huggingface_hub knows.
-            local_files_only: Whether to look into huggingface_hub's cache alone.
 
         Raises:
             InvalidScheduleFile: The file is missing, truncated or not a schedule, or its tensor file is missing,
                 truncated or another.
         """
         try:
-            of_hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
-            return cls.from_json(*file.read(source, **of_hub))
+            return cls.from_json(*file.read(source, revision=revision, token=token))
         except InvalidScheduleFile as error:
             raise file.not_a_schedule(str(source), error.parts["given"].removeprefix("the text: ")) from error
 
