@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from stepmask.errors import InvalidReport
 from stepmask.files import write_whole
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -114,13 +115,42 @@ class Report:
             return write_whole(path, render(self, profile=profile, command=command))
         return write_whole(path, self.to_json() if path.suffix == ".json" else f"{self}\n")
 
-    def __str__(self) -> str:
+    @classmethod
+    def load(cls, path: str | Path) -> "Report":
+        """The numbers of a report that was saved as JSON; pictures and schedule are not in it.
+
+        Raises:
+            InvalidReport: The file cannot be read, or is no report.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            report = cls([Row(**row) for row in data["rows"]], data["setting"], data["machine"])
+            report.table()
+            report.rows[1]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise InvalidReport(
+                given=f"{path}: {type(error).__name__}: {error}",
+                expected="the JSON of a report of the reference and a schedule",
+                advice="Write one with report.save('report.json') or stepmask evaluate --report report.json",
+            ) from error
+        return report
+
+    def table(self) -> list[tuple[str, ...]]:
+        """What is measured of each way of sampling, as text, under a line of heads."""
         heads = ("", "MACs", "latent error", "PSNR", "SSIM", "denoiser", "speed-up", "pipeline", "store")
-        lines = [heads, *(self._cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-        table = "\n".join("  ".join(_padded(line, widths)).rstrip() for line in lines)
+        return [heads, *(self._cells(row) for row in self.rows)]
+
+    @property
+    def facts(self) -> str:
+        """What it was measured with and on, a line each."""
         known = ", ".join(f"{key} {value}" for key, value in self.machine.items() if value is not None)
-        return f"{table}\n\n{self.setting}\n{known}"
+        return f"{self.setting}\n{known}"
+
+    def __str__(self) -> str:
+        lines = self.table()
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        table = "\n".join("  ".join(_padded(line, widths)).rstrip() for line in lines)
+        return f"{table}\n\n{self.facts}"
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         middle, low, high = self.speedup(row.name)
