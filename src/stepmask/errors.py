@@ -16,6 +16,8 @@
         + RunNotStarted       an evaluation outside a run
     x LearningError           a learning run that cannot go on
     x UnwritablePath          a file or folder that cannot be written
+    x HubError                a repository that the hub does not give, or does not take
+    x InvalidReport           a file that is no report, or the report of another schedule
     x PipelineNotFound        a name that leads to no pipeline
     x MissingExtra            an optional dependency that is not installed
 """
@@ -97,6 +99,14 @@ class LearningError(StepmaskError, RuntimeError):
 
 class UnwritablePath(StepmaskError, OSError):
     """A file or folder that cannot be written."""
+
+
+class HubError(StepmaskError, OSError):
+    """A repository on the Hugging Face hub that cannot be read from or written to."""
+
+
+class InvalidReport(StepmaskError, ValueError):
+    """A file that is no report, or a report of another schedule."""
 
 
 class PipelineNotFound(StepmaskError, ValueError):
