@@ -178,6 +178,7 @@ class TestFiles:
 
 def test_fid_is_measured_only_where_its_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    assert isinstance(best_measure(dimensions=32), EfficientNetLite)
     with pytest.raises(MissingExtra):
         Inception().features(np.zeros((1, 8, 8, 3), dtype=np.float32))
+    dimensions = {samples: best_measure(samples).dimensions for samples in (4, 32, 50_000)}
+    assert dimensions == {4: 1, 32: 4, 50_000: 64}

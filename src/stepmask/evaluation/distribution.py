@@ -252,16 +252,19 @@ class Inception:
         return found
 
 
-def best_measure(device: str = "cpu", dimensions: int = 64) -> Measure:
-    """What this machine can measure: `Inception` where torch-fidelity and its weights are, else `EfficientNetLite`.
+def best_measure(samples: int, device: str = "cpu") -> Measure:
+    """What this machine can measure on so many samples, and on halves of them.
+
+    `Inception` where torch-fidelity and its weights are, from 8192 samples on; else `EfficientNetLite` in at most 64
+    dimensions, with at least eight samples to each.
 
     Args:
+        samples: Of each set.
         device: Where the network runs.
-        dimensions: Of `EfficientNetLite`.
     """
-    if find_spec("torch_fidelity") and inception_weights().is_file():
+    if samples >= 4 * 2048 and find_spec("torch_fidelity") and inception_weights().is_file():
         return Inception(device)
-    return EfficientNetLite(dimensions, device)
+    return EfficientNetLite(max(1, min(64, samples // 8)), device)
 
 
 def inception_weights() -> Path:
