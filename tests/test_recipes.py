@@ -164,6 +164,13 @@ class TestMistakes:
         assert given in error.value.parts["given"]
         assert expected in error.value.parts["expected"]
 
+    def test_in_what_is_asked_for(self, recipe: Recipe) -> None:
+        sized = recipe.sized(samples=5, calibration_samples=7)
+        assert (sized.samples.count, sized.calibration.samples) == (5, 7)
+        assert recipe.sized() == recipe
+        with pytest.raises(InvalidRecipe, match=r"asked for: too small a calibration\.samples"):
+            recipe.sized(calibration_samples=0)
+
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidRecipe, match="No such file"):
             Recipe.read(tmp_path / "absent.toml")

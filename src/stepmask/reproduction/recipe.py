@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -126,6 +126,22 @@ class Recipe:
     checkpoint: str | None = None
     pipeline: str | None = None
     notes: str = ""
+
+    def sized(self, samples: int | None = None, calibration_samples: int | None = None) -> "Recipe":
+        """The recipe with other numbers of samples; `None` = its own.
+
+        Raises:
+            InvalidRecipe: A number is less than one.
+        """
+        count = self.samples.count if samples is None else samples
+        calibrated = self.calibration.samples if calibration_samples is None else calibration_samples
+        sized = replace(
+            self,
+            samples=replace(self.samples, count=count),
+            calibration=replace(self.calibration, samples=calibrated),
+        )
+        sized._check_numbers("asked for")
+        return sized
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
