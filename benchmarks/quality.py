@@ -5,7 +5,8 @@ labels or prompts with the same seeds. Features lie in runs/quality, so that a k
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,15 @@ class Gallery(Setting):
     def features(self, name: str, contender: Contender) -> Features:
         """Of all pictures of a contender."""
         batches = range(0, self.samples, BATCH)
-        return joined([self.kept(name, contender, first) for first in tqdm(batches, name, disable=None)])
+        return joined([self.batch(name, contender, first) for first in tqdm(batches, name, disable=None)])
 
-    def kept(self, name: str, contender: Contender, first: int) -> Features:
+    def batch(self, name: str, contender: Contender, first: int) -> Features:
         """Of one batch, from its file if it was finished."""
         count = min(BATCH, self.samples - first)
-        folder = RUNS / f"{name_of(self.pipeline)}-{self.steps}" / self.measure.name.replace(" ", "-")
-        path = folder / name.replace(" ", "-") / f"{first}-{count}.safetensors"
-        if not path.exists():
-            seen = self.measure.features(self.draw(contender, count, FIRST_SEED + first))
-            write_whole(path, to_bytes({"values": seen.values.contiguous(), "size": torch.tensor(seen.size)}))
-        found = load(path.read_bytes())
-        height, width = found["size"].tolist()
-        return Features(found["values"], self.measure.name, (height, width))
+        told = contender.to_json() if isinstance(contender, MaskSchedule) else str(contender)
+        folder = RUNS / f"{name_of(self.pipeline)}-{self.steps}" / f"{name}-{sha256(told.encode()).hexdigest()[:12]}"
+        path, seed = folder / f"{first}-{count}.safetensors", FIRST_SEED + first
+        return kept(path, self.measure, lambda: self.measure.features(self.draw(contender, count, seed)))
 
     def draw(self, contender: Contender, count: int, seed: int) -> Images:
         """Pictures."""
@@ -91,6 +88,14 @@ class Gallery(Setting):
         return 1.0 if contender is None else contender / self.steps
 
 
+def kept(path: Path, measure: Measure, see: Callable[[], Features]) -> Features:
+    """Features from a file, or else seen now and kept there."""
+    path = path.with_stem(f"{path.stem}-{measure.name.replace(' ', '-')}")
+    if not path.exists():
+        write_whole(path, to_bytes(see().tensors()))
+    return Features.of_tensors(load(path.read_bytes()), measure.name)
+
+
 def rows(gallery: Gallery, contenders: Mapping[str, Contender], data: Features | None) -> Iterator[dict[str, Any]]:
     """Each contender against the reference's pictures and against the training data."""
     sets = {name: gallery.features(name, contender) for name, contender in contenders.items()}
@@ -108,14 +113,8 @@ def rows(gallery: Gallery, contenders: Mapping[str, Contender], data: Features |
 
 def data_of(measure: Measure, path: Path, samples: int) -> Features:
     """Of as many pictures of a file as are sampled, so that the floor is that of the same number."""
-    seen = RUNS / "data" / f"{path.stem}-{measure.name.replace(' ', '-')}.safetensors"
-    if not seen.exists():
-        all_of_them = features_of(measure, tqdm(read_pictures(path), "data", disable=None))
-        kept = {"values": all_of_them.values.contiguous(), "size": torch.tensor(all_of_them.size)}
-        write_whole(seen, to_bytes(kept))
-    found = load(seen.read_bytes())
-    height, width = found["size"].tolist()
-    every = Features(found["values"], measure.name, (height, width))
+    pictures = tqdm(read_pictures(path), "data", disable=None)
+    every = kept(RUNS / "data" / f"{path.stem}.safetensors", measure, lambda: features_of(measure, pictures))
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
     return every.take(order[:samples])
 

@@ -5,7 +5,7 @@ measures that where its weights are on this machine. `EfficientNetLite` is for e
 package of 17 MB. Its numbers are comparable with each other only, and are no FID.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -50,6 +50,16 @@ class Features:
     def take(self, rows: Tensor) -> "Features":
         """Some of the pictures."""
         return Features(self.values[rows], self.network, self.size)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As a safetensors file keeps them; the name of the network is not in it."""
+        return {"values": self.values.contiguous(), "size": torch.tensor(self.size)}
+
+    @classmethod
+    def of_tensors(cls, found: Mapping[str, Tensor], network: str) -> "Features":
+        """From what `tensors` gave."""
+        height, width = found["size"].tolist()
+        return cls(found["values"], network, (height, width))
 
 
 @dataclass(frozen=True, eq=False)

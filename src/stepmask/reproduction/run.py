@@ -227,14 +227,12 @@ class _Batch:
     seconds: float
 
     def to_bytes(self) -> bytes:
-        size, seconds = torch.tensor(self.features.size), torch.tensor(self.seconds, dtype=torch.float64)
-        return save({"values": self.features.values.contiguous(), "size": size, "seconds": seconds})
+        return save({**self.features.tensors(), "seconds": torch.tensor(self.seconds, dtype=torch.float64)})
 
     @classmethod
     def from_bytes(cls, content: bytes, network: str) -> "_Batch":
         found = load(content)
-        height, width = found["size"].tolist()
-        return cls(Features(found["values"], network, (height, width)), float(found["seconds"]))
+        return cls(Features.of_tensors(found, network), float(found["seconds"]))
 
 
 def _parts(count: int, batch: int) -> Iterator[tuple[int, int]]:
