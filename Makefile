@@ -36,6 +36,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/frontier.py
 	for pipeline in dit ldm ddpm pixart; do for steps in 20 50; do \
 		$(BIN)/python benchmarks/against_peers.py --pipeline zoo:$$pipeline-emoji --steps $$steps || exit 1; done; done
+	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/unets.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/transfer.py

@@ -278,6 +278,33 @@ def push(
     print(json.dumps(url) if as_json else url)
 
 
+@app.command()
+def reproduce(
+    recipe: Annotated[Path, typer.Argument(help="A .toml file such as those in recipes/")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of finished work; runs/ and the recipe's name if none")
+    ] = None,
+    pipeline: Annotated[str | None, typer.Option(help="Folder or hub id instead of the recipe's checkpoint")] = None,
+    samples: Annotated[int | None, typer.Option(help="Instead of the recipe's")] = None,
+    calibration_samples: Annotated[int | None, typer.Option(help="Instead of the recipe's")] = None,
+    reference: Annotated[Path | None, typer.Option(help="An .npz file of real pictures or of their statistics")] = None,
+    prompts: Prompts = None,
+    device: Annotated[str, typer.Option(help="Of torch")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Run a published protocol: learn, sample with and without, measure, and set beside what others reported."""
+    from stepmask.denoiser.conditioning import Conditioning, read_prompts
+    from stepmask.reproduction.recipe import Recipe
+    from stepmask.reproduction.run import load_pipeline
+    from stepmask.reproduction.run import reproduce as run
+
+    told = Recipe.read(recipe).sized(samples, calibration_samples)
+    pipe = load_pipeline(told, pipeline, device)
+    conditioning = Conditioning.prompted(pipe, read_prompts(prompts)) if prompts else None
+    outcome = run(told, pipe, out or Path("runs") / recipe.stem, conditioning=conditioning, reference=reference)
+    print(outcome.to_json() if as_json else outcome)
+
+
 def _load(source: str) -> Any:
     """A pipeline whose runs show no bar of their own, for most commands repeat them under one."""
     from stepmask import zoo

@@ -15,10 +15,14 @@
         + AlreadyApplied      a denoiser that is masked (or cached by something else) already
         + RunNotStarted       an evaluation outside a run
     x LearningError           a learning run that cannot go on
+    x InvalidPictures         sets of pictures, or of their features, that cannot be compared
+        + TooFewSamples       fewer of them than a distance needs
+    x InvalidRecipe           a recipe that is no TOML, or says what no recipe says
     x UnwritablePath          a file or folder that cannot be written
     x HubError                a repository that the hub does not give, or does not take
     x InvalidReport           a file that is no report, or the report of another schedule
     x PipelineNotFound        a name that leads to no pipeline
+    x NoSuchSampler           a name that is no scheduler of diffusers, or options that it does not take
     x MissingExtra            an optional dependency that is not installed
 """
 
@@ -97,6 +101,18 @@ class LearningError(StepmaskError, RuntimeError):
     """A learning run that cannot go on."""
 
 
+class InvalidPictures(StepmaskError, ValueError):
+    """Sets of pictures, or of their features, that cannot be compared."""
+
+
+class TooFewSamples(InvalidPictures):
+    """Fewer pictures than a distance between their features needs."""
+
+
+class InvalidRecipe(StepmaskError, ValueError):
+    """A recipe that is no TOML, or says what no recipe says."""
+
+
 class UnwritablePath(StepmaskError, OSError):
     """A file or folder that cannot be written."""
 
@@ -111,6 +127,10 @@ class InvalidReport(StepmaskError, ValueError):
 
 class PipelineNotFound(StepmaskError, ValueError):
     """A name that leads to no pipeline."""
+
+
+class NoSuchSampler(StepmaskError, ValueError):
+    """A name that is no scheduler of diffusers, or options that it does not take."""
 
 
 class MissingExtra(StepmaskError, ImportError):

@@ -1,10 +1,12 @@
 """Small trained pipelines that ship with the package, and the way from a name to a pipeline."""
 
+import inspect
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stepmask.errors import MissingExtra, PipelineNotFound
+from stepmask.errors import MissingExtra, NoSuchSampler, PipelineNotFound
 
 _HERE = Path(__file__).parent
 
@@ -49,6 +51,32 @@ def load(source: str, **options: Any) -> Any:
             expected="zoo:NAME, a diffusers folder, or a repository on the Hugging Face hub",
             advice=f"The zoo has {', '.join(f'zoo:{n}' for n in names())}",
         ) from error
+
+
+def set_sampler(pipe: Any, name: str, options: Mapping[str, Any]) -> None:
+    """Give a pipeline another sampler, with the noise schedule that it was trained with.
+
+    Args:
+        pipe: The pipeline.
+        name: Class name of a scheduler of diffusers.
+        options: Of the scheduler, over those of the pipeline's own.
+
+    Raises:
+        NoSuchSampler: There is none of that name, or it does not take an option.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise NoSuchSampler(
+            given=f"sampler {name!r}", expected="the class name of a scheduler of diffusers", advice="Check the name"
+        )
+    taken = [each for each in inspect.signature(kind).parameters if each != "kwargs"]
+    if unknown := sorted(options.keys() - set(taken)):
+        raise NoSuchSampler(
+            given=f"option {unknown[0]!r} of {name}", expected=f"one of {', '.join(taken)}", advice="Check the option"
+        )
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)  # type: ignore[attr-defined]
 
 
 def _missing(package: str) -> MissingExtra:

@@ -1,0 +1,151 @@
+"""Distances between sets of pictures: what is learned, fixed intervals and fewer steps, with the floor of real halves.
+
+What is learned comes from `frontier.py`, which leaves its tables in results/schedules. All contenders draw the same
+labels or prompts with the same seeds. Features lie in runs/quality, so that a killed run goes on where it stopped.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load
+from safetensors.torch import save as to_bytes
+from tqdm import tqdm
+
+from frontier import SCHEDULES
+from results import save
+from setting import Setting, name_of
+from stepmask import MaskSchedule
+from stepmask.denoiser.runtime import apply
+from stepmask.denoiser.sampling import Sampling
+from stepmask.evaluation.distribution import Features, Measure, best_measure, features_of, floor, joined, read_pictures
+from stepmask.evaluation.metrics import Images, images_of
+from stepmask.files import write_whole
+from stepmask.schedule.baselines import fixed_interval
+from stepmask.schedule.rectify import lower
+
+RUNS = Path("runs") / "quality"
+BATCH = 16
+FIRST_SEED = 10_000
+"""Of the pictures; those that tables were learned from and measured on have smaller ones."""
+
+Contender = MaskSchedule | int | None
+"""A table, the reference in fewer steps, or the reference."""
+
+
+class Gallery(Setting):
+    """Pictures of one pipeline and number of steps, as a network sees them."""
+
+    def __init__(self, pipeline: str, steps: int, samples: int, measure: Measure) -> None:
+        super().__init__(pipeline, steps)
+        self.pipeline, self.samples, self.measure = pipeline, samples, measure
+
+    def contenders(self, shares: list[float]) -> dict[str, Contender]:
+        """Ways to sample, by name."""
+        found: dict[str, Contender] = {"reference": None}
+        for share in shares:
+            found[f"fewer steps, {share:g}"] = max(1, int(share * self.steps + 1e-9))
+            for order in (1, 2):
+                found[f"interval, Taylor {order}, {share:g}"] = fixed_interval(self.full, share, order=order)
+            learned = SCHEDULES / name_of(self.pipeline) / f"{self.steps}-{share:g}"
+            if learned.exists():
+                found[f"learned, {share:g}"] = MaskSchedule.from_pretrained(learned)
+        return found
+
+    def features(self, name: str, contender: Contender) -> Features:
+        """Of all pictures of a contender."""
+        batches = range(0, self.samples, BATCH)
+        return joined([self.batch(name, contender, first) for first in tqdm(batches, name, disable=None)])
+
+    def batch(self, name: str, contender: Contender, first: int) -> Features:
+        """Of one batch, from its file if it was finished."""
+        count = min(BATCH, self.samples - first)
+        told = contender.to_json() if isinstance(contender, MaskSchedule) else str(contender)
+        folder = RUNS / f"{name_of(self.pipeline)}-{self.steps}" / f"{name}-{sha256(told.encode()).hexdigest()[:12]}"
+        path, seed = folder / f"{first}-{count}.safetensors", FIRST_SEED + first
+        return kept(path, self.measure, lambda: self.measure.features(self.draw(contender, count, seed)))
+
+    def draw(self, contender: Contender, count: int, seed: int) -> Images:
+        """Pictures."""
+        steps = {"num_inference_steps": contender} if isinstance(contender, int) else {}
+        call = {**self.call(count, seed, held_out=True), **steps, "output_type": "np"}
+        sampling = Sampling(self.pipe, call, seed)
+        if isinstance(contender, MaskSchedule):
+            with apply(self.pipe, contender):
+                images = images_of(sampling().output)
+        else:
+            images = images_of(sampling().output)
+        assert images is not None
+        return images
+
+    def macs(self, contender: Contender) -> float:
+        """Over those of the reference."""
+        if isinstance(contender, MaskSchedule):
+            return lower(contender).macs_share
+        return 1.0 if contender is None else contender / self.steps
+
+
+def kept(path: Path, measure: Measure, see: Callable[[], Features]) -> Features:
+    """Features from a file, or else seen now and kept there."""
+    path = path.with_stem(f"{path.stem}-{measure.name.replace(' ', '-')}")
+    if not path.exists():
+        write_whole(path, to_bytes(see().tensors()))
+    return Features.of_tensors(load(path.read_bytes()), measure.name)
+
+
+def rows(gallery: Gallery, contenders: Mapping[str, Contender], data: Features | None) -> Iterator[dict[str, Any]]:
+    """Each contender against the reference's pictures and against the training data."""
+    sets = {name: gallery.features(name, contender) for name, contender in contenders.items()}
+    for name, found in sets.items():
+        row: dict[str, Any] = {"name": name, "macs": gallery.macs(contenders[name])}
+        if name != "reference":
+            row["to_reference"] = gallery.measure.compare(found, sets["reference"])
+        if data is not None:
+            row["to_data"] = gallery.measure.compare(found, data)
+        yield row
+    yield {"name": "halves of the reference", "to_reference": floor(gallery.measure, sets["reference"])}
+    if data is not None:
+        yield {"name": "halves of the data", "to_data": floor(gallery.measure, data)}
+
+
+def data_of(measure: Measure, path: Path, samples: int) -> Features:
+    """Of as many pictures of a file as are sampled, so that the floor is that of the same number."""
+    pictures = tqdm(read_pictures(path), "data", disable=None)
+    every = kept(RUNS / "data" / f"{path.stem}.safetensors", measure, lambda: features_of(measure, pictures))
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
+    return every.take(order[:samples])
+
+
+def best_is_learned(found: list[dict[str, Any]], shares: list[float]) -> bool:
+    """Whether what is learned is nearest to the reference at every share that has it."""
+    distances = {row["name"]: row["to_reference"] for row in found if "to_reference" in row}
+    at = [{name: value for name, value in distances.items() if name.endswith(f", {share:g}")} for share in shares]
+    nearest = [min(here, key=lambda name: next(iter(here[name].values()))) for here in at]  # the distance is first
+    return all(name.startswith("learned") for name in nearest)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--pipeline", default="zoo:dit-emoji")
+    arguments.add_argument("--steps", type=int, default=20)
+    arguments.add_argument("--samples", type=int, default=2048)
+    arguments.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35, 0.25])
+    arguments.add_argument("--data", type=Path, help="an .npz file of training pictures")
+    asked = arguments.parse_args()
+    gallery = Gallery(asked.pipeline, asked.steps, asked.samples, measure := best_measure(asked.samples))
+    data = data_of(measure, asked.data, asked.samples) if asked.data else None
+    found = list(rows(gallery, gallery.contenders(asked.shares), data))
+    what = f"{asked.pipeline}, {asked.steps} steps, {asked.samples} samples of each, {measure}"
+    save(
+        f"quality-{name_of(asked.pipeline)}-{asked.steps}",
+        {"what": what, "rows": found},
+        goal="of all contenders at a share, what is learned is nearest to the reference's pictures",
+        met=best_is_learned(found, asked.shares),
+    )
+
+
+if __name__ == "__main__":
+    main()

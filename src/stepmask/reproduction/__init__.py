@@ -1,0 +1,1 @@
+"""Published protocols as recipes, run from the pipeline to the table of results."""
