@@ -37,6 +37,9 @@ PACE = (0.05, 1.0, 1.0)
 PROBES, LEAST_AGES = 2, 6
 """Of the sweep that proposes uneven tables."""
 
+JUDGES = 4
+"""Trajectories on which the best tables of different families are compared."""
+
 
 @dataclass(frozen=True)
 class TrainedForecasts:
@@ -89,12 +92,13 @@ class TrainedForecasts:
         return rectify(chosen.with_rows(chosen.rows, chosen.forecasts, provenance=provenance))
 
     def _starts(self, task: Task) -> list["_Start"]:
-        """The best table of each family, by true runs of the last trajectory."""
+        """The best table of each family, by true runs of the last trajectory, as it does on the last few."""
         starts = []
         found = families(task.reference, task.budget, self.window, _swept(task))
         for family in progress(found, "tables to start from"):
-            tried = [_Start.of(table, family, task.trajectories[-1]) for table in family.tables]
-            starts.append(best := min(tried, key=lambda start: start.promise))
+            tried = [_Start.of(table, family, task.trajectories[-1:]) for table in family.tables]
+            best = min(tried, key=lambda start: start.promise)
+            starts.append(best := _Start.of(best.table, family, task.trajectories[-JUDGES:]))
             log.info("%s: error %.3g, typically %.3g", best.table.provenance["table"], best.error, best.typical)
         return starts
 
@@ -106,7 +110,7 @@ class TrainedForecasts:
 
 @dataclass(frozen=True)
 class _Start:
-    """A table, and its error on the last trajectory: the mean, and the geometric mean.
+    """A table, and its error on some trajectories: the mean, and the geometric mean.
 
     Starts are compared by the latter: one hard sample of a few makes a mean, and training takes most off hard samples.
     """
@@ -117,8 +121,8 @@ class _Start:
     typical: float
 
     @classmethod
-    def of(cls, table: MaskSchedule, family: Family, trajectory: Trajectory) -> "_Start":
-        errors = calibration_errors([trajectory], table)
+    def of(cls, table: MaskSchedule, family: Family, trajectories: Sequence[Trajectory]) -> "_Start":
+        errors = calibration_errors(trajectories, table)
         return cls(table, family, float(errors.mean()), float(errors.clamp_min(1e-12).log().mean().exp()))
 
     @property
