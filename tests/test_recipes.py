@@ -127,7 +127,11 @@ class TestFiles:
         assert (reference.name, reference.macs, reference.speedup, reference.metrics) == ("reference", 1, 1, {})
         assert masked.name == "budget 0.7"
         assert masked.macs <= 0.7
-        assert set(masked.metrics) == set(outcome.floor) == {"Fréchet distance", "precision", "recall"}
+        assert (
+            set(masked.metrics)
+            == set(outcome.floor)
+            == {"Fréchet distance (Lite0)", "precision (Lite0)", "recall (Lite0)"}
+        )
         told = str(outcome)
         assert all(row.source in told for row in recipe.published)
 
@@ -245,15 +249,15 @@ class TestRuns:
             recipe, pipe, tmp_path / "run", reference=tmp_path / "real.npz", measure=Colour(), learner=CHEAP
         )
         assert outcome.real
-        assert all(row.metrics["Fréchet distance"] > 0 for row in outcome.rows)
+        assert all(row.metrics["Fréchet distance (Lite0)"] > 0 for row in outcome.rows)
         assert "against the reference pictures" in str(outcome)
 
 
 def test_measured_and_published_rows_stand_in_one_table(recipe: Recipe) -> None:
-    rows = [Row("reference", 1.0, 1.0, {}), Row("budget 0.7", 0.69, 1.4, {"Fréchet distance": 2.5})]
-    lines = str(Outcome(recipe, "EfficientNet-Lite0", False, rows, {"Fréchet distance": 0.25}, {})).splitlines()
+    rows = [Row("reference", 1.0, 1.0, {}), Row("budget 0.7", 0.69, 1.4, {"Fréchet distance (Lite0)": 2.5})]
+    lines = str(Outcome(recipe, "EfficientNet-Lite0", False, rows, {"Fréchet distance (Lite0)": 0.25}, {})).splitlines()
     assert lines[0].startswith("a tiny DiT: 3 steps of DDIMScheduler, 9 samples on EfficientNet-Lite0, against the")
-    assert lines[3].split() == ["MACs", "speed-up", "Fréchet", "distance", "FID", "source"]
+    assert lines[3].split() == ["MACs", "speed-up", "Fréchet", "distance", "(Lite0)", "FID", "source"]
     assert lines[5].split() == ["budget", "0.7", "0.690", "1.40×", "2.5", "measured"]
     assert lines[7].split() == ["another", "3.5", "G", "4.5", "a", "paper,", "Table", "1"]
     assert lines[8].split() == ["yet", "another,", "2", "steps", "2.00×", "a", "web", "page", "(secondary)"]
