@@ -1,10 +1,11 @@
-"""Where learners start: regular tables by hand, and that all of them fit their budget."""
+"""Where learners start: tables by hand, and that all of them fit their budget."""
 
 import numpy as np
 import pytest
 
 from stepmask import MaskSchedule
 from stepmask.errors import InvalidBudget
+from stepmask.learning.profile import Profile
 from stepmask.learning.starts import families, filled_interval, groups, refreshed_interval
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.fingerprint import DenoiserFingerprint
@@ -78,6 +79,18 @@ class TestGroups:
         assert groups(graph) == {}
 
 
+def moving_until(step: int) -> Profile:
+    """Of `transformer(8)`: what blocks say takes a random walk up to a step, and stays as it is from then on."""
+    reference, ages, rows = transformer(8), 6, 16
+    walk = np.random.default_rng(0).normal(size=(rows, 8, len(reference.graph)))
+    walk[:, step + 1 :] = 0
+    said = walk.cumsum(axis=1)
+    inner = np.zeros((rows, 8, len(reference.graph), ages + 1))
+    for age in range(ages + 1):
+        inner[:, age:, :, age] = said[:, : 8 - age]
+    return Profile(reference, inner, inner, np.zeros(rows), np.arange(rows))
+
+
 class TestFamilies:
     @pytest.mark.parametrize("share", [0.15, 0.25, 0.35, 0.5, 0.6, 0.9])
     @pytest.mark.parametrize("glue", [0, 1])
@@ -101,6 +114,21 @@ class TestFamilies:
         reference = MaskSchedule.all_compute(chain_graph(2, "output"), DenoiserFingerprint("Toy"), sampler(8))
         for family in families(reference, Budget(macs=0.5, store_bytes=8), window=3):
             assert all(lower(table).peak_bytes <= 8 for table in family.tables)
+
+    def test_a_sweep_puts_evaluations_where_values_change(self) -> None:
+        # blocks change at steps 1 to 3 and say the same from then on: four evaluations belong at the beginning
+        uneven = families(transformer(8), Budget(macs=0.5), 3, moving_until(3))[-1].tables
+        tied = [table for table in uneven if "one path for all blocks" in table.provenance["table"]]
+        assert len(tied) == 4  # the sweep's own forecasts, and Taylor's of order 0 to 2
+        for table in tied:
+            assert table.rows[:, :-1].all(axis=1).tolist() == [True] * 4 + [False] * 4
+
+    @pytest.mark.parametrize("window", [1, 2, 3])
+    def test_uneven_tables_fit_and_read_no_more_than_allowed(self, window: int) -> None:
+        found = families(transformer(8), budget := Budget(macs=0.6, store_bytes=64), window, moving_until(5))
+        uneven = [table for family in found for table in family.tables if "sweep" in table.provenance["table"]]
+        assert uneven
+        assert all(budget.allows(lower(table)) and table.windows.max() <= window for table in uneven)
 
     def test_not_one_step(self) -> None:
         with pytest.raises(InvalidBudget, match=r"at least 0\.05"):

@@ -1,6 +1,7 @@
 """The four families: which modules, which scheduler, how a batch is predicted, which pipeline comes out."""
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,7 +121,10 @@ class DiT(_Latent):
 
 
 class _Captioned(_Latent):
-    """Families that are told a caption; the text encoder is trained first, and then left alone."""
+    """Families that are told a caption; the text encoder is trained first, and then left alone.
+
+    The tokenizer is kept in a folder of the training's.
+    """
 
     def __init__(self, emoji: Emoji, vae: AutoencoderKL, tokenizer: Any) -> None:
         super().__init__(emoji, vae)
@@ -147,8 +151,8 @@ class _Captioned(_Latent):
 class LDM(_Captioned):
     """Stable Diffusion in small: UNet2DConditionModel and a CLIP text encoder; no attention at full size."""
 
-    def __init__(self, emoji: Emoji, vae: AutoencoderKL) -> None:
-        tokenizer, self.text_encoder = clip(emoji.captions, LENGTH)
+    def __init__(self, emoji: Emoji, vae: AutoencoderKL, kept: Path) -> None:
+        tokenizer, self.text_encoder = clip(emoji.captions, LENGTH, kept)
         super().__init__(emoji, vae, tokenizer)
         self.scheduler = DDIMScheduler(**VELOCITY, clip_sample=False, steps_offset=1)
         self.unet = UNet2DConditionModel(
@@ -196,8 +200,8 @@ class PixArt(_Captioned):
 
     rate = 5e-4
 
-    def __init__(self, emoji: Emoji, vae: AutoencoderKL, dit: DiTTransformer2DModel) -> None:
-        tokenizer, self.text_encoder = t5(emoji.captions, LENGTH)
+    def __init__(self, emoji: Emoji, vae: AutoencoderKL, dit: DiTTransformer2DModel, kept: Path) -> None:
+        tokenizer, self.text_encoder = t5(emoji.captions, LENGTH, kept)
         super().__init__(emoji, vae, tokenizer)
         self.transformer = PixArtTransformer2DModel(
             num_attention_heads=6,

@@ -1,6 +1,8 @@
 """Small text encoders with tokenizers of their own, trained on the captions."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,9 @@ TAUGHT = 2000
 TOLD = 192
 
 
-def clip(captions: Sequence[str], length: int) -> tuple[CLIPTokenizer, CLIPTextModel]:
+def clip(captions: Sequence[str], length: int, kept: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """CLIP's tokenizer, byte pairs of the captions, and an untrained encoder, shape (…, length, 128)."""
-    tokenizer = CLIPTokenizer().train_new_from_iterator(list(captions), VOCABULARY)
-    tokenizer.model_max_length = length
+    tokenizer = _once(CLIPTokenizer(), captions, length, kept)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -34,10 +35,9 @@ def clip(captions: Sequence[str], length: int) -> tuple[CLIPTokenizer, CLIPTextM
     return tokenizer, CLIPTextModel(config).requires_grad_(False)
 
 
-def t5(captions: Sequence[str], length: int) -> tuple[T5Tokenizer, T5EncoderModel]:
+def t5(captions: Sequence[str], length: int, kept: Path) -> tuple[T5Tokenizer, T5EncoderModel]:
     """T5's tokenizer, unigrams of the captions, and an untrained encoder, shape (…, length, 128)."""
-    tokenizer = T5Tokenizer(extra_ids=0).train_new_from_iterator(list(captions), VOCABULARY)
-    tokenizer.model_max_length = length
+    tokenizer = _once(T5Tokenizer(extra_ids=0), captions, length, kept)
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=WIDTH,
@@ -51,6 +51,15 @@ def t5(captions: Sequence[str], length: int) -> tuple[T5Tokenizer, T5EncoderMode
         eos_token_id=tokenizer.eos_token_id,
     )
     return tokenizer, T5EncoderModel(config).requires_grad_(False)
+
+
+def _once(untrained: Any, captions: Sequence[str], length: int, kept: Path) -> Any:
+    """The tokenizer in a folder, trained if it is not there: trained again, it would number its pieces otherwise."""
+    if not kept.exists():
+        trained = untrained.train_new_from_iterator(list(captions), VOCABULARY)
+        trained.model_max_length = length
+        trained.save_pretrained(kept)
+    return type(untrained).from_pretrained(kept)
 
 
 def teach(

@@ -36,12 +36,13 @@ def zoo_pipeline() -> Any:
     return DiffusionPipeline.from_pretrained(ZOO / SHARES_VAE, torch_dtype=torch.float32)
 
 
-FAMILIES: dict[str, Callable[[Emoji], Family]] = {
-    "ddpm": PixelDDPM,
-    "ldm": lambda emoji: LDM(emoji, zoo_pipeline().vae),
-    "dit": lambda emoji: DiT(emoji, (pipe := zoo_pipeline()).vae, pipe.transformer),
-    "pixart": lambda emoji: PixArt(emoji, (pipe := zoo_pipeline()).vae, pipe.transformer),
+FAMILIES: dict[str, Callable[[Emoji, Path], Family]] = {
+    "ddpm": lambda emoji, _: PixelDDPM(emoji),
+    "ldm": lambda emoji, kept: LDM(emoji, zoo_pipeline().vae, kept),
+    "dit": lambda emoji, _: DiT(emoji, (pipe := zoo_pipeline()).vae, pipe.transformer),
+    "pixart": lambda emoji, kept: PixArt(emoji, (pipe := zoo_pipeline()).vae, pipe.transformer, kept),
 }
+"""By name, of the pictures and the folder of a tokenizer."""
 
 
 def export(name: str, training: Training) -> None:
@@ -78,10 +79,12 @@ def main() -> None:
     asked = arguments.parse_args()
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
-    family = FAMILIES[asked.family](Emoji.load(asked.data))
+    before, tokenizer = ZOO / f"{asked.family}-emoji", RUNS / asked.family / "tokenizer"
+    if asked.on and not tokenizer.exists() and (before / "tokenizer").exists():
+        shutil.copytree(before / "tokenizer", tokenizer)
+    family = FAMILIES[asked.family](Emoji.load(asked.data), tokenizer)
     training = Training(family, asked.iterations, RUNS / asked.family, bf16=asked.bf16, compiled=asked.compile)
     if asked.on and training.iteration == 0:
-        before = ZOO / f"{asked.family}-emoji"
         training.begin_with(DiffusionPipeline.from_pretrained(before, torch_dtype=torch.float32))
         shutil.copy(before / "log.jsonl", training.folder / "log.jsonl")
     if not asked.export:

@@ -256,6 +256,29 @@ def evaluate(
 
 
 @app.command()
+def push(
+    schedule: Annotated[str, typer.Argument(help="Folder of a schedule")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hugging Face hub, such as owner/name")],
+    report: Annotated[Path | None, typer.Option(help="JSON of evaluate --report, for the README.md to show")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the pipeline that it is for")] = None,
+    license: Annotated[str | None, typer.Option(help="Of the schedule, such as apache-2.0")] = None,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made, make it private")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; none = main")] = None,
+    as_json: Json = False,
+) -> None:
+    """Commit a schedule to a repository on the Hugging Face hub, with a README.md, and print the commit's URL."""
+    from stepmask.evaluation.card import card
+    from stepmask.evaluation.report import Report
+    from stepmask.schedule.schedule import MaskSchedule
+
+    table = MaskSchedule.from_pretrained(schedule)
+    measured = None if report is None else Report.load(report)
+    shown = card(table, report=measured, base_model=base_model, license=license)
+    url = table.push_to_hub(repo_id, card=shown, private=private or None, revision=revision)
+    print(json.dumps(url) if as_json else url)
+
+
+@app.command()
 def reproduce(
     recipe: Annotated[Path, typer.Argument(help="A .toml file such as those in recipes/")],
     out: Annotated[

@@ -46,9 +46,14 @@ def save(figure: "Figure", path: str | Path) -> Path:
     Raises:
         UnwritablePath: The path cannot be written.
     """
+    return write_whole(path, encoded(figure, Path(path).suffix.lstrip(".") or "png"))
+
+
+def encoded(figure: "Figure", kind: str) -> bytes:
+    """A figure as the content of a file: "png", "svg", "pdf"."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=150, bbox_inches="tight")
-    return write_whole(path, buffer.getvalue())
+    figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight")
+    return buffer.getvalue()
 
 
 @contextmanager

@@ -19,6 +19,8 @@
         + TooFewSamples       fewer of them than a distance needs
     x InvalidRecipe           a recipe that is no TOML, or says what no recipe says
     x UnwritablePath          a file or folder that cannot be written
+    x HubError                a repository that the hub does not give, or does not take
+    x InvalidReport           a file that is no report, or the report of another schedule
     x PipelineNotFound        a name that leads to no pipeline
     x NoSuchSampler           a name that is no scheduler of diffusers, or options that it does not take
     x MissingExtra            an optional dependency that is not installed
@@ -113,6 +115,14 @@ class InvalidRecipe(StepmaskError, ValueError):
 
 class UnwritablePath(StepmaskError, OSError):
     """A file or folder that cannot be written."""
+
+
+class HubError(StepmaskError, OSError):
+    """A repository on the Hugging Face hub that cannot be read from or written to."""
+
+
+class InvalidReport(StepmaskError, ValueError):
+    """A file that is no report, or a report of another schedule."""
 
 
 class PipelineNotFound(StepmaskError, ValueError):

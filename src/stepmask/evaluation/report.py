@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from stepmask.errors import InvalidReport
 from stepmask.files import write_whole
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -131,16 +132,44 @@ class Report:
 
     def _repr_html_(self) -> str:
         """The rows as a table, as a notebook shows it."""
-        lines = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in self._cells(row))}</tr>" for row in self.rows)
-        heads = "".join(f"<th>{head}</th>" for head in HEADS)
-        return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        lines = ["".join(f"<td>{escape(cell)}</td>" for cell in line) for line in self.table()]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Report":
+        """The numbers of a report that was saved as JSON; pictures and schedule are not in it.
+
+        Raises:
+            InvalidReport: The file cannot be read, or is no report.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            report = cls([Row(**row) for row in data["rows"]], data["setting"], data["machine"])
+            report.table()
+            report.rows[1]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise InvalidReport(
+                given=f"{path}: {type(error).__name__}: {error}",
+                expected="the JSON of a report of the reference and a schedule",
+                advice="Write one with report.save('report.json') or stepmask evaluate --report report.json",
+            ) from error
+        return report
+
+    def table(self) -> list[tuple[str, ...]]:
+        """What is measured of each way of sampling, as text, under a line of heads."""
+        return [HEADS, *(self._cells(row) for row in self.rows)]
+
+    @property
+    def facts(self) -> str:
+        """What it was measured with and on, a line each."""
+        known = ", ".join(f"{key} {value}" for key, value in self.machine.items() if value is not None)
+        return f"{self.setting}\n{known}"
 
     def __str__(self) -> str:
-        lines = [HEADS, *(self._cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(HEADS))]
+        lines = self.table()
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         table = "\n".join("  ".join(_padded(line, widths)).rstrip() for line in lines)
-        known = ", ".join(f"{key} {value}" for key, value in self.machine.items() if value is not None)
-        return f"{table}\n\n{self.setting}\n{known}"
+        return f"{table}\n\n{self.facts}"
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         middle, low, high = self.speedup(row.name)

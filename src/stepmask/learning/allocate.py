@@ -41,12 +41,10 @@ def allocate(profile: "Profile", budget: Budget) -> MaskSchedule:
         InvalidBudget: No table with ages that the profile knows reaches the share, or all that do need a larger store.
         NotTimed: The budget is in time, and the blocks were not timed.
     """
-    families = [*_families(profile, budget)]
-    found = [table for family in families if (table := family.within(budget)) is not None]
-    candidates = [(profile.predicted_error(table), table) for table in found] + [*_regular(profile, budget)]
+    candidates = [*paths(profile, budget), *_regular(profile, budget)]
     if not candidates:
         why = f"the least that values up to {profile.ages} steps old allow"
-        least = min(family.least for family in families)
+        least = min(family.least for family in _families(profile, budget))
         raise too_small_a_share(budget, least, why=why, instead="sweep with more ages")
     stored = [candidate for candidate in candidates if budget.stores(lower(candidate[1]))]
     if not stored:
@@ -54,6 +52,17 @@ def allocate(profile: "Profile", budget: Budget) -> MaskSchedule:
     error, best = min(stored, key=lambda candidate: candidate[0])
     origin = {"sweep": dict(profile.provenance), "budget": budget.to_plain(), "predicted_error": error}
     return rectify(best.with_rows(best.rows, best.forecasts, provenance={**best.provenance, **origin}))
+
+
+def paths(profile: "Profile", budget: Budget) -> list[tuple[float, MaskSchedule]]:
+    """The tables of shortest paths that meet a budget's share, with their predicted errors, the smallest first.
+
+    Raises:
+        NotTimed: As `allocate`.
+    """
+    tables = [family.within(budget) for family in _families(profile, budget)]
+    found = [(profile.predicted_error(table), table) for table in tables if table is not None]
+    return sorted(found, key=lambda candidate: candidate[0])
 
 
 @dataclass(frozen=True)

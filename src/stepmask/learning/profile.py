@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from stepmask.errors import InvalidProfile, ScheduleMismatch, StepmaskError
+from stepmask.errors import HubError, InvalidProfile, ScheduleMismatch, StepmaskError
 from stepmask.files import write_together
+from stepmask.hub import Card, Source, push
 from stepmask.learning.allocate import allocate
 from stepmask.schedule.answers import answers
 from stepmask.schedule.budget import Budget
@@ -253,6 +254,11 @@ class Profile:
         Raises:
             UnwritablePath: The folder cannot be written.
         """
+        write_together({Path(folder) / name: content for name, content in self._contents().items()})
+        return Path(folder) / JSON_NAME
+
+    def _contents(self) -> dict[str, str | bytes]:
+        """The files by name; the arrays go before the JSON, which names them by their hash."""
         from safetensors.numpy import save
 
         arrays = save({name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS})
@@ -262,35 +268,115 @@ class Profile:
             "provenance": dict(self.provenance),
             "around": json.loads(self.around.to_json()),
         }
-        path = Path(folder) / JSON_NAME
-        text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
-        write_together({path.with_name(ARRAYS_NAME): arrays, path: text})
-        return path
+        return {ARRAYS_NAME: arrays, JSON_NAME: json.dumps(data, ensure_ascii=False, indent=1) + "\n"}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Profile":
-        """Read what `save_pretrained` wrote.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "Profile":
+        """Read what `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            source: Path of a folder, or the id of a repository on the hub. A path that exists goes first.
+            revision: As in `MaskSchedule.from_pretrained`, as are the others.
+            token: To read the repository with.
+            cache_dir: Where downloads are kept.
+            local_files_only: Ask the network for nothing.
 
         Raises:
-            InvalidProfile: A file is missing, cut short, or the two do not belong together.
+            InvalidProfile: There is no such folder or repository, the hub does not give it, a file is missing or cut
+                short, or the two do not belong together.
         """
+        place = Source(source, revision, token, cache_dir, local_files_only)
+        try:
+            path = place.file(JSON_NAME)
+            data, content = json.loads(path.read_text()), place.beside(path, ARRAYS_NAME).read_bytes()
+            return cls._from_contents(data, content, str(source))
+        except InvalidProfile:
+            raise
+        except HubError as error:
+            raise InvalidProfile(**error.parts) from error
+        except (OSError, ValueError, KeyError, TypeError, StepmaskError) as error:
+            raise _invalid(f"{source}: {type(error).__name__}: {error}", "a whole profile") from error
+
+    @classmethod
+    def _from_contents(cls, data: dict[str, Any], content: bytes, source: str) -> "Profile":
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
+        if data["format"] != FORMAT:
+            raise _invalid(f"{source}: format {data['format']!r}", f"format {FORMAT}")
+        if hashlib.sha256(content).hexdigest() != data["arrays_sha256"]:
+            raise _invalid(f"{source}: arrays that are cut short or of another profile", "both files of one save")
         try:
-            data = json.loads((Path(folder) / JSON_NAME).read_text())
-            content = (Path(folder) / ARRAYS_NAME).read_bytes()
-            if data["format"] != FORMAT:
-                raise _invalid(f"{folder}: format {data['format']!r}", f"format {FORMAT}")
-            if hashlib.sha256(content).hexdigest() != data["arrays_sha256"]:
-                raise _invalid(f"{folder}: arrays that are cut short or of another profile", "both files of one save")
             arrays = load(content)
-            around = MaskSchedule.from_json(json.dumps(data["around"]))
-            return cls(around, **{name: arrays[name] for name in ARRAYS}, provenance=data["provenance"])
-        except InvalidProfile:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError, StepmaskError) as error:
-            raise _invalid(f"{folder}: {type(error).__name__}: {error}", "a whole profile") from error
+        except SafetensorError as error:
+            raise _invalid(f"{source}: {error}", "a whole profile") from error
+        around = MaskSchedule.from_json(json.dumps(data["around"]))
+        return cls(around, **{name: arrays[name] for name in ARRAYS}, provenance=data["provenance"])
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: Card | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a profile",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Commit what `save_pretrained` writes, and a README.md, to a repository on the Hugging Face hub.
+
+        Args:
+            repo_id: As in `MaskSchedule.push_to_hub`, as are the others.
+            card: What README.md says beyond what was swept and how to use it; `None` = nothing, and a README.md that
+                the repository has already stays as it is.
+            revision: Branch to commit to.
+            commit_message: Its first line.
+            private: Of a repository that is made.
+            token: To write with.
+            create_pr: Open a pull request instead.
+
+        Returns:
+            The URL of the commit, or of the pull request.
+
+        Raises:
+            HubError: The hub cannot be reached, or refuses.
+        """
+        return push(
+            repo_id,
+            self._contents(),
+            self._readme,
+            card=card,
+            revision=revision,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            create_pr=create_pr,
+        )
+
+    def _readme(self, repo_id: str, card: Card) -> str:
+        """The README.md of a repository."""
+        denoiser = self.denoiser.class_name
+        about = (
+            f"A sweep's profile of {denoiser} with {self.sampler.class_name or 'a plain loop'}, {self.sampler.steps} "
+            f"steps: what reusing any value of its {len(self.graph)} blocks, up to {self.ages} steps old, does to the "
+            f"final sample, to first order, in {len(self.offset)} measurements of {self.samples.max() + 1} samples. It "
+            "predicts the error of any mask schedule, and gives one for any budget."
+        )
+        code = (
+            f"import stepmask\n\nprofile = stepmask.Profile.from_pretrained({json.dumps(repo_id)})\n"
+            "schedule = profile.schedule(0.5)  # half of the MACs\nprint(profile.predicted_error(schedule))"
+        )
+        tags = ("diffusion", "mask-schedule-profile", denoiser)
+        return card.markdown(repo_id.rpartition("/")[2], tags=tags, about=about, code=code)
 
 
 def swept_answers(around: MaskSchedule, ages: int) -> Floats:

@@ -1,4 +1,4 @@
-"""Where a learner may start: regular tables that fit a budget, in families by how they spend it."""
+"""Where a learner may start: tables that fit a budget, in families by how they spend it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import InvalidBudget
-from stepmask.schedule.baselines import branches, deepcache_within, fixed_interval, whole_step
+from stepmask.learning.allocate import paths
+from stepmask.learning.profile import Profile
+from stepmask.schedule.baselines import answer, branches, deepcache_within, fixed_interval, whole_step
 from stepmask.schedule.budget import Budget, too_small_a_store
 from stepmask.schedule.forecasts import taylor_forecasts
 from stepmask.schedule.graph import BlockGraph
@@ -18,6 +20,9 @@ from stepmask.schedule.schedule import MaskSchedule
 HANDICAP = 1.5
 """Of whole-step tables and refreshed intervals: training takes that many times less off their error than off that of an
 interval, whose every block has weights at every step between whole evaluations (measured: docs/experiments.md)."""
+
+PATHS = 3
+"""Of a profile's tables, how many are tried."""
 
 FEWER = (1, 2)
 """How many whole evaluations a refreshed interval gives up for partial ones."""
@@ -38,8 +43,14 @@ class Family:
     handicap: float
 
 
-def families(reference: MaskSchedule, budget: Budget, window: int) -> list[Family]:
+def families(reference: MaskSchedule, budget: Budget, window: int, profile: Profile | None = None) -> list[Family]:
     """Fixed intervals, whole steps, refreshed and filled intervals, shallow steps of U-Nets: those that fit a budget.
+
+    Args:
+        reference: Any table of the denoiser and sampler.
+        budget: What may be spent.
+        window: How many stored values a forecast may read.
+        profile: Of a sweep: its uneven tables are a family, too.
 
     Raises:
         InvalidBudget: Not even one computed step fits, or the store is too small for every table.
@@ -52,6 +63,7 @@ def families(reference: MaskSchedule, budget: Budget, window: int) -> list[Famil
         (_regular(whole_step, reference, budget, window, most), HANDICAP),
         (list(_refreshed(reference, budget, window, most)), HANDICAP),
         (list(_shallow(reference, budget, window)), 1.0),
+        (list(_uneven(profile, budget, window)) if profile else [], 1.0),
     ]
     fitting = [([table for table in tables if budget.stores(lower(table))], handicap) for tables, handicap in kinds]
     found = [Family(tuple(ts), max(int(t.windows.max()) for t in ts), handicap) for ts, handicap in fitting if ts]
@@ -85,6 +97,16 @@ def _shallow(reference: MaskSchedule, budget: Budget, window: int) -> Iterator[M
         for order in range(1, window):
             with suppress(InvalidBudget):
                 yield deepcache_within(reference, budget, branch=branch, order=order)
+
+
+def _uneven(profile: Profile, budget: Budget, window: int) -> Iterator[MaskSchedule]:
+    """A profile's best shortest paths, which compute where it counts most; with their own forecasts and Taylor's."""
+    for _, table in paths(profile, budget)[:PATHS]:
+        if table.windows.max() <= window:
+            yield table
+        for order in range(window):
+            name = {"table": f"{table.provenance['table']}, {answer(order)}"}
+            yield table.with_rows(table.rows, taylor_forecasts(table.rows, order), provenance=name)
 
 
 def groups(graph: BlockGraph) -> dict[str, list[int]]:

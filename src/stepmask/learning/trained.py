@@ -1,7 +1,8 @@
-"""`TrainedForecasts`: the best regular table, its forecasts trained on the masked run itself."""
+"""`TrainedForecasts`: the best table to start from, its forecasts trained on the masked run itself."""
 
 import io
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,7 +17,9 @@ from stepmask.denoiser.trajectory import Trajectory
 from stepmask.files import write_whole
 from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.objective import sample_errors
+from stepmask.learning.profile import Profile
 from stepmask.learning.starts import Family, families
+from stepmask.learning.sweep import sweep
 from stepmask.learning.task import Task
 from stepmask.progress import progress
 from stepmask.schedule.answers import answers
@@ -31,12 +34,17 @@ PACE = (0.05, 1.0, 1.0)
 """Relative learning rates of a forecast's scale and its first and second difference; the scale is the stiff one."""
 
 
+PROBES, LEAST_AGES = 2, 6
+"""Of the sweep that proposes uneven tables."""
+
+
 @dataclass(frozen=True)
 class TrainedForecasts:
-    """A regular table, and then better forecasts than Taylor's.
+    """A table whose evaluations lie well, and then better forecasts than Taylor's.
 
-    The best regular table starts: of fixed intervals, of whole-step tables, of intervals with partial evaluations
-    between the whole ones, and of intervals with one partial evaluation, by true runs. The weights of every reused
+    The best table starts: of fixed intervals, of whole-step tables, of intervals with partial evaluations between the
+    whole ones, of intervals with one partial evaluation, and of uneven tables that a sweep proposes, by true runs. The
+    weights of every reused
     cell, and of computed ones that may blend older values in, are then trained on masked runs, by the gradient of the
     final latent's distance to the reference through the pipeline's own sampler. Each iteration takes the next
     trajectory: several trajectories of a few samples cost no more per iteration than one, and overfit less.
@@ -81,13 +89,13 @@ class TrainedForecasts:
         return rectify(chosen.with_rows(chosen.rows, chosen.forecasts, provenance=provenance))
 
     def _starts(self, task: Task) -> list["_Start"]:
-        """The best table of each family, by true runs of the first trajectory."""
+        """The best table of each family, by true runs of the last trajectory."""
         starts = []
-        for family in progress(families(task.reference, task.budget, self.window), "regular tables"):
-            errors = [calibration_error(task.trajectories[:1], table) for table in family.tables]
-            table = family.tables[int(np.argmin(errors))]
-            starts.append(_Start(table, min(errors), family))
-            log.info("%s: error %.3g", table.provenance["table"], min(errors))
+        found = families(task.reference, task.budget, self.window, _swept(task))
+        for family in progress(found, "tables to start from"):
+            tried = [_Start.of(table, family, task.trajectories[-1]) for table in family.tables]
+            starts.append(best := min(tried, key=lambda start: start.promise))
+            log.info("%s: error %.3g, typically %.3g", best.table.provenance["table"], best.error, best.typical)
         return starts
 
     def rates(self, share: float, error: float) -> list[float]:
@@ -98,27 +106,48 @@ class TrainedForecasts:
 
 @dataclass(frozen=True)
 class _Start:
-    """A regular table, its error on the first trajectory, and the family that it is the best of."""
+    """A table, and its error on the last trajectory: the mean, and the geometric mean.
+
+    Starts are compared by the latter: one hard sample of a few makes a mean, and training takes most off hard samples.
+    """
 
     table: MaskSchedule
-    error: float
     family: Family
+    error: float
+    typical: float
+
+    @classmethod
+    def of(cls, table: MaskSchedule, family: Family, trajectory: Trajectory) -> "_Start":
+        errors = calibration_errors([trajectory], table)
+        return cls(table, family, float(errors.mean()), float(errors.clamp_min(1e-12).log().mean().exp()))
 
     @property
     def promise(self) -> float:
         """What the error may come to, to compare starts by."""
-        return self.error * self.family.handicap
+        return self.typical * self.family.handicap
+
+
+def _swept(task: Task) -> Profile:
+    """A sweep of the first trajectory."""
+    first, steps = task.trajectories[0], task.reference.steps
+    ages = min(steps - 1, max(LEAST_AGES, math.ceil(1.5 / task.budget.share)))
+    return sweep(first.sampling.pipe, first, graph=task.reference.graph, probes=PROBES, ages=ages)
+
+
+def calibration_error(trajectories: Sequence[Trajectory], table: MaskSchedule) -> float:
+    """Mean relative error of the final latents under a table, over all samples of all trajectories."""
+    return float(calibration_errors(trajectories, table).mean())
 
 
 @torch.no_grad()
-def calibration_error(trajectories: Sequence[Trajectory], table: MaskSchedule) -> float:
-    """Mean relative error of the final latents under a table, over all samples of all trajectories."""
+def calibration_errors(trajectories: Sequence[Trajectory], table: MaskSchedule) -> Tensor:
+    """Relative errors of the final latents under a table, of all samples of all trajectories."""
     errors = []
     for trajectory in trajectories:
         with apply(trajectory.sampling.pipe, table):
             latent = trajectory.sampling.latent()
         errors.append(sample_errors(latent, trajectory.sampled.latent))
-    return float(torch.cat(errors).mean())
+    return torch.cat(errors)
 
 
 class _Training:

@@ -56,7 +56,7 @@ def deepcache(reference: MaskSchedule, interval: float, *, branch: int = 0, orde
     Raises:
         InvalidSchedule: The denoiser is no U-Net, it has no such branch, or the interval or the order is out of range.
     """
-    answer = _answer(order)
+    said = answer(order)
     entries = branches(reference.graph)
     if branch not in range(len(entries)) or interval < 1:
         raise InvalidSchedule(
@@ -66,7 +66,7 @@ def deepcache(reference: MaskSchedule, interval: float, *, branch: int = 0, orde
         )
     rows = np.tile(_shallow(reference.graph, entries[branch]), (reference.steps, 1))
     rows[np.unique(np.ceil(np.arange(0, reference.steps, interval) - 1e-9).astype(int))] = True
-    provenance = {"table": f"DeepCache, interval {interval:g}, branch {branch}, {answer}"}
+    provenance = {"table": f"DeepCache, interval {interval:g}, branch {branch}, {said}"}
     return reference.with_rows(rows, taylor_forecasts(rows, order), provenance=provenance)
 
 
@@ -112,7 +112,7 @@ def _shallow(graph: BlockGraph, first: int) -> npt.NDArray[np.bool_]:
 
 
 def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoiser: bool) -> MaskSchedule:
-    answer = _answer(order)
+    said = answer(order)
     count = math.floor(budget.share * reference.steps + 1e-9)
     kind = "whole-step" if skip_denoiser else "fixed-interval"
     if count < 1:
@@ -125,13 +125,13 @@ def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoise
     rows[_even_steps(reference.steps, count)] = True
     if not skip_denoiser:
         rows[:, -1] = True
-    table = reference.with_rows(rows, taylor_forecasts(rows, order), provenance={"table": f"{kind}, {answer}"})
+    table = reference.with_rows(rows, taylor_forecasts(rows, order), provenance={"table": f"{kind}, {said}"})
     if not budget.stores(plan := lower(table)):
         raise too_small_a_store(budget, plan.peak_bytes)
     return table
 
 
-def _answer(order: int) -> str:
+def answer(order: int) -> str:
     """What reused cells answer with, in words; refuses orders that there are not."""
     if order not in range(WINDOW):
         raise InvalidSchedule(

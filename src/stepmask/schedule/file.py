@@ -9,8 +9,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from stepmask.errors import InvalidScheduleFile
+from stepmask.errors import HubError, InvalidScheduleFile
 from stepmask.files import write_together
+from stepmask.hub import Source
 from stepmask.schedule.channels import Channels, Vectors, reads_of
 
 FORMAT = "stepmask/1"
@@ -18,58 +19,47 @@ FILE_NAME = "stepmask.json"
 TENSORS_NAME = "stepmask.safetensors"
 
 
-def write(folder: str | Path, text: str, tensors: bytes | None) -> Path:
-    """Write `folder/stepmask.json` after the tensor file it names, if any, and return its path."""
-    path = Path(folder) / FILE_NAME
-    beside = {} if tensors is None else {path.with_name(TENSORS_NAME): tensors}
-    write_together({**beside, path: text})
-    return path
+def contents(text: str, tensors: bytes | None) -> dict[str, str | bytes]:
+    """The files of a schedule by name: the tensor file, if any, goes before the JSON that names it."""
+    beside: dict[str, str | bytes] = {} if tensors is None else {TENSORS_NAME: tensors}
+    return {**beside, FILE_NAME: text}
 
 
-def read(source: str | Path, *, revision: str | None = None, token: str | None = None) -> tuple[str, bytes | None]:
-    """The text of a schedule file and the tensor file it names: by its path, its folder, or a hub repository.
+def write(folder: str | Path, files: Mapping[str, str | bytes]) -> Path:
+    """Write the files of a schedule to a folder, and return the path of its JSON."""
+    write_together({Path(folder) / name: content for name, content in files.items()})
+    return Path(folder) / FILE_NAME
+
+
+def read(source: Source) -> tuple[str, bytes | None]:
+    """The text of a schedule file and the tensor file it names.
 
     Raises:
         InvalidScheduleFile: One of them is not there, or the text is no schedule's.
     """
-    path = Path(source)
-    if path.is_dir():
-        path = path / FILE_NAME
-    on_hub = not path.is_file()
-    if on_hub:
-        path = _from_hub(str(source), FILE_NAME, revision, token)
     try:
+        path = source.file(FILE_NAME)
         text = path.read_text()
+    except HubError as error:
+        raise InvalidScheduleFile(**error.parts) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise not_a_schedule(str(path), str(error)) from error
-    if (name := _tensor_file(text)) is None:
+        raise not_a_schedule(str(source.place), str(error)) from error
+    if (name := _tensor_file(text, str(source.place))) is None:
         return text, None
-    beside = _from_hub(str(source), name, revision, token) if on_hub else path.with_name(name)
     try:
-        return text, beside.read_bytes()
+        return text, source.beside(path, name).read_bytes()
     except (OSError, ValueError) as error:
-        raise not_a_schedule(str(path), f"its tensor file {name} cannot be read ({error})") from error
+        raise not_a_schedule(str(source.place), f"its tensor file {name} cannot be read ({error})") from error
 
 
-def _from_hub(source: str, name: str, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(source, name, revision=revision, token=token))
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise not_a_schedule(source, f"no such file, folder or hub repository with {name} ({reason})") from error
-
-
-def _tensor_file(text: str) -> str | None:
+def _tensor_file(text: str, place: str) -> str | None:
     """The name of the tensor file beside a schedule file: a bare name, which leads to no other folder."""
-    named = from_text(text).get("tensors")
+    named = from_text(text, place).get("tensors")
     if named is None:
         return None
     name = named.get("file") if isinstance(named, dict) else None
     if not isinstance(name, str) or not name or Path(name).name != name:
-        raise not_a_schedule("the text", f"{named!r} names no tensor file beside it")
+        raise not_a_schedule(place, f"{named!r} names no tensor file beside it")
     return name
 
 
@@ -136,8 +126,8 @@ def to_text(data: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def from_text(text: str) -> dict[str, Any]:
-    """The data in a schedule's JSON text.
+def from_text(text: str, place: str = "the text") -> dict[str, Any]:
+    """The data in a schedule's JSON text, which errors name by its place.
 
     Raises:
         InvalidScheduleFile: The text is not JSON, or of another format.
@@ -145,10 +135,10 @@ def from_text(text: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise not_a_schedule("the text", f"not JSON: {error}") from error
+        raise not_a_schedule(place, f"not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise not_a_schedule("the text", f"format {found!r}")
+        raise not_a_schedule(place, f"format {found!r}")
     return data
 
 

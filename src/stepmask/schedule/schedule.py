@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import InvalidSchedule, InvalidScheduleFile, ReuseBeforeCompute, ScheduleMismatch
+from stepmask.hub import Card, Source, push
 from stepmask.schedule import file
 from stepmask.schedule.channels import Channels, checked, reads_of
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
@@ -202,22 +203,83 @@ class MaskSchedule:
         Raises:
             UnwritablePath: The folder cannot be written.
         """
-        return file.write(folder, self.to_json(), self.to_safetensors())
+        return file.write(folder, file.contents(self.to_json(), self.to_safetensors()))
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, revision: str | None = None, token: str | None = None
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> "MaskSchedule":
         """Read a schedule from a folder, a file, or a repository on the Hugging Face hub.
 
+        Args:
+            source: A path, or the id of a repository. A path that exists goes first.
+            revision: Branch, tag or commit of the repository; `None` = its main branch.
+            token: To read it with; `None` = the one that this machine is logged in with, `False` = none.
+            cache_dir: Where downloads are kept; `None` = where huggingface_hub keeps all of them.
+            local_files_only: Take what was downloaded before, and ask the network for nothing.
+
         Raises:
-            InvalidScheduleFile: The file is missing, truncated or not a schedule, or its tensor file is missing,
-                truncated or another.
+            InvalidScheduleFile: There is no such file or repository, the hub does not give it, the file is truncated
+                or not a schedule, or its tensor file is missing, truncated or another.
         """
+        text, tensors = file.read(Source(source, revision, token, cache_dir, local_files_only))
         try:
-            return cls.from_json(*file.read(source, revision=revision, token=token))
+            return cls.from_json(text, tensors)
         except InvalidScheduleFile as error:
             raise file.not_a_schedule(str(source), error.parts["given"].removeprefix("the text: ")) from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: Card | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a mask schedule",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Commit what `save_pretrained` writes, and a README.md, to a repository on the Hugging Face hub.
+
+            schedule.push_to_hub("me/dit-emoji-20")
+            schedule = MaskSchedule.from_pretrained("me/dit-emoji-20")
+
+        Args:
+            repo_id: owner/name, or a name of the owner of the token. The repository is made if there is none.
+            card: What README.md says beyond the schedule's summary and how to use it: licence, base model, pictures,
+                measurements (`stepmask.evaluation.card.card`). `None` = nothing, and a README.md that the repository
+                has already stays as it is.
+            revision: Branch to commit to, made if there is none; `None` = main.
+            commit_message: Its first line.
+            private: Of a repository that is made; `None` = as its owner's default is.
+            token: `None` = the one that this machine is logged in with.
+            create_pr: Open a pull request instead.
+
+        Returns:
+            The URL of the commit, or of the pull request.
+
+        Raises:
+            HubError: The hub cannot be reached, or refuses.
+        """
+        from stepmask.schedule.readme import readme
+
+        return push(
+            repo_id,
+            file.contents(self.to_json(), self.to_safetensors()),
+            partial(readme, self),
+            card=card,
+            revision=revision,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            create_pr=create_pr,
+        )
 
     def to_json(self) -> str:
         """As readable JSON text: a block, a row and a forecast a line.
