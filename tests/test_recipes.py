@@ -1,7 +1,7 @@
 """Recipes: all files are read and run end to end on small pipelines of their class; mistakes are one clear error."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from stepmask.evaluation.distribution import EfficientNetLite, Features
 from stepmask.evaluation.metrics import Images
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.reproduction.outcome import Outcome, Row
-from stepmask.reproduction.recipe import Calibration, Recipe, Sampler, Samples
+from stepmask.reproduction.recipe import Calibration, Metric, Published, Recipe, Sampler, Samples
 from stepmask.reproduction.run import FIRST_SEED, load_pipeline, reproduce
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -108,6 +108,14 @@ class TestFiles:
     def test_all_protocols_are_there(self) -> None:
         families = {path.stem.split("-")[0] for path in FILES}
         assert families == {"ddpm", "ldm", "dit", "pixart"}
+
+    def test_the_readme_has_every_key(self) -> None:
+        page = (FILES[0].parent / "README.md").read_text()
+        kinds = {"": Recipe, "sampler": Sampler, "samples": Samples, "metric": Metric, "calibration": Calibration}
+        for table, kind in {**kinds, "published": Published}.items():
+            (line,) = [line for line in page.splitlines() if line.startswith(f"| `{table}.")] if table else [page]
+            assert all(f"`{each.name}`" in line or f".{each.name}`" in line for each in fields(kind) if each.name not in
+                       {*kinds, "published"})  # fmt: skip
 
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
     def test_a_recipe_names_all_that_a_run_needs(self, path: Path) -> None:
