@@ -97,13 +97,17 @@ class TestEfficientNetLite:
 
     def test_a_set_is_at_no_distance_from_itself(self) -> None:
         found = self.measure.compare(features(normal(0, 30)), features(normal(0, 30)))
-        assert found == {"Fréchet distance": pytest.approx(0, abs=1e-6), "precision": 1, "recall": 1}
+        assert found == {
+            "Fréchet distance (Lite0)": pytest.approx(0, abs=1e-6),
+            "precision (Lite0)": 1,
+            "recall (Lite0)": 1,
+        }
 
     def test_the_projection_keeps_distances_on_average(self) -> None:
         # a shift of all 1280 features by 1 is at the squared distance 1280
         values = normal(0, 600, 1280)
         found = EfficientNetLite(dimensions=256).compare(features(values), features(values + 1))
-        assert found["Fréchet distance"] == pytest.approx(1280, rel=0.2)
+        assert found["Fréchet distance (Lite0)"] == pytest.approx(1280, rel=0.2)
 
     def test_what_cannot_be_compared_is_refused(self) -> None:
         some = features(normal(0, 30))
@@ -118,8 +122,8 @@ class TestEfficientNetLite:
 
     def test_the_floor_is_the_distance_of_halves(self) -> None:
         near, far = features(normal(0, 400)), features(normal(0, 400) + 3)
-        below = floor(self.measure, near)["Fréchet distance"]
-        assert 0 < below < 0.1 * self.measure.compare(near, far)["Fréchet distance"]
+        below = floor(self.measure, near)["Fréchet distance (Lite0)"]
+        assert 0 < below < 0.1 * self.measure.compare(near, far)["Fréchet distance (Lite0)"]
 
     def test_pictures_are_seen_by_the_real_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("efficientnet_lite_pytorch")
@@ -131,7 +135,7 @@ class TestEfficientNetLite:
         torch.testing.assert_close(seen.values, self.measure.features(smooth).values, rtol=1e-4, atol=1e-4)
         halves = self.measure.compare(seen.take(torch.arange(4)), seen.take(torch.arange(4, 8)))
         others = self.measure.compare(seen, self.measure.features(noise))
-        assert others["Fréchet distance"] > halves["Fréchet distance"]
+        assert others["Fréchet distance (Lite0)"] > halves["Fréchet distance (Lite0)"]
         with pytest.raises(InvalidPictures, match=r"shape \(8, 16, 16\)"):
             self.measure.features(noise[..., 0])
 

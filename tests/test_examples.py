@@ -1,4 +1,4 @@
-"""What readers are told is true: every python block in README and docs is run, on the tiny pipeline in place of the
+"""What readers are told is true: every python block in READMEs and docs is run, on the tiny pipeline in place of the
 zoo's to keep it quick; every command line is parsed; every script in examples/ is run as it is."""
 
 import re
@@ -15,7 +15,7 @@ from stepmask import errors
 from stepmask.cli import app
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = sorted(ROOT.glob("examples/*.py"))
 COMMANDS: Any = typer.main.get_command(app)
 

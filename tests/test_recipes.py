@@ -1,7 +1,7 @@
 """Recipes: all files are read and run end to end on small pipelines of their class; mistakes are one clear error."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from stepmask.evaluation.distribution import EfficientNetLite, Features
 from stepmask.evaluation.metrics import Images
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.reproduction.outcome import Outcome, Row
-from stepmask.reproduction.recipe import Calibration, Recipe, Sampler, Samples
+from stepmask.reproduction.recipe import Calibration, Metric, Published, Recipe, Sampler, Samples
 from stepmask.reproduction.run import FIRST_SEED, load_pipeline, reproduce
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -109,6 +109,14 @@ class TestFiles:
         families = {path.stem.split("-")[0] for path in FILES}
         assert families == {"ddpm", "ldm", "dit", "pixart"}
 
+    def test_the_readme_has_every_key(self) -> None:
+        page = (FILES[0].parent / "README.md").read_text()
+        kinds = {"": Recipe, "sampler": Sampler, "samples": Samples, "metric": Metric, "calibration": Calibration}
+        for table, kind in {**kinds, "published": Published}.items():
+            (line,) = [line for line in page.splitlines() if line.startswith(f"| `{table}.")] if table else [page]
+            assert all(f"`{each.name}`" in line or f".{each.name}`" in line for each in fields(kind) if each.name not in
+                       {*kinds, "published"})  # fmt: skip
+
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
     def test_a_recipe_names_all_that_a_run_needs(self, path: Path) -> None:
         recipe = Recipe.read(path)
@@ -127,7 +135,11 @@ class TestFiles:
         assert (reference.name, reference.macs, reference.speedup, reference.metrics) == ("reference", 1, 1, {})
         assert masked.name == "budget 0.7"
         assert masked.macs <= 0.7
-        assert set(masked.metrics) == set(outcome.floor) == {"Fréchet distance", "precision", "recall"}
+        assert (
+            set(masked.metrics)
+            == set(outcome.floor)
+            == {"Fréchet distance (Lite0)", "precision (Lite0)", "recall (Lite0)"}
+        )
         told = str(outcome)
         assert all(row.source in told for row in recipe.published)
 
@@ -245,15 +257,15 @@ class TestRuns:
             recipe, pipe, tmp_path / "run", reference=tmp_path / "real.npz", measure=Colour(), learner=CHEAP
         )
         assert outcome.real
-        assert all(row.metrics["Fréchet distance"] > 0 for row in outcome.rows)
+        assert all(row.metrics["Fréchet distance (Lite0)"] > 0 for row in outcome.rows)
         assert "against the reference pictures" in str(outcome)
 
 
 def test_measured_and_published_rows_stand_in_one_table(recipe: Recipe) -> None:
-    rows = [Row("reference", 1.0, 1.0, {}), Row("budget 0.7", 0.69, 1.4, {"Fréchet distance": 2.5})]
-    lines = str(Outcome(recipe, "EfficientNet-Lite0", False, rows, {"Fréchet distance": 0.25}, {})).splitlines()
+    rows = [Row("reference", 1.0, 1.0, {}), Row("budget 0.7", 0.69, 1.4, {"Fréchet distance (Lite0)": 2.5})]
+    lines = str(Outcome(recipe, "EfficientNet-Lite0", False, rows, {"Fréchet distance (Lite0)": 0.25}, {})).splitlines()
     assert lines[0].startswith("a tiny DiT: 3 steps of DDIMScheduler, 9 samples on EfficientNet-Lite0, against the")
-    assert lines[3].split() == ["MACs", "speed-up", "Fréchet", "distance", "FID", "source"]
+    assert lines[3].split() == ["MACs", "speed-up", "Fréchet", "distance", "(Lite0)", "FID", "source"]
     assert lines[5].split() == ["budget", "0.7", "0.690", "1.40×", "2.5", "measured"]
     assert lines[7].split() == ["another", "3.5", "G", "4.5", "a", "paper,", "Table", "1"]
     assert lines[8].split() == ["yet", "another,", "2", "steps", "2.00×", "a", "web", "page", "(secondary)"]

@@ -186,20 +186,17 @@ class EfficientNetLite:
         return features_of(self, read_pictures(path))
 
     def compare(self, samples: Features, reference: Features | Moments) -> dict[str, float]:
-        """Fréchet distance, precision and recall.
+        """Fréchet distance, precision and recall, named so that nobody takes them for those of another network.
 
         Raises:
             InvalidPictures: The features are of other networks or of pictures of different sizes.
             TooFewSamples: There are fewer than two samples to a dimension.
         """
-        _check_alike(samples, reference, self.name)
-        a, b = (each.values @ _projection(each.values.shape[1], self.dimensions) for each in (samples, reference))
-        precision, recall = precision_recall(samples.values, reference.values)
-        return {
-            "Fréchet distance": frechet_distance(Moments.of(a), Moments.of(b)),
-            "precision": precision,
-            "recall": recall,
-        }
+        drawn, real = (each.values for each in _alike(self.name, samples, reference))
+        projection = _projection(drawn.shape[1], self.dimensions)
+        distance = frechet_distance(Moments.of(drawn @ projection), Moments.of(real @ projection))
+        precision, recall = precision_recall(drawn, real)
+        return {"Fréchet distance (Lite0)": distance, "precision (Lite0)": precision, "recall (Lite0)": recall}
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,7 +251,7 @@ class Inception:
         found = {"FID": frechet_distance(Moments.of(pooled), known)}
         found["IS"] = isc_features_to_metric(logits)["inception_score_mean"]
         if isinstance(reference, Features):
-            _check_alike(samples, reference, self.name)
+            _alike(self.name, samples, reference)
             real = reference.values[:, :2048]
             kid = kid_features_to_metric(pooled, real, verbose=False)
             precision, recall = precision_recall(pooled, real)
@@ -303,8 +300,7 @@ def joined(parts: list[Features]) -> Features:
     """
     if not parts:
         raise _incomparable("no pictures")
-    for part in parts:
-        _check_alike(part, parts[0], parts[0].network)
+    _alike(parts[0].network, *parts)
     return Features(torch.cat([part.values for part in parts]), parts[0].network, parts[0].size)
 
 
@@ -333,10 +329,12 @@ def read_pictures(path: str | Path, batch: int = 64) -> Iterable[Images]:
     """
     with _opened(path) as file:
         name = next((name for name in ("images", "arr_0") if name in file), None)
-        pictures = file[name] if name else np.zeros(0)
+        pictures: npt.NDArray[Any] = file[name] if name else np.zeros(0)
     if pictures.ndim != 4 or pictures.dtype != np.uint8:
         raise _incomparable(f"{path} with {pictures.dtype} of shape {pictures.shape}")
-    return (pictures[start : start + batch].astype(np.float32) / 255 for start in range(0, len(pictures), batch))
+    return (
+        pictures[start : start + batch].astype(np.float32) / np.float32(255) for start in range(0, len(pictures), batch)
+    )
 
 
 def _opened(path: str | Path) -> Any:
@@ -361,13 +359,18 @@ def _projection(size: int, dimensions: int) -> Tensor:
     return torch.from_numpy(orthogonal * np.sqrt(size / dimensions)).float()
 
 
-def _check_alike(a: Features | Moments, b: Features | Moments, network: str) -> None:
-    for each in (a, b):
+def _alike(network: str, *sets: Features | Moments) -> list[Features]:
+    """The sets, if a network saw all of them at one size."""
+    found: list[Features] = []
+    for each in sets:
         if isinstance(each, Moments) or each.network != network:
             given = "statistics" if isinstance(each, Moments) else f"features of {each.network}"
             raise _incomparable(f"{given} for a measure on {network}")
-    if isinstance(a, Features) and isinstance(b, Features) and a.size != b.size:
-        raise _incomparable(f"pictures of {a.size[0]}×{a.size[1]} and of {b.size[0]}×{b.size[1]} pixels")
+        if found and each.size != found[0].size:
+            (height, width), (other_height, other_width) = found[0].size, each.size
+            raise _incomparable(f"pictures of {height}×{width} and of {other_height}×{other_width} pixels")
+        found.append(each)
+    return found
 
 
 def _incomparable(given: str) -> InvalidPictures:

@@ -76,7 +76,7 @@ def set_sampler(pipe: Any, name: str, options: Mapping[str, Any]) -> None:
         raise NoSuchSampler(
             given=f"option {unknown[0]!r} of {name}", expected=f"one of {', '.join(taken)}", advice="Check the option"
         )
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)  # type: ignore[attr-defined]
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
 
 
 def _missing(package: str) -> MissingExtra:
