@@ -35,10 +35,9 @@ from stepmask.learning.relax import Concrete, Sigmoid, StraightThrough
 from stepmask.learning.rounding import round_scores
 from stepmask.learning.step import StepJob, learn_step
 from stepmask.learning.tape import Tape
-from stepmask.learning.trained import TrainedForecasts, calibration_error
+from stepmask.learning.trained import TrainedForecasts, _readable, calibration_error
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
-from stepmask.schedule.forecasts import PLAIN
 from stepmask.schedule.rectify import lower, rectify
 
 from toys import Drift, Scale, bits, chain_graph, sampler, table, unet_graph
@@ -489,14 +488,12 @@ class TestTrainedForecasts:
     def test_blocks_blend_after_two_reused_steps_alone_and_the_denoiser_wherever_it_has_an_older_value(
         self, pipe: Any
     ) -> None:
-        trajectory = stepmask.record(pipe, class_labels=[1, 2], num_inference_steps=8)
-        schedule = stepmask.learn(pipe, trajectory, 0.4, learner=TrainedForecasts(passes=1.2))
-        assert schedule.provenance["calibration_error"] < schedule.provenance["start_error"]
-        blended = schedule.rows & (schedule.forecasts != PLAIN).any(axis=2)
-        assert blended[1:, -1].all()
-        cells = np.argwhere(blended[:, :-1])
-        assert len(cells)
-        assert not any(schedule.rows[step - 2 : step, column].any() for step, column in cells)
+        run = stepmask.record(pipe, class_labels=[1, 2], num_inference_steps=8)
+        full = MaskSchedule.all_compute(stepmask.trace(pipe, run), run.denoiser, run.sampler)
+        start = fixed_interval(full, 0.4, order=1)  # steps 0, 2 and 5; the denoiser itself at every step
+        blended = start.rows & _readable(start, 3, Budget(0.5)).any(axis=2)
+        assert np.flatnonzero(blended[:, 0]).tolist() == [5]
+        assert np.flatnonzero(blended[:, -1]).tolist() == [1, 2, 3, 4, 5, 6, 7]
 
     def test_two_values_are_all_it_reads_if_asked(self, pipe: Any, trajectory: Trajectory) -> None:
         learner = TrainedForecasts(passes=1.2, window=2)
