@@ -242,7 +242,7 @@ class TestTable:
         text = show(example_table())
         assert "█  ≈██ " in text
         assert "██≈███ " in text
-        assert "≈ per channel" in text
+        assert "≈ forecast per channel" in text
         assert "MiB of per-channel weights" in text
         assert "channel" not in show(table(unet_graph(), "11111", "11011"))
 
