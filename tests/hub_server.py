@@ -23,6 +23,7 @@ class Repository:
     """Commits by their hash, and what points at them."""
 
     private: bool = False
+    gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
@@ -131,6 +132,8 @@ class Answer(BaseHTTPRequestHandler):
         user, found = self.user(), self.server.repositories.get(repo_id)
         if found is None or (found.private and user != repo_id.partition("/")[0]):
             raise Refused(401 if user is None else 404, "RepoNotFound", "Repository not found")
+        if found.gated and user != repo_id.partition("/")[0]:
+            raise Refused(403, "GatedRepo", "Access to it is restricted")
         return found
 
     def writable(self, repo_id: str) -> Repository:

@@ -189,6 +189,13 @@ class TestRefused:
             MaskSchedule.from_pretrained(place, **options)
         paragraph(refused.value, place)
 
+    def test_a_gated_repository(self, hub: Hub) -> None:
+        vectored().push_to_hub("me/toy")
+        hub.repositories["me/toy"].gated = True
+        with pytest.raises(InvalidScheduleFile, match="the repository is gated") as refused:
+            MaskSchedule.from_pretrained("me/toy", token=STRANGER)
+        paragraph(refused.value, "me/toy")
+
     @pytest.mark.parametrize(
         ("damage", "message"),
         [(break_schedule, "me/toy: not JSON"), (lose_tensors, r"its tensor file stepmask\.safetensors cannot be read")],
