@@ -1,6 +1,9 @@
 """Tables of other tools, read into ours and written back, by hand."""
 
 import argparse
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import stepmask
 from stepmask import MaskSchedule
 from stepmask.errors import (
     InvalidSchedule,
@@ -66,6 +70,18 @@ class TestCacheDit:
         assert (
             cache_dit.read([1, 0, 1, 0, 1, 0], reference).rows.tolist() == fixed_interval(reference, 0.5).rows.tolist()
         )
+
+    def test_the_first_and_last_blocks_are_always_computed(self) -> None:
+        read = cache_dit.read([1, 0], full(unet_graph(), 2), first=2, last=1)
+        assert bits(read) == ["11111", "11001"]
+        with pytest.raises(InvalidSchedule, match="at most 5 together"):
+            cache_dit.read([1, 0], full(unet_graph(), 2), first=3, last=3)
+
+    @pytest.mark.skipif(not find_spec("cache_dit"), reason="cache-dit is not installed")
+    def test_read_on_whole_blocks_it_gives_what_cache_dit_does(self) -> None:
+        script = Path(__file__).parent / "against_cache_dit.py"
+        said = subprocess.check_output([sys.executable, str(script)], text=True, stderr=subprocess.DEVNULL)
+        assert float(said.splitlines()[-1]) < 1e-2
 
     def test_refuses_a_step_in_part(self) -> None:
         with pytest.raises(InvalidSchedule, match="step 1, which computes 3 of 5 blocks"):
@@ -197,6 +213,27 @@ class TestDeepCache:
             deepcache_format.read(2, 0, full(sublayers(2), 4))
 
 
+def follow_rule(denoiser: torch.nn.Module, computed: torch.Tensor) -> None:
+    """Sublayers that answer as Learning-to-Cache's sampling does, told by their own count of calls."""
+    blocks = list(denoiser.transformer_blocks)  # type: ignore[arg-type]
+    for index, sublayer in enumerate(part for block in blocks for part in (block.attn1, block.ff)):
+        sublayer.forward = routed(sublayer.forward, computed[:, index].tolist())
+
+
+def routed(forward: Any, computed: list[bool]) -> Any:
+    timesteps, store = iter(range(len(computed) - 1, -1, -1)), []
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        timestep = next(timesteps)
+        if timestep % 2 == 1:
+            store.clear()
+        if not store or computed[timestep]:
+            store[:] = [forward(*args, **kwargs)]
+        return store[0]
+
+    return answer
+
+
 class TestLearningToCache:
     def router(self, path: Path, *logits: list[float]) -> Path:
         """A file as its training script writes it, of logits from the least noisy step on."""
@@ -211,6 +248,21 @@ class TestLearningToCache:
         read = learning_to_cache.read(path, full(sublayers(2), 4))
         assert bits(read) == ["1111", "0010", "1111", "1001"]
         assert read.rows[:, -1].all()
+
+    def test_it_gives_what_the_rule_gives_as_it_is_written(
+        self, pipe: Any, reference: MaskSchedule, tmp_path: Path
+    ) -> None:
+        sampled = {"class_labels": [1, 2], "num_inference_steps": 6}
+        trajectory = stepmask.record(pipe, **sampled)
+        logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+        path = self.router(tmp_path / "r.pt", *logits.tolist())
+        six = MaskSchedule.all_compute(reference.graph, trajectory.denoiser, trajectory.sampler)
+        with stepmask.apply(pipe, learning_to_cache.read(path, six)):
+            ours = stepmask.record(pipe, **sampled).sampled.latent
+        follow_rule(pipe.transformer, torch.sigmoid(logits) > 0.5)
+        theirs = stepmask.record(pipe, **sampled).sampled.latent
+        assert torch.equal(ours, theirs)
+        assert not torch.equal(ours, trajectory.sampled.latent)
 
     def test_the_threshold_is_on_the_sigmoid_and_strict(self, tmp_path: Path) -> None:
         # sigmoid: 0 -> 0.5, 1 -> 0.731, -2 -> 0.119, -3 -> 0.047

@@ -266,7 +266,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; none = main")] = None,
     as_json: Json = False,
 ) -> None:
-    """Commit a schedule to a repository on the Hugging Face hub, with a README.md, and print the commit's URL."""
+    """Commit a schedule and a README.md made for it to a repository on the Hugging Face hub; print the commit's URL."""
     from stepmask.evaluation.card import card
     from stepmask.evaluation.report import Report
     from stepmask.schedule.schedule import MaskSchedule

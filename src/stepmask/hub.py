@@ -1,6 +1,7 @@
 """The Hugging Face hub: files read from its repositories and committed to them, and the card that they show."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,9 +39,9 @@ class Source:
         if path.exists():
             return path / name if path.is_dir() else path
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
 
-        try:
+        refused = f"{self.place}: no such file or folder, and"
+        with _translated(refused, f"a folder or a repository with {name}", self.revision):
             return Path(
                 hf_hub_download(
                     str(self.place),
@@ -51,13 +52,6 @@ class Source:
                     local_files_only=self.local_files_only,
                 )
             )
-        except (HTTPError, OSError, ValueError) as error:
-            reason, advice = _explained(error, self.revision)
-            raise HubError(
-                given=f"{self.place}: no such file or folder, and {reason}",
-                expected=f"a folder or a repository with {name}",
-                advice=advice,
-            ) from error
 
     def beside(self, path: Path, name: str) -> Path:
         """The path of another file of the folder, or of the very commit, that `file` found the first one in.
@@ -143,36 +137,38 @@ def push(
         HubError: The hub cannot be reached, or refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
 
     api = HfApi(token=token)
-    try:
+    ours = (f"{repo_id} was not written to:", "a repository on the hub that the token may write to", revision)
+    with _translated(*ours):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        contents = {**files}
-        if card is not None or not api.file_exists(repo_id, README, revision=revision):
-            card = card or Card()
-            contents |= {README: readme(repo_id, card), **card.pictures}
+        kept = card is None and api.file_exists(repo_id, README, revision=revision)
+    card = card or Card()
+    contents = {**files} if kept else {**files, README: readme(repo_id, card), **card.pictures}
+    additions = [CommitOperationAdd(name, _bytes(content)) for name, content in contents.items()]
+    with _translated(*ours):
         commit = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, _bytes(content)) for name, content in contents.items()],
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
+            repo_id, additions, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
-    except (HTTPError, OSError, ValueError) as error:
-        reason, advice = _explained(error, revision)
-        raise HubError(
-            given=f"{repo_id} was not written to: {reason}",
-            expected="a repository on the hub that the token may write to",
-            advice=advice,
-        ) from error
     return str(commit.pr_url or commit.commit_url)
 
 
 def _bytes(content: str | bytes) -> bytes:
     return content.encode() if isinstance(content, str) else content
+
+
+@contextmanager
+def _translated(given: str, expected: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into an error of ours."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
+
+    try:
+        yield
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last is that of uploads
+        reason, advice = _explained(error, revision)
+        raise HubError(given=f"{given} {reason}", expected=expected, advice=advice) from error
 
 
 def _explained(error: Exception, revision: str | None) -> tuple[str, str]:

@@ -20,12 +20,13 @@ def readme(schedule: MaskSchedule, repo_id: str, card: Card) -> str:
 
 
 def _code(schedule: MaskSchedule, repo_id: str, card: Card) -> str:
+    sampler = schedule.sampler.class_name
     load = f"schedule = stepmask.MaskSchedule.from_pretrained({json.dumps(repo_id)})"
     put_on = "masked = stepmask.apply(pipe, schedule)  # masked.remove() takes it off"
-    sampler = schedule.sampler.class_name
     if card.base_model is None:
-        given = f"pipe: {schedule.denoiser.class_name} with {sampler or 'a plain loop'}"
-        return f"import stepmask\n\n{load}  # for a {given}\n{put_on}"
+        sampled = f", sampled by {sampler}" if sampler else ""
+        given = f"# pipe: with a {schedule.denoiser.class_name}{sampled} in {schedule.steps} steps"
+        return "\n".join(["import stepmask", "", given, load, put_on])
     pipe = f"pipe = diffusers.DiffusionPipeline.from_pretrained({json.dumps(card.base_model)})"
-    scheduler = f"pipe.scheduler = diffusers.{sampler}.from_config(pipe.scheduler.config)"
-    return "\n".join(["import diffusers", "import stepmask", "", pipe, *([scheduler] if sampler else []), load, put_on])
+    scheduler = [f"pipe.scheduler = diffusers.{sampler}.from_config(pipe.scheduler.config)"] if sampler else []
+    return "\n".join(["import diffusers", "import stepmask", "", pipe, *scheduler, load, put_on])

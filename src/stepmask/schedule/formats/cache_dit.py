@@ -1,8 +1,8 @@
 """cache-dit's `steps_computation_mask`: a number a step, 1 = compute it, 0 = answer from the cache.
 
-At a 0 cache-dit still runs what lies around its blocks (embeddings, final layer), and its first `Fn_compute_blocks` and
-last `Bn_compute_blocks` blocks, of which the mask does not tell: give them to `DBCacheConfig`, with
-`steps_computation_policy="static"`.
+At a 0 cache-dit still runs what lies around its blocks (embeddings, final layer), its first `Fn_compute_blocks`, at
+least one, and its last `Bn_compute_blocks`; under `steps_computation_policy="static"` it answers for all others with
+what they added to their input before. The mask tells neither number.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,31 @@ from stepmask.schedule.formats.bits import plain_rows, to_bits
 from stepmask.schedule.schedule import MaskSchedule
 
 
-def read(mask: Sequence[int], reference: MaskSchedule) -> MaskSchedule:
-    """The table that computes all blocks where the mask has a 1 and none where it has a 0, the denoiser's glue always.
+def read(mask: Sequence[int], reference: MaskSchedule, *, first: int = 0, last: int = 0) -> MaskSchedule:
+    """The table that computes all blocks where the mask has a 1, and only the first and last where it has a 0.
 
-    On whole blocks (`trace(..., granularity="block")`) that is cache-dit's own answer without first and last blocks.
+    The denoiser's glue is always computed. On whole blocks (`trace(..., granularity="block")`) it gives what cache-dit
+    does, to rounding.
 
     Args:
         mask: A 0 or 1 a step, noisiest first.
         reference: Any table of the denoiser and sampler; only its graph and fingerprints are used.
+        first: cache-dit's `Fn_compute_blocks`.
+        last: cache-dit's `Bn_compute_blocks`.
 
     Raises:
-        InvalidSchedule: The mask has another number of steps, or values other than 0 and 1.
+        InvalidSchedule: The mask has another number of steps, or values other than 0 and 1; or there are fewer blocks.
         ReuseBeforeCompute: Its first value is 0.
     """
-    rows = np.tile(to_bits(mask, reference.steps, "steps_computation_mask")[:, None], len(reference.graph))
-    rows[:, -1] = True
+    blocks = len(reference.graph) - 1
+    if min(first, last) < 0 or first + last > blocks:
+        raise InvalidSchedule(
+            given=f"first={first} and last={last}",
+            expected=f"at least 0 each, and at most {blocks} together, the blocks that there are",
+            advice="Give cache-dit's Fn_compute_blocks and Bn_compute_blocks",
+        )
+    rows = np.tile(to_bits(mask, reference.steps, "steps_computation_mask")[:, None], blocks + 1)
+    rows[:, :first] = rows[:, blocks - last :] = True
     return reference.with_rows(rows, provenance={"table": "cache-dit's steps_computation_mask"})
 
 
