@@ -32,12 +32,12 @@ def blank(width: float, height: float) -> "Figure":
         MissingExtra: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import figure
     except ImportError as error:
         raise MissingExtra(
             given="no matplotlib", expected="it, for pictures", advice="pip install 'stepmask[evaluate]'"
         ) from error
-    return Figure(figsize=(width, height), layout="tight")
+    return figure.Figure(figsize=(width, height), layout="tight")
 
 
 def save(figure: "Figure", path: str | Path) -> Path:
