@@ -111,9 +111,13 @@ class Masked:
         self.clock.start()
 
     def compile(self, **options: Any) -> None:
-        """Compile every block, with the options of `torch.compile`. Masks add no graph. It outlasts `remove`."""
+        """Compile every block, with the options of `torch.compile`. Masks add no graph. It outlasts `remove`.
+
+        A block that is a single layer of torch (a projection) stays as it is: the compiler skips its forward.
+        """
         for module in self.modules:
-            module.compile(**options)
+            if not type(module).__module__.startswith("torch.nn."):
+                module.compile(**options)
 
     def remove(self) -> None:
         """Take the schedule off and free the store. Doing it twice is fine."""
