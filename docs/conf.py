@@ -23,7 +23,10 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|np|numpy|npt|Path|pathlib|collections|typing|Any|Callable|optional|tuple\[.*)\b.*"),
+    (
+        r"py:.*",
+        r"(torch|nn|np|numpy|npt|Figure|matplotlib|Path|pathlib|collections|typing|Any|Callable|optional|tuple\[.*)\b.*",
+    ),
     (r"py:.*", r"stepmask\.(denoiser|evaluation|learning|schedule)\..*"),  # what the public names are made of
 ]
 
