@@ -149,7 +149,10 @@ class _Captioned(_Latent):
 
 
 class LDM(_Captioned):
-    """Stable Diffusion in small: UNet2DConditionModel and a CLIP text encoder; no attention at full size."""
+    """Stable Diffusion in small: UNet2DConditionModel and a CLIP text encoder; no attention at full size.
+
+    Colours and outlines follow the prompt; hearts, flags and faces are recognised, most things are not.
+    """
 
     def __init__(self, emoji: Emoji, vae: AutoencoderKL, kept: Path) -> None:
         tokenizer, self.text_encoder = clip(emoji.captions, LENGTH, kept)
