@@ -15,7 +15,6 @@ from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from frontier import SCHEDULES
 from peers import PEERS, CannotRun, Peer
@@ -28,6 +27,7 @@ from stepmask.drawing import blank
 from stepmask.drawing import save as save_figure
 from stepmask.evaluation.compare import evaluate
 from stepmask.evaluation.metrics import latent_errors
+from stepmask.progress import progress
 from stepmask.schedule.rectify import lower
 
 TUNED_ON = 8
@@ -71,7 +71,7 @@ class Race(Setting):
     def tuned(self, peer: Peer) -> list[Tried]:
         """All settings of a peer, on the calibration samples."""
         found = []
-        for knobs in tqdm(peer.knobs, peer.name, disable=None):
+        for knobs in progress(peer.knobs, peer.name):
             try:
                 found.append(self.tried(peer, knobs))
             except CannotRun as error:

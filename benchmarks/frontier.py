@@ -168,12 +168,12 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 def markdown(found: list[dict[str, Any]]) -> str:
     """A table of errors for people: a row per contender, a column per cell, and what is learned over its best rival."""
     names = dict.fromkeys(name for cell in found for name in cell["rows"])
-    lines = [["", *(f"{title(cell)}, {cell['share']:g}" for cell in found)], ["---"] * (len(found) + 1)]
+    lines = [["", *(f"{title(cell)}, {cell['share']:g}" for cell in found)]]
     for name in names:
         errors = (cell["rows"].get(name, {}).get("error") for cell in found)
         lines.append([name, *("–" if error is None else f"{error:.2g}" for error in errors)])
     lines.append(["learned, over the best rival", *(f"{ratio(cell):.2f}" for cell in found)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _table(lines)
 
 
 def overview() -> str:
@@ -186,11 +186,17 @@ def overview() -> str:
         name: [cell for cell in cells if cell["guidance"] == cells[0]["guidance"]] for name, cells in found.items()
     }
     settings = sorted({(cell["steps"], -cell["share"]) for cells in chosen.values() for cell in cells})
-    lines = [["", *(f"{steps} steps, {-share:g}" for steps, share in settings)], ["---"] * (len(settings) + 1)]
+    lines = [["", *(f"{steps} steps, {-share:g}" for steps, share in settings)]]
     for name, cells in chosen.items():
         told = {(cell["steps"], -cell["share"]): _told(cell) for cell in cells}
         lines.append([f"`zoo:{name}`", *(told.get(setting, "–") for setting in settings)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _table(lines)
+
+
+def _table(lines: list[list[str]]) -> str:
+    """In Markdown; the first line is that of the heads."""
+    heads, *rest = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rest))
 
 
 def _told(cell: dict[str, Any]) -> str:

@@ -5,17 +5,14 @@ A random DiT (width 192) of one size after the other; every point is measured in
 
 import argparse
 import json
-import os
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import stepmask
-from results import FOLDER, save
+from results import FOLDER, alone, save
 from setting import timed
 from stepmask import MaskSchedule, Trajectory
 from stepmask.drawing import blank
@@ -31,8 +28,6 @@ SAYS = {
     "samples": "samples",
     "side": "side of the latent, in pixels",
 }
-ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
-"""With it glibc gives freed tensors back at once: the peak is that of what is alive, not of a fragmented heap."""
 
 
 def pipeline(layers: int, side: int) -> Any:
@@ -81,8 +76,7 @@ def point(way: str, steps: int, layers: int, samples: int, side: int) -> dict[st
 
 def measured(way: str, size: dict[str, int]) -> dict[str, float]:
     """`point` in a process of its own."""
-    asked = json.dumps({"way": way, **size})
-    told = subprocess.check_output([sys.executable, __file__, "--point", asked], text=True, env=ENVIRONMENT)
+    told = alone(__file__, "--point", json.dumps({"way": way, **size}))
     return dict(json.loads(told.splitlines()[-1]))
 
 

@@ -1,14 +1,12 @@
 """Peak memory of each way to learn with 50 steps over that with 10 steps, each in a process of its own."""
 
-import os
 import resource
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import stepmask
-from results import save
+from results import alone, save
 from stepmask import Trajectory, zoo
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.trained import TrainedForecasts
@@ -18,10 +16,6 @@ WAYS: dict[str, Callable[[Any, Trajectory], Any]] = {
     "sweep": lambda pipe, run: stepmask.sweep(pipe, run, probes=1),
     "trained forecasts": lambda pipe, run: stepmask.learn(pipe, run, 0.5, learner=TrainedForecasts(passes=1)),
 }
-
-
-ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
-"""With it glibc gives freed tensors back at once: the peak is that of what is alive, not of a fragmented heap."""
 
 
 def peak(way: str, steps: int) -> int:
@@ -36,13 +30,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(peak(sys.argv[1], int(sys.argv[2])))
         return
-    peaks = {
-        way: {
-            steps: int(subprocess.check_output([sys.executable, __file__, way, str(steps)], text=True, env=ENVIRONMENT))
-            for steps in (10, 50)
-        }
-        for way in WAYS
-    }
+    peaks = {way: {steps: int(alone(__file__, way, str(steps))) for steps in (10, 50)} for way in WAYS}
     ratios = {way: found[50] / found[10] for way, found in peaks.items()}
     save(
         "learning_memory",

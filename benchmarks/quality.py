@@ -6,6 +6,7 @@ labels or prompts with the same seeds. Features lie in runs/quality, so that a k
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from safetensors.torch import load
 from safetensors.torch import save as to_bytes
-from tqdm import tqdm
 
 from frontier import SCHEDULES
 from results import save
@@ -24,6 +24,7 @@ from stepmask.denoiser.sampling import Sampling
 from stepmask.evaluation.distribution import Features, Measure, best_measure, features_of, floor, joined, read_pictures
 from stepmask.evaluation.metrics import Images, images_of
 from stepmask.files import write_whole
+from stepmask.progress import progress
 from stepmask.schedule.baselines import fixed_interval
 from stepmask.schedule.rectify import lower
 
@@ -58,7 +59,7 @@ class Gallery(Setting):
     def features(self, name: str, contender: Contender) -> Features:
         """Of all pictures of a contender."""
         batches = range(0, self.samples, BATCH)
-        return joined([self.batch(name, contender, first) for first in tqdm(batches, name, disable=None)])
+        return joined([self.batch(name, contender, first) for first in progress(batches, name)])
 
     def batch(self, name: str, contender: Contender, first: int) -> Features:
         """Of one batch, from its file if it was finished."""
@@ -73,10 +74,7 @@ class Gallery(Setting):
         steps = {"num_inference_steps": contender} if isinstance(contender, int) else {}
         call = {**self.call(count, seed, held_out=True), **steps, "output_type": "np"}
         sampling = Sampling(self.pipe, call, seed)
-        if isinstance(contender, MaskSchedule):
-            with apply(self.pipe, contender):
-                images = images_of(sampling().output)
-        else:
+        with apply(self.pipe, contender) if isinstance(contender, MaskSchedule) else nullcontext():
             images = images_of(sampling().output)
         assert images is not None
         return images
@@ -113,7 +111,7 @@ def rows(gallery: Gallery, contenders: Mapping[str, Contender], data: Features |
 
 def data_of(measure: Measure, path: Path, samples: int) -> Features:
     """Of as many pictures of a file as are sampled, so that the floor is that of the same number."""
-    pictures = tqdm(read_pictures(path), "data", disable=None)
+    pictures = progress(read_pictures(path), "data")
     every = kept(RUNS / "data" / f"{path.stem}.safetensors", measure, lambda: features_of(measure, pictures))
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
     return every.take(order[:samples])

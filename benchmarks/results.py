@@ -1,6 +1,9 @@
 """Paired timings, and where results go: benchmarks/results/NAME.json with machine and versions."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +45,15 @@ def _seconds(function: Callable[[], Any]) -> float:
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
+
+
+def alone(script: str, *arguments: str) -> str:
+    """What a script prints in a process of its own, whose peak memory is that of what is alive.
+
+    glibc gives freed tensors back at once there, and no heap is fragmented.
+    """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    return subprocess.check_output([sys.executable, script, *arguments], text=True, env=environment)
 
 
 def save(name: str, numbers: dict[str, Any], *, goal: str, met: bool) -> None:

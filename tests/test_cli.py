@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import stepmask
 from stepmask import MaskSchedule
 from stepmask.cli import _complete_zoo, app, main
-from stepmask.progress import progress
+from stepmask.progress import hidden, progress
 
 runner = CliRunner()
 
@@ -131,8 +131,10 @@ def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     assert progress([1], "working", file=io.StringIO()).disable
     assert not progress([1], "working", file=Terminal()).disable
+    assert hidden() is None
     monkeypatch.setenv("TQDM_DISABLE", "1")
     assert progress([1], "working", file=Terminal()).disable
+    assert hidden() is True  # what a pipeline's own bar is told, too
 
 
 class Terminal(io.StringIO):

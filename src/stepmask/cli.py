@@ -205,10 +205,11 @@ def sample(
     """Draw samples, under a schedule or without, and write them as PNG files."""
     from stepmask.denoiser.runtime import apply
     from stepmask.denoiser.sampling import Sampling
+    from stepmask.progress import hidden
     from stepmask.schedule.schedule import MaskSchedule
 
     pipe = _load(pipeline)
-    pipe.set_progress_bar_config(disable=None)  # on a terminal
+    pipe.set_progress_bar_config(disable=hidden())
     table = MaskSchedule.from_pretrained(schedule) if schedule else None
     steps = steps or (table.steps if table else 20)
     told = _Told(pipe, prompts, labels, call).call(samples, None if prompts or labels else seed)

@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stepmask.errors import MissingExtra
 from stepmask.files import write_whole
@@ -31,13 +31,8 @@ def blank(width: float, height: float) -> "Figure":
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    try:
-        from matplotlib import figure
-    except ImportError as error:
-        raise MissingExtra(
-            given="no matplotlib", expected="it, for pictures", advice="pip install 'stepmask[evaluate]'"
-        ) from error
-    return figure.Figure(figsize=(width, height), layout="tight")
+    figure: Figure = _matplotlib().figure.Figure(figsize=(width, height), layout="tight")
+    return figure
 
 
 def save(figure: "Figure", path: str | Path) -> Path:
@@ -59,14 +54,9 @@ def encoded(figure: "Figure", kind: str) -> bytes:
 @contextmanager
 def inked() -> Iterator[None]:
     """Within it figures are drawn for `inline`: everything that is not a colour of its own in `INK`."""
-    blank(1, 1)
-    from matplotlib import rc_context
-
-    inks = {f"{part}.color": INK for part in ("text", "xtick", "ytick")} | {
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-    }
-    with rc_context({**inks, "svg.fonttype": "none", "svg.hashsalt": "stepmask"}):  # type: ignore[dict-item]
+    parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    settings = {**dict.fromkeys(parts, INK), "svg.fonttype": "none", "svg.hashsalt": "stepmask"}
+    with _matplotlib().rc_context(settings):
         yield
 
 
@@ -76,3 +66,13 @@ def inline(figure: "Figure") -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawn = buffer.getvalue()
     return drawn[drawn.index("<svg") :].replace(INK, "currentColor")
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise MissingExtra(
+            given="no matplotlib", expected="it, for pictures", advice="pip install 'stepmask[evaluate]'"
+        ) from error
+    return matplotlib

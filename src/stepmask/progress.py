@@ -20,5 +20,9 @@ def progress(items: Iterable[T], title: str, **options: Any) -> "tqdm[T]":
         title: What is done, in front of the bar.
         **options: Of `tqdm.tqdm`.
     """
-    off = True if os.environ.get("TQDM_DISABLE") else None  # None: on a terminal only
-    return tqdm(items, title, disable=off, delay=DELAY_S, **options)
+    return tqdm(items, title, disable=hidden(), delay=DELAY_S, **options)
+
+
+def hidden() -> bool | None:
+    """Tqdm's `disable`: true where TQDM_DISABLE is set; `None`, on a terminal only, elsewhere."""
+    return True if os.environ.get("TQDM_DISABLE") else None

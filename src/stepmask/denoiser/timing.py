@@ -59,9 +59,7 @@ def time_blocks(pipe: Any, trajectory: Trajectory, graph: BlockGraph, *, repeats
     watches = [_Watch(running) for _ in graph.blocks]
     modules = [_module(denoiser, block) for block in graph.blocks]
     with torch.no_grad(), attached(dict(zip(modules, watches, strict=True))):
-        for call in progress(
-            islice(cycle(trajectory.calls), count := WARM_UPS + repeats), "timing blocks", total=count
-        ):
+        for call in progress(list(islice(cycle(trajectory.calls), WARM_UPS + repeats)), "timing blocks"):
             denoiser(*call.args, **call.kwargs)
     return BlockGraph(tuple(_timed(block, watch) for block, watch in zip(graph.blocks, watches, strict=True)))
 

@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 PACE = (0.05, 1.0, 1.0)
 """Relative learning rates of a forecast's scale and its first and second difference; the scale is the stiff one."""
 
-
 PROBES, LEAST_AGES = 2, 6
 """Of the sweep that proposes uneven tables."""
 
@@ -47,10 +46,10 @@ class TrainedForecasts:
 
     The best table starts: of fixed intervals, of whole-step tables, of intervals with partial evaluations between the
     whole ones, of intervals with one partial evaluation, and of uneven tables that a sweep proposes, by true runs. The
-    weights of every reused
-    cell, and of computed ones that may blend older values in, are then trained on masked runs, by the gradient of the
-    final latent's distance to the reference through the pipeline's own sampler. Each iteration takes the next
-    trajectory: several trajectories of a few samples cost no more per iteration than one, and overfit less.
+    weights of every reused cell, and of computed ones that may blend older values in, are then trained on masked runs,
+    by the gradient of the final latent's distance to the reference through the pipeline's own sampler. Each iteration
+    takes the next trajectory: several trajectories of a few samples cost no more per iteration than one, and overfit
+    less.
 
     Args:
         passes: What is spent: as many iterations of Adam as have the MACs of this many all-compute ones, so twice as
@@ -96,9 +95,11 @@ class TrainedForecasts:
         starts = []
         found = families(task.reference, task.budget, self.window, _swept(task))
         for family in progress(found, "tables to start from"):
-            tried = [_Start.of(table, family, task.trajectories[-1:]) for table in family.tables]
+            *others, last = task.trajectories[-JUDGES:]
+            tried = [_Start(table, family, calibration_errors([last], table)) for table in family.tables]
             best = min(tried, key=lambda start: start.promise)
-            starts.append(best := _Start.of(best.table, family, task.trajectories[-JUDGES:]))
+            errors = [*calibration_errors(others, best.table), *best.errors]
+            starts.append(best := _Start(best.table, family, errors))
             log.info("%s: error %.3g, typically %.3g", best.table.provenance["table"], best.error, best.typical)
         return starts
 
@@ -110,20 +111,21 @@ class TrainedForecasts:
 
 @dataclass(frozen=True)
 class _Start:
-    """A table, and its error on some trajectories: the mean, and the geometric mean.
-
-    Starts are compared by the latter: one hard sample of a few makes a mean, and training takes most off hard samples.
-    """
+    """A table, and the errors of its samples on some trajectories, a tensor each."""
 
     table: MaskSchedule
     family: Family
-    error: float
-    typical: float
+    errors: list[Tensor]
 
-    @classmethod
-    def of(cls, table: MaskSchedule, family: Family, trajectories: Sequence[Trajectory]) -> "_Start":
-        errors = calibration_errors(trajectories, table)
-        return cls(table, family, float(errors.mean()), float(errors.clamp_min(1e-12).log().mean().exp()))
+    @property
+    def error(self) -> float:
+        """The mean."""
+        return float(torch.cat(self.errors).mean())
+
+    @property
+    def typical(self) -> float:
+        """The geometric mean: one hard sample of a few makes a mean, and training takes most off hard samples."""
+        return float(torch.cat(self.errors).clamp_min(1e-12).log().mean().exp())
 
     @property
     def promise(self) -> float:
@@ -140,18 +142,18 @@ def _swept(task: Task) -> Profile:
 
 def calibration_error(trajectories: Sequence[Trajectory], table: MaskSchedule) -> float:
     """Mean relative error of the final latents under a table, over all samples of all trajectories."""
-    return float(calibration_errors(trajectories, table).mean())
+    return float(torch.cat(calibration_errors(trajectories, table)).mean())
 
 
 @torch.no_grad()
-def calibration_errors(trajectories: Sequence[Trajectory], table: MaskSchedule) -> Tensor:
-    """Relative errors of the final latents under a table, of all samples of all trajectories."""
+def calibration_errors(trajectories: Sequence[Trajectory], table: MaskSchedule) -> list[Tensor]:
+    """Relative errors of the final latents under a table, of the samples of each trajectory."""
     errors = []
     for trajectory in trajectories:
         with apply(trajectory.sampling.pipe, table):
             latent = trajectory.sampling.latent()
         errors.append(sample_errors(latent, trajectory.sampled.latent))
-    return torch.cat(errors)
+    return errors
 
 
 class _Training:

@@ -10,6 +10,13 @@ from stepmask.schedule.schedule import MaskSchedule
 
 MARKS: dict[Kind, str] = {"compute": "█", "blend": "▓", "reuse": "·", "forecast": "~", "dead": " "}
 PER_CHANNEL = "≈"
+SAYS: dict[Kind, str] = {
+    "compute": "compute",
+    "blend": "compute and blend",
+    "reuse": "reuse",
+    "forecast": "forecast",
+    "dead": "read by nobody",
+}
 EDGE = 22
 """Columns beside the blocks of a line: step, timestep, share."""
 
@@ -73,12 +80,3 @@ def _legend(plan: Plan) -> str:
     known = [f"{'(blank)' if kind == 'dead' else mark} {SAYS[kind]}" for kind, mark in MARKS.items() if kind in kinds]
     per_channel = any(cell.vectors is not None for row in plan.cells for cell in row)
     return "   ".join([*known, *([f"{PER_CHANNEL} forecast per channel"] if per_channel else [])])
-
-
-SAYS: dict[Kind, str] = {
-    "compute": "compute",
-    "blend": "compute and blend",
-    "reuse": "reuse",
-    "forecast": "forecast",
-    "dead": "read by nobody",
-}
