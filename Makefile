@@ -40,6 +40,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/unets.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/transfer.py
+	$(BIN)/python benchmarks/scaling.py
 
 docs: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'

@@ -12,12 +12,11 @@ from torch import Tensor
 from stepmask import MaskSchedule, Trajectory
 from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.values import tensors
-from stepmask.learning.executors import LocalExecutor, learn_rows
 from stepmask.learning.guidance import guidance_of
 from stepmask.learning.objective import Objective
 from stepmask.learning.relax import Sigmoid
 from stepmask.learning.starts import groups
-from stepmask.learning.step import StepJob
+from stepmask.learning.step import StepJob, learn_step
 from stepmask.schedule.graph import BlockGraph
 
 LOOKAHEAD = 3
@@ -90,7 +89,7 @@ def learning_to_cache(
     for price in prices:
         jobs = [_after_a_whole_step(trajectory, full, int(step), price, iterations) for step in odd]
         rows = np.ones(full.rows.shape, dtype=bool)
-        rows[odd] = learn_rows(jobs, trajectory.sampling.denoiser, LocalExecutor(), None) > 0.5
+        rows[odd] = np.array([learn_step(trajectory.sampling.denoiser, job) for job in jobs]) > 0.5
         tables.append(full.with_rows(rows))
     return tables
 

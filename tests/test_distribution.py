@@ -15,6 +15,7 @@ from stepmask.evaluation.distribution import (
     Features,
     Inception,
     Moments,
+    Sums,
     best_measure,
     features_of,
     floor,
@@ -37,6 +38,22 @@ def normal(seed: int, count: int, dimensions: int = 4) -> Tensor:
 
 def features(values: Tensor, size: tuple[int, int] = (8, 8), network: str = NETWORK) -> Features:
     return Features(values.float(), network, size)
+
+
+class TestMoments:
+    def test_of_parts_they_are_those_of_the_whole(self) -> None:
+        values = 1000 + normal(0, 5000)
+        whole, parts = Moments.of(values), [Sums.of(part) for part in values.split([1, 17, 2048, 2934])]
+        added = parts[3] + (parts[1] + parts[0]) + parts[2]
+        assert added.count == 5000
+        assert np.allclose(whole.mean, values.numpy().mean(0), rtol=1e-14)
+        assert np.allclose(whole.covariance, np.cov(values.numpy(), rowvar=False), rtol=1e-10)
+        assert np.allclose(added.scatter / 4999, whole.covariance, rtol=1e-10)
+
+    def test_of_two_and_three_numbers_by_hand(self) -> None:
+        # of 0, 2 and 1, 3, 5 apart: means 1 and 3, scatters 2 and 8; together: mean 11 / 5, scatter 39 − 121 / 5
+        both = Sums.of(torch.tensor([[0.0], [2.0]])) + Sums.of(torch.tensor([[1.0], [3.0], [5.0]]))
+        assert (both.count, *both.mean, *both.scatter.ravel()) == pytest.approx((5, 2.2, 14.8))
 
 
 class TestFrechetDistance:

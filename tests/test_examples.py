@@ -4,6 +4,7 @@ zoo's to keep it quick; every command line is parsed; every script in examples/ 
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def test_the_examples_run(page: Path, pipe: Any, tmp_path: Path, monkeypatch: py
     names: dict[str, Any] = {}
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), names)
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -10,8 +10,8 @@ import stepmask
 from stepmask import errors
 
 PUBLIC = {
-    "Block", "BlockGraph", "Budget", "LocalExecutor", "MaskSchedule", "Profile", "Report", "StepmaskError",
-    "Trajectory", "apply", "evaluate", "learn", "record", "sweep", "trace",
+    "Block", "BlockGraph", "Budget", "LocalExecutor", "MaskSchedule", "Profile", "RayExecutor", "Report",
+    "StepmaskError", "Trajectory", "apply", "evaluate", "learn", "record", "sweep", "trace",
 }  # fmt: skip
 
 

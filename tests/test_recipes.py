@@ -14,7 +14,7 @@ from denoisers import denoiser
 from stepmask.cli import app
 from stepmask.denoiser.conditioning import Conditioning
 from stepmask.denoiser.sampling import Sampling
-from stepmask.errors import InvalidRecipe, NoSuchSampler, RunError
+from stepmask.errors import InvalidRecipe, InvalidRunFolder, NoSuchSampler
 from stepmask.evaluation.distribution import EfficientNetLite, Features
 from stepmask.evaluation.metrics import Images
 from stepmask.learning.trained import TrainedForecasts
@@ -230,7 +230,7 @@ class TestRuns:
     def test_a_folder_of_another_run_is_refused(self, recipe: Recipe, folder: str, tmp_path: Path) -> None:
         pipe = load_pipeline(recipe, folder)
         reproduce(recipe, pipe, tmp_path / "run", measure=Colour(), learner=CHEAP)
-        with pytest.raises(RunError, match="another run"):
+        with pytest.raises(InvalidRunFolder, match="another run"):
             reproduce(small(recipe), pipe, tmp_path / "run", measure=Colour(), learner=CHEAP)
 
     def test_every_choice_comes_once_before_any_comes_again(

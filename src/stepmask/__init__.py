@@ -19,7 +19,8 @@ _HOME = {
     "Profile": "stepmask.learning.profile",
     "Budget": "stepmask.schedule.budget",
     "Report": "stepmask.evaluation.report",
-    "LocalExecutor": "stepmask.learning.executors",
+    "LocalExecutor": "stepmask.executors.local",
+    "RayExecutor": "stepmask.executors.cluster",
     "StepmaskError": "stepmask.errors",
 }
 
@@ -30,6 +31,7 @@ __all__ = [
     "LocalExecutor",
     "MaskSchedule",
     "Profile",
+    "RayExecutor",
     "Report",
     "StepmaskError",
     "Trajectory",
@@ -48,7 +50,8 @@ if TYPE_CHECKING:
     from stepmask.errors import StepmaskError
     from stepmask.evaluation.compare import evaluate
     from stepmask.evaluation.report import Report
-    from stepmask.learning.executors import LocalExecutor
+    from stepmask.executors.cluster import RayExecutor
+    from stepmask.executors.local import LocalExecutor
     from stepmask.learning.learn import learn
     from stepmask.learning.profile import Profile
     from stepmask.learning.sweep import sweep

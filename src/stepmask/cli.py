@@ -26,6 +26,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from stepmask.denoiser.conditioning import Conditioning
     from stepmask.evaluation.report import Report
+    from stepmask.executors.local import Executor
     from stepmask.schedule.budget import Budget
     from stepmask.schedule.schedule import MaskSchedule
 
@@ -58,6 +59,8 @@ Samples = Annotated[int, typer.Option(help="Samples in the batch")]
 Prompts = Annotated[Path | None, typer.Option(help="UTF-8 text file with a prompt to a line, to draw from")]
 Labels = Annotated[str, typer.Option(help="Class labels to draw from, such as 0-4,8")]
 CallJson = Annotated[str, typer.Option("--call", help="Further arguments of the pipeline as a JSON object")]
+Ray = Annotated[str, typer.Option("--ray", help="Use a Ray cluster: its address, auto, or local", metavar="ADDRESS")]
+Gpus = Annotated[float, typer.Option("--ray-gpus", help="GPUs of each worker of the cluster")]
 Out = Annotated[Path, typer.Option(help="Folder to write to")]
 
 
@@ -98,7 +101,7 @@ def demo(
     pipe = _load(pipeline)
     told = Conditioning.of(pipe)
     calls = {seed: {**told.call(8, seed), "num_inference_steps": steps} for seed in range(4)}
-    schedule = _learn(pipe, calls, Budget(macs=budget), out / "training")
+    schedule = _learn(pipe, calls, Budget(macs=budget), out / "training", _executor())
     folder = schedule.save_pretrained(out).parent
     report = measure(
         pipe,
@@ -164,6 +167,8 @@ def learn(
     prompts: Prompts = None,
     labels: Labels = "",
     call: CallJson = "{}",
+    ray: Ray = "",
+    ray_gpus: Gpus = 0,
     as_json: Json = False,
 ) -> None:
     """Learn a schedule and write it to a folder. A killed run, started again, goes on where it stopped."""
@@ -175,10 +180,12 @@ def learn(
     told = _Told(pipe, prompts, labels, call)
     seeds = range(seed, seed + batches)
     calls = {number: {"num_inference_steps": steps, **told.call(samples, number)} for number in seeds}
-    schedule = _learn(pipe, calls, limits, out / "training")
-    path = schedule.save_pretrained(out)
-    _print_schedule(schedule, as_json)
-    _say(f"\nwrote {path}", as_json)
+    executor = _executor(ray, ray_gpus)
+    schedule = _learn(pipe, calls, limits, out / "training", executor)
+    if executor.leads:
+        path = schedule.save_pretrained(out)
+        _print_schedule(schedule, as_json)
+        _say(f"\nwrote {path}", as_json)
 
 
 @app.command()
@@ -228,6 +235,7 @@ def evaluate(
     pipeline: Pipeline,
     schedule: ScheduleSource,
     samples: Samples = 8,
+    batches: Annotated[int, typer.Option(help="Batches of that many samples, of the seeds from --seed on")] = 1,
     seed: Annotated[int, typer.Option(help="Of the generator; not the one learned with")] = HELD_OUT,
     repeats: Annotated[int, typer.Option(help="Timed runs of each")] = 3,
     rivals: Annotated[bool, typer.Option(help="Measure the baselines at equal MACs too")] = True,
@@ -235,9 +243,14 @@ def evaluate(
         Path | None, typer.Option(help="Write a page to this .html file, or numbers to .json or .txt")
     ] = None,
     profile: Annotated[str, typer.Option(help="Folder of a sweep's profile, to show on the page")] = "",
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep finished batches here, for a killed run to go on from")
+    ] = None,
     prompts: Prompts = None,
     labels: Labels = "",
     call: CallJson = "{}",
+    ray: Ray = "",
+    ray_gpus: Gpus = 0,
     as_json: Json = False,
 ) -> None:
     """Measure a schedule against the reference on held-out seeds: fidelity, time, MACs and memory."""
@@ -250,7 +263,11 @@ def evaluate(
     swept = Profile.from_pretrained(profile) if profile else None
     others = _rivals(table, lower(table).macs_share) if rivals else {}
     arguments = {"num_inference_steps": table.steps, **_Told(pipe, prompts, labels, call).call(samples, seed)}
-    measured = measure(pipe, table, rivals=others, seed=seed, repeats=repeats, **arguments)
+    where: dict[str, Any] = {"executor": (executor := _executor(ray, ray_gpus)), "folder": folder}
+    seeds = range(seed, seed + batches)
+    measured = measure(pipe, table, rivals=others, seed=seeds, repeats=repeats, **where, **arguments)
+    if not executor.leads:
+        return
     if report is not None:
         measured.save(report, profile=swept, command=_command())
     _print_report(measured, as_json)
@@ -291,6 +308,8 @@ def reproduce(
     reference: Annotated[Path | None, typer.Option(help="An .npz file of real pictures or of their statistics")] = None,
     prompts: Prompts = None,
     device: Annotated[str, typer.Option(help="Of torch")] = "cpu",
+    ray: Ray = "",
+    ray_gpus: Gpus = 0,
     as_json: Json = False,
 ) -> None:
     """Run a published protocol: learn, sample with and without, measure, and set beside what others reported."""
@@ -302,8 +321,11 @@ def reproduce(
     told = Recipe.read(recipe).sized(samples, calibration_samples)
     pipe = load_pipeline(told, pipeline, device)
     conditioning = Conditioning.prompted(pipe, read_prompts(prompts)) if prompts else None
-    outcome = run(told, pipe, out or Path("runs") / recipe.stem, conditioning=conditioning, reference=reference)
-    print(outcome.to_json() if as_json else outcome)
+    given: dict[str, Any] = {"conditioning": conditioning, "reference": reference}
+    executor = _executor(ray, ray_gpus)
+    outcome = run(told, pipe, out or Path("runs") / recipe.stem, executor=executor, **given)
+    if executor.leads:
+        print(outcome.to_json() if as_json else outcome)
 
 
 def _load(source: str) -> Any:
@@ -315,14 +337,26 @@ def _load(source: str) -> Any:
     return pipe
 
 
-def _learn(pipe: Any, calls: dict[int, dict[str, Any]], budget: "Budget", folder: Path) -> "MaskSchedule":
-    """Learn from one run per seed."""
-    from stepmask.denoiser.trajectory import record
-    from stepmask.learning.learn import learn as learn_schedule
-    from stepmask.progress import progress
+def _executor(ray: str = "", gpus: float = 0) -> "Executor":
+    """A cluster where one is asked for; the processes of torchrun or Slurm where this is one of them; else this one."""
+    from stepmask.executors import processes
+    from stepmask.executors.cluster import RayExecutor
+    from stepmask.executors.local import LocalExecutor
 
-    trajectories = [record(pipe, seed=seed, **call) for seed, call in progress(calls.items(), "recording")]
-    return learn_schedule(pipe, trajectories, budget, folder=folder)
+    if ray:
+        return RayExecutor(ray, num_gpus=gpus)
+    return processes.ProcessesExecutor() if processes.started() else LocalExecutor()
+
+
+def _learn(
+    pipe: Any, calls: dict[int, dict[str, Any]], budget: "Budget", folder: Path, executor: "Executor"
+) -> "MaskSchedule":
+    """Learn from one run per seed."""
+    from stepmask.denoiser.trajectory import recorded
+    from stepmask.learning.learn import learn as learn_schedule
+
+    trajectories = recorded(pipe, calls, executor=executor)
+    return learn_schedule(pipe, trajectories, budget, executor=executor, folder=folder)
 
 
 def _rivals(schedule: "MaskSchedule", budget: float) -> dict[str, "MaskSchedule | int"]:

@@ -18,6 +18,8 @@
     x InvalidPictures         sets of pictures, or of their features, that cannot be compared
         + TooFewSamples       fewer of them than a distance needs
     x InvalidRecipe           a recipe that is no TOML, or says what no recipe says
+    x InvalidRunFolder        a folder with results of another run, or with damaged ones
+    x ClusterError            a cluster, or other processes, that jobs cannot be handed to
     x UnwritablePath          a file or folder that cannot be written
     x HubError                a repository that the hub does not give, or does not take
     x InvalidReport           a file that is no report, or the report of another schedule
@@ -111,6 +113,14 @@ class TooFewSamples(InvalidPictures):
 
 class InvalidRecipe(StepmaskError, ValueError):
     """A recipe that is no TOML, or says what no recipe says."""
+
+
+class InvalidRunFolder(StepmaskError, ValueError):
+    """A folder of finished work that belongs to another run, or is damaged."""
+
+
+class ClusterError(StepmaskError, RuntimeError):
+    """A cluster, or other processes, that jobs cannot be handed to."""
 
 
 class UnwritablePath(StepmaskError, OSError):

@@ -1,6 +1,6 @@
 """`record`: run a pipeline as it is and keep what its denoiser was given; never its features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError, RunError
+from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 
 
@@ -86,6 +87,36 @@ def record(pipe: Any, *, seed: int = 0, run: Callable[[], Tensor] | None = None,
         LearningError: The run gave latents that are not finite.
     """
     return record_sampling(Sampling(pipe, call, seed, run))
+
+
+def recorded(
+    pipe: Any, calls: Mapping[int, Mapping[str, Any]], *, executor: Executor | None = None
+) -> list[Trajectory]:
+    """Several runs of a pipeline, as `record` keeps one.
+
+        trajectories = recorded(pipe, {seed: {"class_labels": [seed] * 8} for seed in range(4)})
+
+    Args:
+        pipe: A diffusers pipeline.
+        calls: Arguments of the pipeline by seed.
+        executor: Where they run; `None` = `LocalExecutor()`.
+
+    Raises:
+        RunError: As `record`.
+        LearningError: As `record`.
+        ClusterError: The executor cannot hand out jobs.
+    """
+    executor = executor or LocalExecutor()
+    jobs = list(calls.items())
+    runs = dict(executor.map(_recorded, executor.share(pipe), jobs, title="recording"))
+    return [replace(runs[job], sampling=replace(runs[job].sampling, pipe=pipe)) for job in range(len(jobs))]
+
+
+def _recorded(pipe: Any, job: tuple[int, Mapping[str, Any]]) -> Trajectory:
+    """A trajectory without its pipeline, which is not for sending."""
+    seed, call = job
+    run = record(pipe, seed=seed, **call)
+    return replace(run, sampling=replace(run.sampling, pipe=None))
 
 
 def record_sampling(sampling: Sampling) -> Trajectory:

@@ -1,22 +1,23 @@
 """`evaluate`: the reference and a masked run on the same seeds, measured side by side."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
 
-from stepmask.denoiser.clock import now
-from stepmask.denoiser.runtime import apply
-from stepmask.denoiser.sampling import Sampled, Sampling
-from stepmask.denoiser.seam import attached
-from stepmask.errors import RunError
-from stepmask.evaluation.measure import MacCounter, Stopwatch, machine, peak_memory
-from stepmask.evaluation.metrics import images_of, latent_errors, psnr, ssim
+from stepmask.denoiser.identity import claim_for, digest
+from stepmask.denoiser.sampling import Sampling
+from stepmask.errors import InvalidRunFolder, RunError
+from stepmask.evaluation.contender import Contender, Fidelity, Timed
+from stepmask.evaluation.measure import machine
 from stepmask.evaluation.report import Report, Row
+from stepmask.executors.filed import Kind, finish
+from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.progress import progress
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
@@ -30,9 +31,11 @@ def evaluate(
     schedule: MaskSchedule,
     *,
     rivals: Mapping[str, Any] | None = None,
-    seed: int = 1000,
+    seed: int | Sequence[int] = 1000,
     repeats: int = 3,
     run: Callable[[], Tensor] | None = None,
+    executor: Executor | None = None,
+    folder: str | Path | None = None,
     **call: Any,
 ) -> Report:
     """Measure a schedule against the reference, and rivals against both, on seeds that were not learned from.
@@ -40,125 +43,130 @@ def evaluate(
         report = stepmask.evaluate(pipe, schedule, class_labels=[1, 2, 3], num_inference_steps=20)
         print(report)
 
-    Each way of sampling runs once to warm up and to compare samples, then `repeats` times for its time; the timed
-    runs take turns, so that a machine that slows down slows all of them.
+    Every way of sampling runs once per seed to compare samples, and then `repeats` times in this process for its time:
+    with the first seed, warmed up, and in turns, so that a machine that slows down slows all of them.
 
     Args:
         pipe: A pipeline, or a plain denoiser with `run`.
         schedule: The schedule.
         rivals: By name: other schedules; the reference with fewer steps, as a number; or another pipeline, sampled as
-            it is, with whatever other cache is enabled on it. What the latter computes is counted in its first run.
-        seed: Of the generator; choose another than the one the schedule was learned with.
+            it is, with whatever other cache is enabled on it. What the latter computes is counted.
+        seed: Of the generator; choose another than the one the schedule was learned with. Of several each is a batch.
         repeats: Timed runs of each.
         run: For a plain denoiser: a function without arguments that samples with it and returns the final latent.
+        executor: Where batches are sampled and compared; `None` = `LocalExecutor()`.
+        folder: Finished batches are kept here, and a killed run goes on where it stopped; `None` = nowhere.
         **call: Arguments of the pipeline.
 
     Raises:
         ScheduleMismatch: A schedule is for another denoiser or sampler.
-        RunError: `repeats` is less than one, or rivals share a name with the reference or the schedule.
+        RunError: There is no seed or no timed run, or rivals share a name with the reference or the schedule.
+        InvalidRunFolder: The folder holds results of other weights, or damaged ones; or it is to keep batches of
+            something that has no name: another pipeline, a `run`, or arguments that cannot be pickled.
+        ClusterError: The executor cannot hand out jobs.
     """
-    if repeats < 1 or {REFERENCE, SCHEDULE} & set(rivals or {}):
-        raise RunError(
-            given=f"repeats={repeats} and rivals {sorted(rivals or {})}",
-            expected="at least one timed run, and names other than 'reference' and 'schedule'",
-            advice="Change the argument",
-        )
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    _check(seeds, repeats, rivals or {})
     if "output_type" in _parameters(pipe):
         call = {"output_type": "np", **call}
-    sampling = Sampling(pipe, call, seed, run)
-    contenders = [_Contender(REFERENCE, sampling), _Contender(SCHEDULE, sampling, schedule)]
+    sampling = Sampling(pipe, call, run=run)
+    contenders = [Contender(REFERENCE, sampling), Contender(SCHEDULE, sampling, schedule)]
     contenders += [_contender(name, sampling, rival) for name, rival in (rivals or {}).items()]
-    foreign = any(contender.sampling.pipe is not pipe for contender in contenders)
-    for contender in contenders:  # what another pipeline computes is in no plan
-        contender.counted = foreign and contender.schedule is None
-    turns = [contender.warm_up for contender in contenders] + [contender.run for contender in contenders] * repeats
-    for turn in progress(turns, "evaluating"):
-        turn()
-    setting = {**{key: _brief(value) for key, value in call.items()}, "seed": seed, "repeats": repeats}
-    rows = [contender.row(contenders[0]) for contender in contenders]
-    images = {c.name: found for c in contenders if (found := images_of(c.sampled.output)) is not None}
+    if any(contender.sampling.pipe is not pipe for contender in contenders):
+        contenders = [replace(each, counted=each.schedule is None) for each in contenders]  # in no plan
+    executor, folder = executor or LocalExecutor(), Path(folder) if folder else None
+    batches = finish(_batches(contenders, folder), executor.share(contenders), seeds, executor, folder)
+    timed = _timed(contenders, seeds[0], repeats)
+    rows = [_row(each, *results) for each, *results in zip(contenders, timed, *batches, strict=True)]
+    told = {key: _brief(value) for key, value in call.items()}
+    setting = {**told, "seed": seeds[0] if len(seeds) == 1 else _brief(seeds), "repeats": repeats}
+    images = {each.name: own.images for each, own in zip(contenders, timed, strict=True) if own.images is not None}
     return Report(rows, setting, machine(), images, schedule)
 
 
-@dataclass(eq=False)
-class _Contender:
-    """One way of sampling, and what has been measured of it."""
+def _compared(contenders: Sequence[Contender], seed: int) -> list[Fidelity]:
+    """A batch of every way of sampling, next to the first one's."""
+    reference = contenders[0].run(seed, counted=contenders[0].counted)
+    found = [contenders[0].fidelity(reference, reference)]
+    for contender in progress(contenders[1:], "sampling"):
+        found.append(contender.fidelity(contender.run(seed, counted=contender.counted), reference))
+    return found
 
-    name: str
-    sampling: Sampling
-    schedule: MaskSchedule | None = None
-    counted: bool = False
-    denoiser_ms: list[float] = field(default_factory=list)
-    pipeline_ms: list[float] = field(default_factory=list)
-    sampled: Sampled = field(init=False)
-    evaluations: int = 0
-    computed_macs: int = 0
-    store_bytes: int = 0
-    peak_bytes: int | None = None
 
-    def warm_up(self) -> None:
-        """The first run: its sample, MACs and memory are kept, its time is not."""
-        counter = MacCounter()
-        with attached({self.sampling.denoiser: counter} if self.counted else {}):
-            self.run()
-        self.computed_macs = counter.macs if self.counted else self.computed_macs
-        self.denoiser_ms.clear()
-        self.pipeline_ms.clear()
+def _timed(contenders: Sequence[Contender], seed: int, repeats: int) -> list[Timed]:
+    """Times of each, in turns; who has not run in this process yet warms up first."""
+    for contender in contenders:
+        if not contender.warm:
+            contender.run(seed)
+    found = [Timed() for _ in contenders]
+    for contender, own in progress(list(zip(contenders, found, strict=True)) * repeats, "timing"):
+        own.add(contender.run(seed))
+    return found
 
-    def run(self) -> None:
-        stopwatch = Stopwatch()
-        with ExitStack() as stack:
-            masked = stack.enter_context(apply(self.sampling.pipe, self.schedule)) if self.schedule else None
-            stack.enter_context(attached({self.sampling.denoiser: stopwatch}))
-            peak = stack.enter_context(peak_memory())
-            started = now()
-            self.sampled = self.sampling()
-            self.pipeline_ms.append(1000 * (now() - started))
-        self.denoiser_ms.append(1000 * stopwatch.seconds)
-        self.evaluations, self.peak_bytes = stopwatch.calls, peak.bytes
-        if masked is not None:
-            self.computed_macs, self.store_bytes = masked.computed_macs, masked.peak_store_bytes
 
-    def row(self, reference: "_Contender") -> Row:
-        images, originals = images_of(self.sampled.output), images_of(reference.sampled.output)
-        pictures = None if images is None or originals is None else (images, originals)
-        return Row(
-            name=self.name,
-            evaluations=self.evaluations,
-            macs_planned=lower(self.schedule).macs_share if self.schedule else self.executed(reference),
-            macs_executed=self.executed(reference),
-            latent_errors=latent_errors(self.sampled.latent, reference.sampled.latent),
-            psnr_db=psnr(*pictures) if pictures else (),
-            ssim=ssim(*pictures) if pictures else (),
-            denoiser_ms=self.denoiser_ms,
-            pipeline_ms=self.pipeline_ms,
-            store_bytes=self.store_bytes,
-            peak_bytes=self.peak_bytes,
-            path_errors=self.path_errors(reference),
+def _row(contender: Contender, timed: Timed, *batches: Fidelity) -> Row:
+    first = batches[0]
+    peaks = [batch.peak_bytes for batch in batches if batch.peak_bytes is not None]
+    return Row(
+        name=contender.name,
+        evaluations=first.evaluations,
+        macs_planned=lower(contender.schedule).macs_share if contender.schedule else first.macs_executed,
+        macs_executed=first.macs_executed,
+        latent_errors=[error for batch in batches for error in batch.latent_errors],
+        psnr_db=[value for batch in batches for value in batch.psnr_db],
+        ssim=[value for batch in batches for value in batch.ssim],
+        denoiser_ms=timed.denoiser_ms,
+        pipeline_ms=timed.pipeline_ms,
+        store_bytes=max(batch.store_bytes for batch in batches),
+        peak_bytes=max(peaks) if peaks else None,
+        path_errors=[fmean(errors) for errors in zip(*(batch.path_errors for batch in batches), strict=True)],
+    )
+
+
+def _batches(contenders: Sequence[Contender], folder: Path | None) -> Kind[int, list[Fidelity]]:
+    """The kind of job that compares a batch; its file is named by what is compared, if it is to be kept."""
+    told = _claimed(contenders, folder) if folder else ""
+    return Kind("evaluating", _compared, lambda seed: f"batch-{digest(told, seed)}.json", _dump, _load)
+
+
+def _dump(batch: Sequence[Fidelity]) -> str:
+    return json.dumps([asdict(each) for each in batch])
+
+
+def _load(content: bytes) -> list[Fidelity]:
+    return [Fidelity(**each) for each in json.loads(content)]
+
+
+def _claimed(contenders: Sequence[Contender], folder: Path) -> str:
+    """Tie the folder to the denoiser; what tells this comparison from others."""
+    sampling = contenders[0].sampling
+    if sampling.run or any(contender.counted for contender in contenders):
+        raise InvalidRunFolder(
+            given=f"{folder} to keep results of a function or of another pipeline",
+            expected="schedules and numbers of steps, which can be told apart by what they say",
+            advice="Leave the folder out",
+        )
+    claim_for(sampling.pipe, folder)
+    return digest(
+        [(each.name, dict(each.sampling.call), each.schedule and each.schedule.to_json()) for each in contenders]
+    )
+
+
+def _check(seeds: Sequence[int], repeats: int, rivals: Mapping[str, Any]) -> None:
+    if not seeds or repeats < 1 or {REFERENCE, SCHEDULE} & set(rivals):
+        raise RunError(
+            given=f"{len(seeds)} seeds, repeats={repeats} and rivals {sorted(rivals)}",
+            expected="at least one seed and one timed run, and names other than 'reference' and 'schedule'",
+            advice="Change the argument",
         )
 
-    def executed(self, reference: "_Contender") -> float:
-        """MACs of the blocks that ran, over those of the reference."""
-        if self.schedule is not None:
-            return self.computed_macs / (int(self.schedule.graph.macs.sum()) * reference.evaluations)
-        if self.counted:
-            return self.computed_macs / reference.computed_macs
-        return self.evaluations / reference.evaluations
 
-    def path_errors(self, reference: "_Contender") -> list[float]:
-        """Mean error of the latents after each step, where the steps are the reference's."""
-        own, others = self.sampled.latents, reference.sampled.latents
-        if len(own) != len(others):
-            return []
-        return [fmean(latent_errors(*pair)) for pair in zip(own, others, strict=True)]
-
-
-def _contender(name: str, sampling: Sampling, rival: Any) -> _Contender:
+def _contender(name: str, sampling: Sampling, rival: Any) -> Contender:
     if isinstance(rival, MaskSchedule):
-        return _Contender(name, sampling, rival)
+        return Contender(name, sampling, rival)
     if isinstance(rival, int):
-        return _Contender(name, replace(sampling, call={**sampling.call, "num_inference_steps": rival}))
-    return _Contender(name, replace(sampling, pipe=rival))
+        return Contender(name, replace(sampling, call={**sampling.call, "num_inference_steps": rival}))
+    return Contender(name, replace(sampling, pipe=rival))
 
 
 def _parameters(pipe: Any) -> list[str]:

@@ -7,7 +7,7 @@ package of 17 MB. Its numbers are comparable with each other only, and are no FI
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +63,34 @@ class Features:
 
 
 @dataclass(frozen=True, eq=False)
+class Sums:
+    """What features come to, so that parts of a set can be added up: batches of one run, or shards of a cluster.
+
+    Args:
+        count: Samples.
+        mean: (D,).
+        scatter: Σ (x − mean)(x − mean)ᵀ, (D, D).
+    """
+
+    count: int
+    mean: Matrix
+    scatter: Matrix
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Sums":
+        """Of features, (N, D)."""
+        found = values.double().cpu().numpy()
+        centred = found - found.mean(0)
+        return cls(len(found), found.mean(0), centred.T @ centred)
+
+    def __add__(self, other: "Sums") -> "Sums":
+        """Of both sets together (Chan, Golub & LeVeque 1979)."""
+        count, between = self.count + other.count, other.mean - self.mean
+        shift = np.outer(between, between) * (self.count * other.count / count)
+        return Sums(count, self.mean + between * (other.count / count), self.scatter + other.scatter + shift)
+
+
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Mean (D,) and covariance (D, D) of features."""
 
@@ -71,7 +99,7 @@ class Moments:
 
     @classmethod
     def of(cls, values: Tensor) -> "Moments":
-        """Of features, (N, D).
+        """Of features, (N, D), some at a time.
 
         Raises:
             TooFewSamples: There are fewer than two samples to a dimension: the covariance would be mostly noise.
@@ -83,8 +111,8 @@ class Moments:
                 expected=f"at least {2 * dimensions}, two to each of the {dimensions} dimensions of the features",
                 advice="Draw more samples, or measure in fewer dimensions",
             )
-        found = values.double().cpu().numpy()
-        return cls(found.mean(0), np.cov(found, rowvar=False).reshape(dimensions, dimensions))
+        sums = reduce(Sums.__add__, map(Sums.of, values.split(CHUNK)))
+        return cls(sums.mean, sums.scatter / (count - 1))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

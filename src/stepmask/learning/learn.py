@@ -3,16 +3,16 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
+from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.timing import time_blocks
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
-from stepmask.files import write_whole
-from stepmask.learning.executors import Executor, LocalExecutor
+from stepmask.executors.filed import Kind, finish
+from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.learning.task import Task
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.budget import Budget
@@ -57,6 +57,8 @@ def learn(
 
     Raises:
         InvalidBudget: The budget is outside (0, 1], or cannot be reached.
+        InvalidRunFolder: The folder holds results of other weights, or damaged ones.
+        ClusterError: The executor cannot hand out jobs.
         LearningError: A trajectory is from another pipeline or has one step only, they differ in their sampler, or the
             loss is not finite.
     """
@@ -64,11 +66,14 @@ def learn(
     _check(pipe, trajectories)
     budget = Budget.of(budget)
     graph, folder = graph or trace(pipe, trajectories[0]), Path(folder) if folder else None
+    if folder:
+        claim_for(pipe, folder)
+    executor = executor or LocalExecutor()
     timed_here = budget.time is not None and not graph.is_timed
     if timed_here:
-        graph = _timed(pipe, trajectories[0], graph, folder)
+        (graph,) = finish(TIMES, executor.share(trajectories[0]), [graph], executor, folder)
     reference = MaskSchedule.all_compute(graph, trajectories[0].denoiser, trajectories[0].sampler)
-    task = Task(trajectories, reference, budget, executor or LocalExecutor(), folder)
+    task = Task(trajectories, reference, budget, executor, folder)
     schedule = (learner or TrainedForecasts()).learn(task)
     if not timed_here:
         return schedule
@@ -76,14 +81,18 @@ def learn(
     return replace(schedule, provenance={**schedule.provenance, "times": times})
 
 
-def _timed(pipe: Any, trajectory: Trajectory, graph: BlockGraph, folder: Path | None) -> BlockGraph:
-    """The graph with its blocks' times; kept in the folder, for a run that goes on must go on with the same times."""
-    if folder is None:
-        return time_blocks(pipe, trajectory, graph)
-    path = folder / f"times-{sha256(json.dumps(graph.to_plain()).encode()).hexdigest()[:24]}.json"
-    if not path.exists():
-        write_whole(path, json.dumps(time_blocks(pipe, trajectory, graph).to_plain()))
-    return BlockGraph.from_plain(json.loads(path.read_text()))
+def _timed(trajectory: Trajectory, graph: BlockGraph) -> BlockGraph:
+    return time_blocks(trajectory.sampling.pipe, trajectory, graph)
+
+
+TIMES = Kind[BlockGraph, BlockGraph](
+    title="timing blocks",
+    run=_timed,
+    name=lambda graph: f"times-{digest(graph.to_plain())}.json",
+    dump=lambda graph: json.dumps(graph.to_plain()),
+    load=lambda content: BlockGraph.from_plain(json.loads(content)),
+)
+"""A job, so that a run that goes on, and all processes of one run, have the same times."""
 
 
 def _check(pipe: Any, trajectories: Sequence[Trajectory]) -> None:

@@ -1,5 +1,6 @@
 """`PerTimestep`: the paper's learner (arXiv 2603.19939). Every row on its own, step-aware weights, rounds."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,12 +10,12 @@ import numpy.typing as npt
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.trajectory import Trajectory, record_sampling
 from stepmask.errors import LearningError
-from stepmask.learning.executors import learn_rows
+from stepmask.executors.filed import Kind, finish
 from stepmask.learning.guidance import guidance_of
 from stepmask.learning.objective import MeasuredGain, Objective, Scaling, relative_error, step_changes
 from stepmask.learning.relax import Relaxation, Sigmoid
 from stepmask.learning.rounding import round_scores
-from stepmask.learning.step import StepJob
+from stepmask.learning.step import StepJob, learn_step
 from stepmask.learning.task import Task
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.schedule import MaskSchedule
@@ -67,7 +68,7 @@ class PerTimestep:
         tried: list[tuple[float, MaskSchedule]] = []
         for _ in range(self.rounds):
             jobs = self._jobs(under, table, costs, weights, price, shares)
-            scores = learn_rows(jobs, trajectory.sampling.denoiser, task.executor, task.folder)
+            scores = np.array(finish(ROW, task.shared, jobs, task.executor, task.folder))
             scores = np.vstack([np.ones(scores.shape[1]), scores])
             if not self.whole_steps:
                 scores[:, -1] = np.inf
@@ -122,6 +123,20 @@ class PerTimestep:
             "calibration_error": error,
             "error_by_round": errors,
         }
+
+
+def _learn_row(trajectories: Sequence[Trajectory], job: StepJob) -> Floats:
+    return learn_step(trajectories[0].sampling.denoiser, job)
+
+
+ROW = Kind[StepJob, Floats](
+    title="learning rows",
+    run=_learn_row,
+    name=lambda job: f"row-{job.step:03d}-{job.digest()}.json",
+    dump=lambda scores: json.dumps({"scores": scores.tolist()}),
+    load=lambda content: np.array(json.loads(content)["scores"]),
+)
+"""Small enough to be read; the name says what was learned from."""
 
 
 def _only(trajectories: Sequence[Trajectory]) -> Trajectory:

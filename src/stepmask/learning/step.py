@@ -74,7 +74,7 @@ class StepJob:
         return digest.hexdigest()[:24]
 
 
-def learn_step(job: StepJob, denoiser: nn.Module) -> npt.NDArray[np.float64]:
+def learn_step(denoiser: nn.Module, job: StepJob) -> npt.NDArray[np.float64]:
     """Train the scores of one row.
 
     A pure function of the job and the weights. Memory: one evaluation with gradients, however many steps there are.

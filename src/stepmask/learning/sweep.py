@@ -1,21 +1,27 @@
 """`sweep`: what every (step, block, age) costs the final sample, measured backwards at one step's memory."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.numpy import load, save
 from torch import Tensor
 
 from stepmask.denoiser.families import denoiser_of
+from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError, ScheduleMismatch
+from stepmask.executors.filed import Kind, finish
+from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.learning.guidance import samples_of
 from stepmask.learning.objective import relative_error
 from stepmask.learning.profile import Profile, swept_answers
@@ -33,7 +39,7 @@ FIRST_SEED = 0x50524F42
 
 def sweep(
     pipe: Any,
-    trajectory: Trajectory,
+    trajectory: Trajectory | Sequence[Trajectory],
     *,
     graph: BlockGraph | None = None,
     around: MaskSchedule | None = None,
@@ -42,6 +48,8 @@ def sweep(
     seed: int = 0,
     decode: Decode | None = None,
     checkpoint_blocks: bool = False,
+    executor: Executor | None = None,
+    folder: str | Path | None = None,
 ) -> Profile:
     """Measure to first order what reusing any value of any block at any step does to the final sample.
 
@@ -54,7 +62,8 @@ def sweep(
 
     Args:
         pipe: The pipeline, or plain denoiser, that the trajectory was recorded from.
-        trajectory: A reference run. Rows of a plain denoiser's latent are taken for independent samples.
+        trajectory: A reference run, or several of the same sampler, whose samples are all measured. Rows of a plain
+            denoiser's latent are taken for independent samples.
         graph: The blocks; `None` = those of `around`, or `trace(pipe, trajectory)`.
         around: Sweep the run under this table, gradients through its store included; `None` = the reference run.
         probes: Random measurements per sample.
@@ -62,33 +71,101 @@ def sweep(
         seed: Probe number p is drawn with FIRST_SEED + seed + p, so that sweeps with other seeds can be merged.
         decode: From the final latent to where the error counts (pixels); `None` = the latent itself.
         checkpoint_blocks: Recompute block by block as well, for denoisers whose evaluation does not fit with gradients.
+        executor: Where trajectories are swept, and probes of one trajectory apart where more jobs run at once than
+            there are trajectories; `None` = `LocalExecutor()`.
+        folder: What is swept is kept here, and a killed sweep goes on where it stopped; `None` = nowhere.
 
     Raises:
-        LearningError: The trajectory is another pipeline's, the pipeline cuts the gradient, numbers are not finite,
-            the denoiser is in half precision on a CPU, or the run is not the one that was recorded.
+        LearningError: A trajectory is another pipeline's, the pipeline cuts the gradient, numbers are not finite, the
+            denoiser is in half precision on a CPU, the run is not the one that was recorded, or a folder is to keep
+            what was decoded by a function, which has no name.
         AlreadyApplied: The denoiser is masked, or cached by diffusers, already.
-        ScheduleMismatch: `around` is for another denoiser, sampler or graph.
+        ScheduleMismatch: `around` is for another denoiser, sampler or graph, or trajectories are of several samplers.
         InvalidSchedule: `around` reuses values that are older than `ages`.
+        InvalidRunFolder: The folder holds results of other weights, or damaged ones.
+        ClusterError: The executor cannot hand out jobs.
     """
-    _check(pipe, trajectory, probes, ages)
-    graph = graph or (around.graph if around else trace(pipe, trajectory))
-    around = around or MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+    trajectories = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
+    _check(pipe, trajectories, probes, ages)
+    graph = graph or (around.graph if around else trace(pipe, trajectories[0]))
+    around = around or MaskSchedule.all_compute(graph, trajectories[0].denoiser, trajectories[0].sampler)
     _check_graphs(graph, around.graph)
-    around.denoiser.check(trajectory.denoiser)
-    around.sampler.check(trajectory.sampler)
-    with frozen(pipe):
-        measure = _Measure.of(trajectory, decode)
-        readings = _Readings(trajectory, graph, measure.output_samples, ages)
-        tape = Tape(trajectory, graph, swept_answers(around, ages), readings, checkpoint_blocks=checkpoint_blocks)
+    for each in trajectories:
+        around.denoiser.check(each.denoiser)
+        around.sampler.check(each.sampler)
+    executor, folder = executor or LocalExecutor(), Path(folder) if folder else None
+    if folder:
+        _check_named(decode)
+        claim_for(pipe, folder)
+    parts = min(probes, ceil(executor.workers / len(trajectories)))
+    numbers = [range(seed + probes * part // parts, seed + probes * (part + 1) // parts) for part in range(parts)]
+    jobs = [_Shard(index, few) for index in range(len(trajectories)) for few in numbers]
+    setting = _Setting(trajectories, around, ages, decode, checkpoint_blocks)
+    found = finish(setting.kind, executor.share(setting), jobs, executor, folder)
+    provenance = {"probes": probes, "seed": seed, "decoded": decode is not None}
+    swept = [_profile(found[first : first + parts], around, provenance) for first in range(0, len(found), parts)]
+    return swept[0] if len(swept) == 1 else Profile.merge(*swept)
+
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Some probes of one trajectory.
+
+    Args:
+        trajectory: Its index.
+        probes: Their numbers; a probe is drawn with FIRST_SEED and its number.
+    """
+
+    trajectory: int
+    probes: range
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all shards share."""
+
+    trajectories: Sequence[Trajectory]
+    around: MaskSchedule
+    ages: int
+    decode: Decode | None
+    checkpoint_blocks: bool
+
+    @property
+    def kind(self) -> Kind[_Shard, Arrays]:
+        """A file holds a shard's arrays."""
+        return Kind("sweeping", _swept, self.name, save, load)
+
+    def name(self, shard: _Shard) -> str:
+        latent = self.trajectories[shard.trajectory].sampled.latent
+        return f"sweep-{digest(self.around.to_json(), self.ages, shard.probes, latent)}.safetensors"
+
+
+def _swept(setting: _Setting, shard: _Shard) -> Arrays:
+    """A profile's `inner`, `held` and `offset` for some probes of one trajectory."""
+    trajectory, around = setting.trajectories[shard.trajectory], setting.around
+    with frozen(trajectory.sampling.pipe):
+        measure = _Measure.of(trajectory, setting.decode)
+        readings = _Readings(trajectory, around.graph, measure.output_samples, setting.ages)
+        answered = swept_answers(around, setting.ages)
+        tape = Tape(trajectory, around.graph, answered, readings, checkpoint_blocks=setting.checkpoint_blocks)
         latent = _run(tape, trajectory, reference=bool((tape.answered[..., 0] == 1).all()))
-        pulls, offsets = zip(*(measure.probe(latent.detach(), seed + probe) for probe in range(probes)), strict=True)
-        for probe, pull in enumerate(progress(pulls, "sweeping")):
+        pulls, offsets = zip(*(measure.probe(latent.detach(), number) for number in shard.probes), strict=True)
+        for place, pull in enumerate(progress(pulls, "probes")):
             readings.begin()
-            torch.autograd.grad(latent, tape.anchor, pull, retain_graph=probe < probes - 1)
-    provenance = {"probes": probes, "seed": seed, "samples": measure.samples, "decoded": decode is not None}
+            torch.autograd.grad(latent, tape.anchor, pull, retain_graph=place < len(pulls) - 1)
     inner, held = np.concatenate(readings.probes, axis=1)
-    samples = np.tile(np.arange(measure.samples), probes)
-    return Profile(around, inner, held, np.concatenate(offsets), samples, provenance)
+    return {"inner": inner, "held": held, "offset": np.concatenate(offsets).astype(np.float32)}
+
+
+def _profile(parts: Sequence[Arrays], around: MaskSchedule, provenance: Mapping[str, Any]) -> Profile:
+    """The profile of one trajectory, from all shards of its probes."""
+    inner, held, offset = (np.concatenate([part[name] for part in parts]) for name in ("inner", "held", "offset"))
+    samples = len(offset) // provenance["probes"]
+    rows = np.tile(np.arange(samples), provenance["probes"])
+    return Profile(around, inner, held, offset, rows, {**provenance, "samples": samples})
 
 
 def _run(tape: Tape, trajectory: Trajectory, *, reference: bool) -> Tensor:
@@ -195,12 +272,15 @@ class _Readings:
         return torch.stack([self.rows.products(branch, block, *pair) for block, *pair in triples], dim=1)
 
 
-def _check(pipe: Any, trajectory: Trajectory, probes: int, ages: int) -> None:
-    trajectory.check_pipe(pipe)
-    if probes < 1 or ages < 1:
+def _check(pipe: Any, trajectories: Sequence[Trajectory], probes: int, ages: int) -> None:
+    if not trajectories or probes < 1 or ages < 1:
         raise LearningError(
-            given=f"{probes} probes and ages up to {ages}", expected="at least one of each", advice="Leave the defaults"
+            given=f"{len(trajectories)} trajectories, {probes} probes and ages up to {ages}",
+            expected="at least one of each",
+            advice="Leave the defaults, and record a trajectory",
         )
+    for trajectory in trajectories:
+        trajectory.check_pipe(pipe)
     denoiser = denoiser_of(pipe)
     refuse_if_taken(denoiser)
     if any(weight.dtype == torch.float16 and weight.device.type == "cpu" for weight in denoiser.parameters()):
@@ -208,6 +288,15 @@ def _check(pipe: Any, trajectory: Trajectory, probes: int, ages: int) -> None:
             given="a denoiser in float16 on a CPU",
             expected="float32 or bfloat16, whose gradients do not overflow there",
             advice="Call pipe.to(torch.float32), or move the pipeline to an accelerator",
+        )
+
+
+def _check_named(decode: Decode | None) -> None:
+    if decode is not None:
+        raise LearningError(
+            given="a folder and a function that decodes",
+            expected="one of both: what another function decoded could not be told apart in the folder",
+            advice="Leave the folder out",
         )
 
 

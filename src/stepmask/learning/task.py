@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from stepmask.denoiser.trajectory import Trajectory
-from stepmask.learning.executors import Executor
+from stepmask.executors.local import Executor
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -27,3 +29,8 @@ class Task:
     budget: Budget
     executor: Executor
     folder: Path | None
+
+    @cached_property
+    def shared(self) -> Any:
+        """The trajectories, and the pipeline with them, where jobs run."""
+        return self.executor.share(self.trajectories)

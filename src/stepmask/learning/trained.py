@@ -1,19 +1,22 @@
 """`TrainedForecasts`: the best table to start from, its forecasts trained on the masked run itself."""
 
 import io
+import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.identity import digest
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.trajectory import Trajectory
+from stepmask.executors.filed import Kind, finish
 from stepmask.files import write_whole
 from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.objective import sample_errors
@@ -67,7 +70,8 @@ class TrainedForecasts:
     def learn(self, task: Task) -> MaskSchedule:
         """The table with the smallest mean error on the calibration seeds; never worse there than the best start.
 
-        The executor is not used: one gradient step needs the one before it. Training is kept after every iteration.
+        The sweep and the runs that compare tables go through the executor. Training does not: one gradient step needs
+        the one before it. Its state is kept after every iteration.
 
         Raises:
             InvalidBudget: Not even one computed step fits, the store is too small for every regular table, or the
@@ -75,10 +79,11 @@ class TrainedForecasts:
             LearningError: A run is not finite, or the pipeline detaches its latents.
         """
         starts = self._starts(task)
-        start, best = min(starts, key=lambda start: start.promise), min(starts, key=lambda start: start.error)
+        start, best = min(starts, key=attrgetter("promise")), min(starts, key=attrgetter("error"))
         regular = [start.table] if start is best else [start.table, best.table]
         tables = [*regular, _Training(self, start, task).run()]
-        errors = [calibration_error(task.trajectories, table) for table in tables]
+        found = calibration_errors(task, tables, range(len(task.trajectories)))
+        errors = [float(torch.cat(by_trajectory).mean()) for by_trajectory in found]
         chosen = tables[int(np.argmin(errors))]
         log.info("trained on %s: error %.3g", start.table.provenance["table"], errors[-1])
         provenance = {
@@ -92,15 +97,19 @@ class TrainedForecasts:
 
     def _starts(self, task: Task) -> list["_Start"]:
         """The best table of each family, by true runs of the last trajectory, as it does on the last few."""
-        starts = []
+        *others, last = range(len(task.trajectories))[-JUDGES:]
         found = families(task.reference, task.budget, self.window, _swept(task))
-        for family in progress(found, "tables to start from"):
-            *others, last = task.trajectories[-JUDGES:]
-            tried = [_Start(table, family, calibration_errors([last], table)) for table in family.tables]
-            best = min(tried, key=lambda start: start.promise)
-            errors = [*calibration_errors(others, best.table), *best.errors]
-            starts.append(best := _Start(best.table, family, errors))
-            log.info("%s: error %.3g, typically %.3g", best.table.provenance["table"], best.error, best.typical)
+        entered = [(family, table) for family in found for table in family.tables]
+        errors = calibration_errors(task, [table for _, table in entered], [last])
+        tried = [_Start(table, family, own) for (family, table), own in zip(entered, errors, strict=True)]
+        best = [
+            min((start for start in tried if start.family is family), key=attrgetter("promise")) for family in found
+        ]
+        more = calibration_errors(task, [start.table for start in best], others)
+        starts = [replace(start, errors=[*own, *start.errors]) for start, own in zip(best, more, strict=True)]
+        for start in starts:
+            name = start.table.provenance["table"]
+            log.info("%s: error %.3g, typically %.3g", name, start.error, start.typical)
         return starts
 
     def rates(self, share: float, error: float) -> list[float]:
@@ -137,23 +146,51 @@ def _swept(task: Task) -> Profile:
     """A sweep of the first trajectory."""
     first, steps = task.trajectories[0], task.reference.steps
     ages = min(steps - 1, max(LEAST_AGES, math.ceil(1.5 / task.budget.share)))
-    return sweep(first.sampling.pipe, first, graph=task.reference.graph, probes=PROBES, ages=ages)
+    return sweep(
+        first.sampling.pipe,
+        first,
+        graph=task.reference.graph,
+        probes=PROBES,
+        ages=ages,
+        executor=task.executor,
+        folder=task.folder,
+    )
 
 
-def calibration_error(trajectories: Sequence[Trajectory], table: MaskSchedule) -> float:
-    """Mean relative error of the final latents under a table, over all samples of all trajectories."""
-    return float(torch.cat(calibration_errors(trajectories, table)).mean())
+@dataclass(frozen=True)
+class _Trial:
+    """A run of one trajectory, by its index, under a table."""
+
+    table: MaskSchedule
+    trajectory: int
+
+
+def calibration_errors(task: Task, tables: Sequence[MaskSchedule], trajectories: Sequence[int]) -> list[list[Tensor]]:
+    """Relative errors of the final latents, of each table: of the samples of each trajectory."""
+    trials = [_Trial(table, index) for table in tables for index in trajectories]
+    found = finish(_trials(task), task.shared, trials, task.executor, task.folder)
+    count = len(trajectories)
+    return [found[place * count : (place + 1) * count] for place in range(len(tables))]
+
+
+def _trials(task: Task) -> Kind[_Trial, Tensor]:
+    def name(trial: _Trial) -> str:
+        latent = task.trajectories[trial.trajectory].sampled.latent
+        return f"trial-{digest(trial.table.to_json(), latent)}.json"
+
+    return Kind("comparing tables", _try, name, lambda errors: json.dumps(errors.tolist()), _read_errors)
 
 
 @torch.no_grad()
-def calibration_errors(trajectories: Sequence[Trajectory], table: MaskSchedule) -> list[Tensor]:
-    """Relative errors of the final latents under a table, of the samples of each trajectory."""
-    errors = []
-    for trajectory in trajectories:
-        with apply(trajectory.sampling.pipe, table):
-            latent = trajectory.sampling.latent()
-        errors.append(sample_errors(latent, trajectory.sampled.latent))
-    return errors
+def _try(trajectories: Sequence[Trajectory], trial: _Trial) -> Tensor:
+    trajectory = trajectories[trial.trajectory]
+    with apply(trajectory.sampling.pipe, trial.table):
+        latent = trajectory.sampling.latent()
+    return sample_errors(latent, trajectory.sampled.latent).float().cpu()
+
+
+def _read_errors(content: bytes) -> Tensor:
+    return torch.tensor(json.loads(content))
 
 
 class _Training:
@@ -169,7 +206,7 @@ class _Training:
         self.optimiser = torch.optim.Adam([self.shared, self.own], betas=(0.8, 0.95))
         self.rates = learner.rates(task.budget.share, start.error)
         self.iteration = 0
-        self.path = task.folder / f"training-{self._digest()}.pt" if task.folder else None
+        self.path = task.folder / f"training-{self._name()}.pt" if task.folder else None
         if self.path and self.path.exists():
             self._load(self.path.read_bytes())
 
@@ -215,6 +252,10 @@ class _Training:
         torch.save({**moved, "iteration": self.iteration, "optimiser": self.optimiser.state_dict()}, buffer)
         return buffer.getvalue()
 
+    def _name(self) -> str:
+        latents = [trajectory.sampled.latent for trajectory in self.trajectories]
+        return digest(self.rates, self.start.table.to_json(), self.moves, latents)
+
     def _load(self, state: bytes) -> None:
         found = torch.load(io.BytesIO(state), weights_only=True)
         self.iteration = found["iteration"]
@@ -223,12 +264,6 @@ class _Training:
             self.shared.copy_(found["shared"])
             self.own.copy_(found["own"])
         self.optimiser.load_state_dict(found["optimiser"])
-
-    def _digest(self) -> str:
-        digest = sha256(f"{self.rates} {self.start.table.to_json()} {self.moves.tolist()}".encode())
-        for trajectory in self.trajectories:
-            digest.update(trajectory.sampled.latent.float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:24]
 
 
 def _readable(start: MaskSchedule, window: int, budget: Budget) -> npt.NDArray[np.bool_]:

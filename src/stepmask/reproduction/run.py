@@ -5,11 +5,10 @@ time that it took. A killed run, started again, goes on where it stopped; pictur
 """
 
 import inspect
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -21,18 +20,20 @@ from safetensors.torch import load, save
 from stepmask import zoo
 from stepmask.denoiser.conditioning import Conditioning
 from stepmask.denoiser.families import denoiser_of
+from stepmask.denoiser.identity import weights_of
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampling
 from stepmask.denoiser.seam import attached
-from stepmask.denoiser.trajectory import Trajectory, record
+from stepmask.denoiser.trajectory import Trajectory, recorded
 from stepmask.errors import InvalidRecipe, RunError
 from stepmask.evaluation.distribution import Features, Measure, best_measure, floor, joined
 from stepmask.evaluation.measure import Stopwatch, machine
 from stepmask.evaluation.metrics import images_of
+from stepmask.executors.filed import Kind, claim, finish
+from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.files import write_whole
 from stepmask.learning.learn import Learner, learn
 from stepmask.learning.trained import TrainedForecasts
-from stepmask.progress import progress
 from stepmask.reproduction.outcome import Outcome, Row
 from stepmask.reproduction.recipe import Recipe
 from stepmask.schedule.file import FILE_NAME
@@ -85,6 +86,7 @@ def reproduce(
     reference: str | Path | None = None,
     measure: Measure | None = None,
     learner: Learner | None = None,
+    executor: Executor | None = None,
 ) -> Outcome:
     """Run a recipe.
 
@@ -100,9 +102,12 @@ def reproduce(
             which has the same seeds.
         measure: What is measured; `None` = the best that this machine can.
         learner: `None` = the default learner.
+        executor: Where it learns, samples and looks at pictures; `None` = `LocalExecutor()`.
 
     Raises:
-        RunError: The folder holds another run.
+        InvalidRunFolder: The folder holds another run, or damaged files.
+        RunError: The pipeline gives no pictures.
+        ClusterError: The executor cannot hand out jobs.
         InvalidConditioning: The pipeline must be told what to draw.
         InvalidBudget: A budget cannot be reached.
         TooFewSamples: There are too few samples for the measure.
@@ -116,6 +121,7 @@ def reproduce(
         conditioning or Conditioning.of(pipe),
         measure or best_measure(recipe.samples.count, device),
         learner or TrainedForecasts(),
+        executor or LocalExecutor(),
     ).run(reference)
 
 
@@ -129,6 +135,7 @@ class _Reproduction:
     conditioning: Conditioning
     measure: Measure
     learner: Learner
+    executor: Executor
 
     def run(self, reference: str | Path | None) -> Outcome:
         self.claim()
@@ -149,62 +156,40 @@ class _Reproduction:
     def claim(self) -> None:
         """Write what is run into the folder, or refuse one that holds something else."""
         told = {key: value for key, value in asdict(self.recipe).items() if key not in ("published", "notes", "title")}
-        source = {"pipeline": type(self.pipe).__name__, "source": str(getattr(self.pipe, "name_or_path", ""))}
-        run = {**told, **source, "measure": self.measure.name, "learner": repr(self.learner)}
-        text, path = json.dumps(run, indent=1), self.folder / "run.json"
-        if not path.exists():
-            write_whole(path, text)
-        elif path.read_text() != text:
-            raise RunError(
-                given=f"{self.folder}, which holds another run",
-                expected="a new folder, or the run that run.json in it describes",
-                advice="Choose another folder, or delete this one",
-            )
+        pipe = {"pipeline": type(self.pipe).__name__, "weights": weights_of(self.pipe)}
+        claim(self.folder, {**told, **pipe, "measure": self.measure.name, "learner": repr(self.learner)})
 
     def schedules(self) -> dict[str, MaskSchedule]:
         """A schedule for each budget, learned unless it lies in the folder."""
-        return {f"budget {budget:g}": self.schedule(budget) for budget in self.recipe.calibration.budgets}
+        budgets = self.recipe.calibration.budgets
+        places = [self.folder / "schedules" / f"{budget:g}" for budget in budgets]
+        absent = self.executor.union({at for at, place in enumerate(places) if not (place / FILE_NAME).exists()})
+        for at in sorted(absent):
+            self.learn(budgets[at]).save_pretrained(places[at])
+        tables = map(MaskSchedule.from_pretrained, places)
+        return {f"budget {budget:g}": table for budget, table in zip(budgets, tables, strict=True)}
 
-    def schedule(self, budget: float) -> MaskSchedule:
-        place = self.folder / "schedules" / f"{budget:g}"
-        if not (place / FILE_NAME).exists():
-            training = self.folder / "training"
-            learned = learn(self.pipe, self.calibration, budget, learner=self.learner, folder=training)
-            learned.save_pretrained(place)
-        return MaskSchedule.from_pretrained(place)
+    def learn(self, budget: float) -> MaskSchedule:
+        """A schedule within a budget; what is finished of it is kept, too."""
+        folder = self.folder / "training"
+        return learn(self.pipe, self.calibration, budget, learner=self.learner, executor=self.executor, folder=folder)
 
     @cached_property
     def calibration(self) -> list[Trajectory]:
         """The runs to learn from."""
         told = self.recipe.calibration
-        runs = list(_parts(told.samples, told.batch))
-        return [
-            record(self.pipe, seed=seed, **self.call(self.conditioning.call(size, seed)))
-            for seed, (_, size) in enumerate(progress(runs, "recording"))
-        ]
+        sizes = [size for _, size in _parts(told.samples, told.batch)]
+        calls = [self.call(self.conditioning.call(size, seed)) for seed, size in enumerate(sizes)]
+        return recorded(self.pipe, dict(enumerate(calls)), executor=self.executor)
 
     def sampled(self, ways: Mapping[str, MaskSchedule | None]) -> "dict[str, list[_Batch]]":
-        """All batches of all ways of sampling, in turns; those in the folder are not drawn again."""
-        parts = list(enumerate(_parts(self.recipe.samples.count, self.recipe.samples.batch)))
-        found: dict[str, list[_Batch]] = {name: [] for name in ways}
-        for (index, (first, size)), name in progress([(part, name) for part in parts for name in ways], "sampling"):
-            path = self.folder / "samples" / name.replace(" ", "-") / f"{index:05d}.safetensors"
-            if not path.exists():
-                sampling = Sampling(self.pipe, self.call(self.told(first, size)), FIRST_SEED + index)
-                write_whole(path, self.draw(sampling, ways[name]).to_bytes())
-            found[name].append(_Batch.from_bytes(path.read_bytes(), self.measure.name))
-        return found
-
-    def draw(self, sampling: Sampling, table: MaskSchedule | None) -> "_Batch":
-        stopwatch = Stopwatch()
-        with ExitStack() as stack:
-            if table is not None:
-                stack.enter_context(apply(self.pipe, table))
-            stack.enter_context(attached({sampling.denoiser: stopwatch}))
-            images = images_of(sampling().output)
-        if images is None:
-            raise RunError(given="a pipeline without pictures", expected="images", advice="Choose another pipeline")
-        return _Batch(self.measure.features(images), stopwatch.seconds)
+        """All batches of all ways of sampling; those in the folder are not drawn again."""
+        parts = enumerate(_parts(self.recipe.samples.count, self.recipe.samples.batch))
+        jobs = [_Draw(index, self.call(self.told(first, size))) for index, (first, size) in parts]
+        shared = self.executor.share((self.pipe, self.measure, ways))
+        kind = Kind("sampling", _drawn, _Draw.name, _dump, partial(_load, self.measure.name))
+        batches = finish(kind, shared, jobs, self.executor, self.folder / "samples")
+        return {name: [batch[name] for batch in batches] for name in ways}
 
     def told(self, first: int, size: int) -> dict[str, Any]:
         """What `size` samples from the first on draw: every choice once before any comes again."""
@@ -220,19 +205,61 @@ class _Reproduction:
 
 
 @dataclass(frozen=True)
+class _Draw:
+    """A batch to be drawn in every way of sampling: on one machine, for the sake of its times.
+
+    Args:
+        index: Of the batch.
+        call: Arguments of the pipeline.
+    """
+
+    index: int
+    call: Mapping[str, Any]
+
+    def name(self) -> str:
+        return f"{self.index:05d}.safetensors"
+
+
+@dataclass(frozen=True)
 class _Batch:
     """Some samples: their features, and the seconds that they took in the denoiser."""
 
     features: Features
     seconds: float
 
-    def to_bytes(self) -> bytes:
-        return save({**self.features.tensors(), "seconds": torch.tensor(self.seconds, dtype=torch.float64)})
 
-    @classmethod
-    def from_bytes(cls, content: bytes, network: str) -> "_Batch":
-        found = load(content)
-        return cls(Features.of_tensors(found, network), float(found["seconds"]))
+def _drawn(shared: tuple[Any, Measure, Mapping[str, MaskSchedule | None]], job: _Draw) -> dict[str, _Batch]:
+    pipe, measure, ways = shared
+    sampling = Sampling(pipe, job.call, FIRST_SEED + job.index)
+    return {name: _sampled(sampling, table, measure) for name, table in ways.items()}
+
+
+def _sampled(sampling: Sampling, table: MaskSchedule | None, measure: Measure) -> _Batch:
+    stopwatch = Stopwatch()
+    with ExitStack() as stack:
+        if table is not None:
+            stack.enter_context(apply(sampling.pipe, table))
+        stack.enter_context(attached({sampling.denoiser: stopwatch}))
+        images = images_of(sampling().output)
+    if images is None:
+        raise RunError(given="a pipeline without pictures", expected="images", advice="Choose another pipeline")
+    return _Batch(measure.features(images), stopwatch.seconds)
+
+
+def _dump(batches: Mapping[str, _Batch]) -> bytes:
+    found: dict[str, torch.Tensor] = {}
+    for way, batch in batches.items():
+        tensors = {**batch.features.tensors(), "seconds": torch.tensor(batch.seconds, dtype=torch.float64)}
+        found |= {f"{way}/{name}": tensor for name, tensor in tensors.items()}
+    return save(found)
+
+
+def _load(network: str, content: bytes) -> dict[str, _Batch]:
+    by_way: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load(content).items():
+        way, _, name = key.rpartition("/")
+        by_way.setdefault(way, {})[name] = tensor
+    return {way: _Batch(Features.of_tensors(found, network), float(found["seconds"])) for way, found in by_way.items()}
 
 
 def _parts(count: int, batch: int) -> Iterator[tuple[int, int]]:

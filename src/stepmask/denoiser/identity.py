@@ -1,0 +1,69 @@
+"""What ties a folder of finished work to a pipeline, down to its weights, and tells settings apart."""
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stepmask.denoiser.families import denoiser_of, fingerprint_of
+from stepmask.errors import InvalidRunFolder
+from stepmask.executors.filed import claim
+
+
+def claim_for(pipe: Any, folder: Path) -> None:
+    """Tie a folder to a pipeline or plain denoiser, the weights of all its networks included.
+
+    Raises:
+        InvalidRunFolder: It holds results of another one.
+    """
+    fingerprint = fingerprint_of(denoiser_of(pipe))
+    claim(folder, {"denoiser": fingerprint.class_name, "config": fingerprint.config, "weights": weights_of(pipe)})
+
+
+def weights_of(pipe: Any) -> dict[str, str]:
+    """A name for the weights of each network of a pipeline; text encoders shape what the denoiser is given."""
+    networks = {"denoiser": denoiser_of(pipe), **getattr(pipe, "components", {})}
+    return {name: weights_digest(network) for name, network in networks.items() if isinstance(network, nn.Module)}
+
+
+def weights_digest(network: nn.Module) -> str:
+    """A name for a network's weights: read off at most 127 values of each, or off its shape where it is on "meta"."""
+    digest = sha256()
+    for name, weight in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if weight.device.type != "meta":
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+            digest.update(some.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def digest(*values: Any) -> str:
+    """A name for plain values, tensors and arrays, in any nesting: equal ones have equal names, on any machine.
+
+    Raises:
+        InvalidRunFolder: There is something else among them.
+    """
+    found = sha256()
+    leaves, spec = pytree.tree_flatten(values)
+    found.update(str(spec).encode())
+    for leaf in leaves:
+        found.update(_bytes(leaf))
+    return found.hexdigest()[:24]
+
+
+def _bytes(leaf: Any) -> bytes:
+    if isinstance(leaf, Tensor):
+        array = leaf.detach().cpu()
+        return f"{array.dtype} {tuple(array.shape)}".encode() + array.double().numpy().tobytes()
+    if isinstance(leaf, np.ndarray):
+        return f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes()
+    if isinstance(leaf, str | int | float | bool | range | None):
+        return f"{leaf!r};".encode()
+    raise InvalidRunFolder(
+        given=f"a {type(leaf).__name__} among what a folder keeps results of",
+        expected="numbers, text, tensors and arrays, which have a name on any machine",
+        advice="Leave the folder out",
+    )

@@ -1,0 +1,135 @@
+"""`Contender`: one way of sampling, run and measured."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+
+from torch import Tensor
+
+from stepmask.denoiser.clock import now
+from stepmask.denoiser.runtime import apply
+from stepmask.denoiser.sampling import Sampled, Sampling
+from stepmask.denoiser.seam import attached
+from stepmask.evaluation.measure import MacCounter, Stopwatch, peak_memory
+from stepmask.evaluation.metrics import Images, images_of, latent_errors, psnr, ssim
+from stepmask.schedule.schedule import MaskSchedule
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, measured."""
+
+    sampled: Sampled
+    denoiser_ms: float
+    pipeline_ms: float
+    evaluations: int
+    computed_macs: int
+    store_bytes: int
+    peak_bytes: int | None
+
+    @property
+    def images(self) -> Images | None:
+        """Its pictures, if it ends with any."""
+        return images_of(self.sampled.output)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What a batch of one way of sampling is like, next to the reference's."""
+
+    evaluations: int
+    macs_executed: float
+    latent_errors: Sequence[float]
+    psnr_db: Sequence[float]
+    ssim: Sequence[float]
+    path_errors: Sequence[float]
+    store_bytes: int
+    peak_bytes: int | None
+
+
+@dataclass(eq=False)
+class Timed:
+    """The times of several runs, and the pictures of the last one."""
+
+    denoiser_ms: list[float] = field(default_factory=list)
+    pipeline_ms: list[float] = field(default_factory=list)
+    images: Images | None = None
+
+    def add(self, run: Run) -> None:
+        """One more run."""
+        self.denoiser_ms.append(run.denoiser_ms)
+        self.pipeline_ms.append(run.pipeline_ms)
+        self.images = run.images
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """One way of sampling.
+
+    Args:
+        name: Of its row.
+        sampling: The run; its seed is not used.
+        schedule: What is applied to it.
+        counted: Whether what it computes is counted, for no plan says so.
+        warm: What it has run in this process, so that its times may count.
+    """
+
+    name: str
+    sampling: Sampling
+    schedule: MaskSchedule | None = None
+    counted: bool = False
+    warm: list[bool] = field(default_factory=list)
+
+    def run(self, seed: int, *, counted: bool = False) -> Run:
+        """Once; with its MACs counted, which takes longer."""
+        stopwatch, counter = Stopwatch(), MacCounter()
+        with ExitStack() as stack:
+            if counted:
+                stack.enter_context(attached({self.sampling.denoiser: counter}))
+            masked = stack.enter_context(apply(self.sampling.pipe, self.schedule)) if self.schedule else None
+            stack.enter_context(attached({self.sampling.denoiser: stopwatch}))
+            peak = stack.enter_context(peak_memory())
+            started = now()
+            sampled = replace(self.sampling, seed=seed)()
+            pipeline_ms = 1000 * (now() - started)
+        self.warm.append(True)
+        return Run(
+            sampled,
+            1000 * stopwatch.seconds,
+            pipeline_ms,
+            stopwatch.calls,
+            counter.macs if masked is None else masked.computed_macs,
+            0 if masked is None else masked.peak_store_bytes,
+            peak.bytes,
+        )
+
+    def fidelity(self, run: Run, reference: Run) -> Fidelity:
+        """What a run of it is like, next to one of the reference with the same seed."""
+        images, originals = run.images, reference.images
+        pictures = None if images is None or originals is None else (images, originals)
+        return Fidelity(
+            run.evaluations,
+            self._executed(run, reference),
+            latent_errors(run.sampled.latent, reference.sampled.latent),
+            psnr(*pictures) if pictures else (),
+            ssim(*pictures) if pictures else (),
+            _path_errors(run.sampled.latents, reference.sampled.latents),
+            run.store_bytes,
+            run.peak_bytes,
+        )
+
+    def _executed(self, run: Run, reference: Run) -> float:
+        """MACs of the blocks that ran, over those of the reference."""
+        if self.schedule is not None:
+            return run.computed_macs / (int(self.schedule.graph.macs.sum()) * reference.evaluations)
+        if self.counted:
+            return run.computed_macs / reference.computed_macs
+        return run.evaluations / reference.evaluations
+
+
+def _path_errors(own: Sequence[Tensor], others: Sequence[Tensor]) -> list[float]:
+    """Mean error of the latents after each step, where the steps are the reference's."""
+    if len(own) != len(others):
+        return []
+    return [fmean(latent_errors(*pair)) for pair in zip(own, others, strict=True)]

@@ -1,0 +1,100 @@
+"""Finished jobs in a folder: a killed run, started again, does only what is missing, and ends the same."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from stepmask.errors import InvalidRunFolder
+from stepmask.executors.local import Executor
+from stepmask.files import write_whole
+
+log = logging.getLogger(__name__)
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Kind(Generic[Job, Result]):
+    """A kind of job.
+
+    Args:
+        title: What is done.
+        run: Does it; a pure function of what all jobs share and of one job, at the top level of a module.
+        name: Of a job's file; equal jobs have equal names, and different ones different names.
+        dump: What the file holds of a result.
+        load: The same result from it, to the bit.
+    """
+
+    title: str
+    run: Callable[[Any, Job], Result]
+    name: Callable[[Job], str]
+    dump: Callable[[Result], str | bytes]
+    load: Callable[[bytes], Result]
+
+
+def finish(
+    kind: Kind[Job, Result], shared: Any, jobs: Sequence[Job], executor: Executor, folder: Path | None
+) -> list[Result]:
+    """The results of all jobs, in their order.
+
+    Args:
+        kind: What is done.
+        shared: By `executor.share`.
+        jobs: The jobs.
+        executor: Where they run.
+        folder: Results are read from here, and written here as soon as they are there; `None` = nowhere.
+
+    Raises:
+        InvalidRunFolder: A file in the folder is damaged.
+    """
+    paths = [folder / kind.name(job) for job in jobs] if folder else []
+    missing = {index for index in range(len(jobs)) if not paths or not paths[index].exists()}
+    todo = sorted(executor.union(missing))
+    found = {index: _read(kind, paths[index]) for index in range(len(jobs)) if index not in set(todo)}
+    if found:
+        log.info("%s: %d of %d are done already", kind.title, len(found), len(jobs))
+    for place, result in executor.map(kind.run, shared, [jobs[index] for index in todo], title=kind.title):
+        found[index := todo[place]] = result
+        if paths and not paths[index].exists():
+            write_whole(paths[index], kind.dump(result))
+    return [found[index] for index in range(len(jobs))]
+
+
+def _read(kind: Kind[Job, Result], path: Path) -> Result:
+    try:
+        return kind.load(path.read_bytes())
+    except Exception as error:  # whatever the format makes of it
+        raise InvalidRunFolder(
+            given=f"{path}, which cannot be read ({type(error).__name__}: {error})",
+            expected="a file that an earlier run wrote",
+            advice="Delete it: its job is then done again",
+        ) from error
+
+
+def claim(folder: Path, run: Mapping[str, Any]) -> None:
+    """Write into a folder what its results are of; refuse a folder with results of something else.
+
+    Args:
+        folder: The folder.
+        run: Plain JSON values.
+
+    Raises:
+        InvalidRunFolder: It holds something else.
+    """
+    path, told = folder / MANIFEST, json.loads(json.dumps(run))
+    held = json.loads(path.read_text()) if path.exists() else told
+    if held != told:
+        differing = sorted(key for key in held.keys() | told.keys() if held.get(key) != told.get(key))
+        raise InvalidRunFolder(
+            given=f"{folder}, which holds results of another run: {', '.join(differing)} differ",
+            expected=f"a new folder, or the run that {MANIFEST} in it describes",
+            advice="Choose another folder, or delete this one",
+        )
+    if not path.exists():
+        write_whole(path, json.dumps(told, indent=1))
