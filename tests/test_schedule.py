@@ -183,22 +183,36 @@ def test_a_graph_reads_only_what_came_before() -> None:
 class TestResample:
     def test_to_the_same_steps_is_the_identity(self) -> None:
         schedule = forecasting()
-        again = schedule.resample(schedule.sampler)
+        assert schedule.resample(schedule.sampler) is schedule
+        again = schedule.resample(replace(schedule.sampler, class_name="Another"))
         assert bits(again) == bits(schedule)
         np.testing.assert_allclose(again.forecasts, schedule.forecasts)
 
     def test_rows_follow_log_snr_and_not_the_index(self) -> None:
         schedule = table(chain_graph(1, "output"), "1", "0", "1", "0")
-        other = SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (0.0, 1.9, 2.1, 3.2))
-        assert bits(schedule.resample(other)) == ["1", "1", "1", "0"]
+        other = SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (0.0, 1.8, 2.1, 3.2))
+        assert bits(schedule.resample(other)) == ["1", "0", "1", "0"]
+        other = SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (0.0, 2.1, 2.2, 2.3))  # most steps are where the third was
+        assert bits(schedule.resample(other)) == ["1", "1", "0", "0"]
+
+    def test_shares_are_kept_and_density_follows_the_old_one(self) -> None:
+        schedule = table(chain_graph(1, "output"), "1", "1", "0", "0")  # every step, and then one of three
+        doubled = SamplerFingerprint("", tuple(range(8)), tuple(k / 2 for k in range(8)))
+        assert bits(schedule.resample(doubled)) == ["1", "1", "1", "0", "0", "1", "0", "0"]
+
+    def test_a_block_is_not_computed_where_the_denoiser_is_reused(self) -> None:
+        schedule = table(chain_graph(1, "output"), "11", "10", "11", "10", "10", "01")
+        halved = SamplerFingerprint("", tuple(range(3)), (0.0, 2.0, 4.0))
+        again = schedule.resample(halved)
+        assert (again.rows[:, 0] <= again.rows[:, -1]).all()
 
     def test_a_first_order_forecast_keeps_its_relative_length(self) -> None:
-        # κ = 0.5 at age 1 over gap 1; at twice the steps the same place is age 2 over gap 2 or age 1 over gap 2
+        # κ = 0.5 at age 1 over gap 1; over the same gap it is 0.5 at age 1 and 1 at age 2
         schedule = table(chain_graph(1, "output"), "1", "1", "0", weights={(2, "b0"): (1.5, -0.5)})
         doubled = SamplerFingerprint("", tuple(range(6)), (0.0, 0.4, 0.9, 1.4, 1.9, 2.4))
         again = schedule.resample(doubled)
-        assert bits(again) == ["1", "1", "1", "1", "0", "0"]
-        np.testing.assert_allclose(again.forecasts[4:, 0], [(1.5, -0.5, 0.0), (2.0, -1.0, 0.0)])
+        assert bits(again) == ["1", "1", "1", "0", "0", "1"]
+        np.testing.assert_allclose(again.forecasts[[3, 4], 0], [(1.5, -0.5, 0.0), (2.0, -1.0, 0.0)])
 
     def test_needs_log_snr(self) -> None:
         with pytest.raises(ScheduleMismatch, match="log-SNR"):

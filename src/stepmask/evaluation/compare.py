@@ -62,7 +62,7 @@ def evaluate(
         ScheduleMismatch: A schedule is for another denoiser or sampler.
         RunError: There is no seed or no timed run, or rivals share a name with the reference or the schedule.
         InvalidRunFolder: The folder holds results of other weights, or damaged ones; or it is to keep batches of
-            something that has no name: another pipeline, a `run`, or arguments that cannot be pickled.
+            something that has no name: another pipeline, a `run`, or arguments such as pictures and functions.
         ClusterError: The executor cannot hand out jobs.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)

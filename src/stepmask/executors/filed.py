@@ -54,16 +54,16 @@ def finish(
         InvalidRunFolder: A file in the folder is damaged.
     """
     paths = [folder / kind.name(job) for job in jobs] if folder else []
-    missing = {index for index in range(len(jobs)) if not paths or not paths[index].exists()}
-    todo = sorted(executor.union(missing))
-    found = {index: _read(kind, paths[index]) for index in range(len(jobs)) if index not in set(todo)}
+    missing = executor.union({at for at in range(len(jobs)) if not paths or not paths[at].exists()})
+    todo = sorted(missing)
+    found = {at: _read(kind, path) for at, path in enumerate(paths) if at not in missing}
     if found:
         log.info("%s: %d of %d are done already", kind.title, len(found), len(jobs))
-    for place, result in executor.map(kind.run, shared, [jobs[index] for index in todo], title=kind.title):
-        found[index := todo[place]] = result
-        if paths and not paths[index].exists():
-            write_whole(paths[index], kind.dump(result))
-    return [found[index] for index in range(len(jobs))]
+    for place, result in executor.map(kind.run, shared, [jobs[at] for at in todo], title=kind.title):
+        found[at := todo[place]] = result
+        if paths and not paths[at].exists():
+            write_whole(paths[at], kind.dump(result))
+    return [found[at] for at in range(len(jobs))]
 
 
 def _read(kind: Kind[Job, Result], path: Path) -> Result:

@@ -1,50 +1,82 @@
-"""A table carried over to another sequence of steps, matched along log-SNR."""
+"""A table carried over to another sequence of steps, along log-SNR."""
 
 import numpy as np
 import numpy.typing as npt
 
-from stepmask.schedule.forecasts import DIFFERENCES, PLAIN
+from stepmask.schedule.forecasts import DIFFERENCES, PLAIN, WINDOW
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 
 def resample_table(rows: Bools, weights: Floats, old: Floats, new: Floats) -> tuple[Bools, Floats]:
-    """A table for other steps.
+    """A table for other steps: every block is computed at the same share of them, as densely where it was dense.
 
     Args:
         rows: (steps, blocks).
         weights: (steps, blocks, 3).
-        old: log-SNR of the table's steps, shape (steps,).
+        old: log-SNR of the table's steps, shape (steps,), ascending.
         new: log-SNR of the other steps, shape (new steps,).
 
     Returns:
         Rows (new steps, blocks) and weights (new steps, blocks, 3); computed cells answer with what they compute.
     """
-    nearest = np.abs(new[:, None] - old[None, :]).argmin(axis=1)
-    old_rows, rows = rows, rows[nearest].copy()
-    rows[0] = True
-    weights = weights[nearest].copy()
-    weights[rows] = PLAIN
-    for step, column in np.argwhere(~rows):
-        reach_old = _reach(old_rows[:, column], int(nearest[step]))
-        reach_new = _reach(rows[:, column], int(step))
-        weights[step, column] = _stretch(weights[step, column], reach_old, reach_new)
-    return rows, weights
+    places = np.interp(new, old, np.arange(len(old)))  # of the new steps among the old ones
+    denoiser = _spread(rows[:, -1], places, np.ones(len(new), dtype=bool))
+    spread = np.stack([*(_spread(column, places, denoiser) for column in rows.T[:-1]), denoiser], axis=1)
+    carried = np.tile(PLAIN, (*spread.shape, 1))
+    for column in range(spread.shape[1]):
+        carried[:, column] = _carried(rows[:, column], weights[:, column], places, spread[:, column])
+    return spread, carried
 
 
-def _reach(computed: Bools, step: int) -> tuple[float, int]:
-    """Age of the newest value over the gap between the newest two, and how many values there are."""
-    before = np.flatnonzero(computed[:step])
-    if len(before) < 2:
-        return 0.0, len(before)
-    return float((step - before[-1]) / (before[-1] - before[-2])), len(before)
+def _spread(computed: Bools, places: Floats, allowed: Bools) -> Bools:
+    """Where a block is computed, shape (new steps,), given where it was, shape (steps,).
+
+    Between two computed steps its count rises evenly by one, times the ratio of the numbers of steps; the block is
+    computed at the steps nearest to where that passes an integer, or at the next that is allowed.
+    """
+    knots = [*np.flatnonzero(computed), len(computed)]
+    counts = np.interp([*places, len(computed)], knots, np.arange(len(knots)), left=-1.0) * len(places) / len(computed)
+    reached = (counts[1:] + counts[:-1]) / 2  # in the middle between a step and the next
+    spread, due = np.zeros(len(places), dtype=bool), 0
+    for step in np.flatnonzero(allowed):
+        if reached[step] >= due:
+            spread[step], due = True, due + 1
+    return spread
 
 
-def _stretch(weights: Floats, old: tuple[float, int], new: tuple[float, int]) -> Floats:
-    """Scale a forecast's first and second difference by the ratio of reaches and its square."""
-    ratio = new[0] / old[0] if old[0] else 0.0
-    differences = weights @ DIFFERENCES * (1.0, ratio, ratio**2)
-    differences[new[1] :] = 0.0
-    stretched: Floats = differences @ DIFFERENCES + 0.0
-    return stretched
+def _carried(computed: Bools, weights: Floats, places: Floats, spread: Bools) -> Floats:
+    """Weights of one block, shape (new steps, 3).
+
+    A forecast s·C + c₁·(C − C′) + c₂·(C − 2C′ + C″) at age a over gap g is told by (s − 1)/a, c₁·g/a and c₂·(g/a)²,
+    which are interpolated between the steps at which the block was reused.
+    """
+    (values, scales), (new_values, new_scales) = _histories(computed), _histories(spread)
+    told, plain = weights @ DIFFERENCES, np.array(PLAIN) @ DIFFERENCES
+    differences = np.tile(plain, (len(places), 1))
+    for order in range(WINDOW):
+        known, wanted = ~computed & (values > order), ~spread & (new_values > order)
+        if known.any():
+            rates = (told[known, order] - plain[order]) / scales[known, order]
+            carried = np.interp(places[wanted], np.flatnonzero(known), rates)
+            differences[wanted, order] += carried * new_scales[wanted, order]
+    return np.asarray(differences @ DIFFERENCES + 0.0)
+
+
+def _histories(computed: Bools) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Of a block at each step: how many values it has, shape (steps,); and what its differences go with, (steps, 3).
+
+    The scale goes with the newest value's age as a share of the run, the first difference with that age over the gap
+    between the newest two values, the second with the square of that.
+    """
+    values, scales = np.zeros(len(computed), dtype=np.int64), np.zeros((len(computed), WINDOW))
+    for step in range(1, len(computed)):
+        before = np.flatnonzero(computed[:step])
+        values[step] = len(before)
+        if len(before):
+            scales[step, 0] = (step - before[-1]) / len(computed)
+        if len(before) > 1:
+            reach = (step - before[-1]) / (before[-1] - before[-2])
+            scales[step, 1:] = reach, reach**2
+    return values, scales

@@ -167,16 +167,18 @@ class MaskSchedule:
         return replace(self, rows=rows, weights=weights, channels=channels or {}, provenance=provenance or {})
 
     def resample(self, sampler: SamplerFingerprint) -> "MaskSchedule":
-        """This table for another sequence of steps, matched along log-SNR.
+        """This table for another sequence of steps, carried over along log-SNR; for its own it is the table as it is.
 
-        Each new step takes the row of the old step whose log-SNR is nearest; the first row is computed. A forecast
-        keeps its relative length: κ is scaled by the ratio of (age / gap), new over old. The result is a guess:
-        measure it before you trust it. Per-channel forecasts belong to the step that they were fitted for and cannot
-        be resampled.
+        Every block is computed at the same share of the steps, densely where it was dense. A forecast keeps its
+        relative length: κ is scaled by the ratio of (age / gap), new over old. Blends are dropped. The result is a
+        guess: measure it before you trust it. Per-channel forecasts belong to the step that they were fitted for and
+        cannot be resampled.
 
         Raises:
             ScheduleMismatch: One of the two samplers does not tell its log-SNR, or the table has per-channel forecasts.
         """
+        if sampler == self.sampler:
+            return self
         if self.channels:
             raise ScheduleMismatch(
                 given=f"a schedule with {len(self.channels)} per-channel forecasts, to be resampled",
