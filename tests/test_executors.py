@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import stepmask
@@ -21,6 +24,7 @@ from stepmask import LocalExecutor, MaskSchedule, RayExecutor, Trajectory
 from stepmask.denoiser.identity import digest, weights_digest
 from stepmask.denoiser.trajectory import recorded
 from stepmask.errors import ClusterError, InvalidBudget, InvalidRunFolder, LearningError
+from stepmask.evaluation.shards import write_shards
 from stepmask.executors.filed import Kind, claim, finish
 from stepmask.executors.processes import ProcessesExecutor
 from stepmask.learning.per_timestep import PerTimestep
@@ -153,6 +157,35 @@ def same(a: stepmask.Report, b: stepmask.Report) -> bool:
     ]
 
 
+class TestShards:
+    def test_tar_files_hold_what_the_pipeline_draws(self, pipe: Any, reference: MaskSchedule, tmp_path: Path) -> None:
+        calls = {seed: {"class_labels": [seed, 2], "num_inference_steps": 5} for seed in (3, 4)}
+        paths = write_shards(pipe, calls, tmp_path, schedule=reference)
+        drawn = pipe(**calls[4], generator=torch.Generator().manual_seed(4)).images
+        with tarfile.open(paths[1]) as archive:
+            assert archive.getnames() == [f"00000004-000{index}.{kind}" for index in (0, 1) for kind in ("png", "json")]
+            archive.extractall(tmp_path, filter="data")
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "00000004-0001.png")), np.asarray(drawn[1]))
+        told = json.loads((tmp_path / "00000004-0000.json").read_text())
+        assert told == {"seed": 4, "class_labels": 4, "num_inference_steps": 5}
+
+    def test_what_is_there_is_not_drawn_again_and_ends_the_same(self, pipe: Any, tmp_path: Path) -> None:
+        calls = {seed: {"class_labels": [1], "num_inference_steps": 2} for seed in range(3)}
+        paths = write_shards(pipe, calls, tmp_path / "whole")
+        (again,) = write_shards(pipe, {1: calls[1]}, tmp_path / "parts")
+        again.write_bytes(b"mine")
+        parts = write_shards(pipe, calls, tmp_path / "parts")
+        assert [path.read_bytes() for path in parts] == [
+            paths[0].read_bytes(), b"mine", paths[2].read_bytes(),
+        ]  # fmt: skip
+
+    def test_a_folder_of_other_samples_is_refused(self, pipe: Any, reference: MaskSchedule, tmp_path: Path) -> None:
+        calls = {0: {"class_labels": [1], "num_inference_steps": 5}}
+        write_shards(pipe, calls, tmp_path)
+        with pytest.raises(InvalidRunFolder, match="schedule differ"):
+            write_shards(pipe, calls, tmp_path, schedule=reference)
+
+
 class TestRay:
     def test_results_errors_and_workers(self, ray_executor: RayExecutor) -> None:
         executor = ray_executor
@@ -219,6 +252,12 @@ def torchrun(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def learning(out: Path) -> list[str]:
     """Arguments of a small learning run."""
     told = ["learn", "zoo:ddpm-emoji", "--steps", "4", "--samples", "1", "--batches", "2", "--budget", "0.6"]
@@ -249,6 +288,20 @@ class TestProcesses:
         said = subprocess.check_output(torchrun(str(tmp_path / "one_fails.py")), text=True)
         results = "[(0, 0), (1, 2), (2, 4)] {0, 1}"
         assert sorted(said.splitlines()) == [f"0 {results}", "0 knows", f"1 {results}", "1 knows"]
+
+    def test_slurm_is_told_by_its_own_names(self, tmp_path: Path) -> None:
+        (tmp_path / "one_fails.py").write_text(ONE_FAILS)
+        port = str(free_port())
+        told = {**os.environ, "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        tasks = [
+            subprocess.Popen(
+                [sys.executable, str(tmp_path / "one_fails.py")],
+                env={**told, "SLURM_PROCID": str(rank)}, stdout=subprocess.PIPE, text=True,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        for rank, task in enumerate(tasks):
+            assert task.communicate()[0].splitlines()[-1] == f"{rank} knows"
 
     def test_a_killed_torchrun_goes_on_and_ends_as_one_process_does(self, tmp_path: Path) -> None:
         subprocess.check_output([sys.executable, *learning(tmp_path / "one")])

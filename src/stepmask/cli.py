@@ -216,9 +216,9 @@ def sample(
     from stepmask.schedule.schedule import MaskSchedule
 
     pipe = _load(pipeline)
-    pipe.set_progress_bar_config(disable=hidden())
     table = MaskSchedule.from_pretrained(schedule) if schedule else None
     steps = steps or (table.steps if table else 20)
+    pipe.set_progress_bar_config(disable=hidden())
     told = _Told(pipe, prompts, labels, call).call(samples, None if prompts or labels else seed)
     sampling = Sampling(pipe, {"num_inference_steps": steps, **told}, seed)
     if table is None:
@@ -228,6 +228,36 @@ def sample(
             sampled = sampling()
     paths = _write_images(sampled.output.images, out)
     print(json.dumps([str(path) for path in paths]) if as_json else f"wrote {len(paths)} images to {out}")
+
+
+@app.command()
+def shards(
+    pipeline: Pipeline,
+    out: Out,
+    schedule: Annotated[str, typer.Option(help="Folder or hub id of a schedule; none = reference")] = "",
+    steps: Annotated[int, typer.Option(help="Sampling steps; 0 = as many as the schedule has, or 20")] = 0,
+    samples: Samples = 8,
+    batches: Annotated[int, typer.Option(help="Of that many samples, of the seeds from --seed on")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the first batch's generator")] = 0,
+    prompts: Prompts = None,
+    labels: Labels = "",
+    call: CallJson = "{}",
+    ray: Ray = "",
+    ray_gpus: Gpus = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw many samples into tar files of PNG pictures, a batch each (WebDataset). A killed run goes on."""
+    from stepmask.evaluation.shards import write_shards
+    from stepmask.schedule.schedule import MaskSchedule
+
+    pipe, table = _load(pipeline), MaskSchedule.from_pretrained(schedule) if schedule else None
+    told, steps = _Told(pipe, prompts, labels, call), steps or (table.steps if table else 20)
+    seeds = range(seed, seed + batches)
+    calls = {number: {"num_inference_steps": steps, **told.call(samples, number)} for number in seeds}
+    executor = _executor(ray, ray_gpus)
+    paths = write_shards(pipe, calls, out, schedule=table, executor=executor)
+    if executor.leads:
+        print(json.dumps([str(path) for path in paths]) if as_json else f"wrote {len(paths)} tar files to {out}")
 
 
 @app.command()

@@ -13,14 +13,20 @@ from stepmask.errors import InvalidRunFolder
 from stepmask.executors.filed import claim
 
 
-def claim_for(pipe: Any, folder: Path) -> None:
+def claim_for(pipe: Any, folder: Path, **more: Any) -> None:
     """Tie a folder to a pipeline or plain denoiser, the weights of all its networks included.
+
+    Args:
+        pipe: The pipeline.
+        folder: The folder.
+        **more: Plain JSON values that the folder is tied to as well.
 
     Raises:
         InvalidRunFolder: It holds results of another one.
     """
     fingerprint = fingerprint_of(denoiser_of(pipe))
-    claim(folder, {"denoiser": fingerprint.class_name, "config": fingerprint.config, "weights": weights_of(pipe)})
+    told = {"denoiser": fingerprint.class_name, "config": fingerprint.config, "weights": weights_of(pipe)}
+    claim(folder, {**told, **more})
 
 
 def weights_of(pipe: Any) -> dict[str, str]:
