@@ -27,7 +27,7 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(torch|nn|np|numpy|npt|Figure|matplotlib|Path|pathlib|collections|typing|Any|Callable|optional|tuple\[.*)\b.*",
     ),
-    (r"py:.*", r"stepmask\.(denoiser|evaluation|learning|schedule)\..*"),  # what the public names are made of
+    (r"py:.*", r"stepmask\.(denoiser|evaluation|executors|learning|schedule)\..*"),  # what the public names are made of
 ]
 
 
