@@ -19,7 +19,7 @@ class Executor(Protocol):
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that speaks to the user: only one of those that run the same command."""
+        """Whether this process speaks to the user; of those that run the same command only one does."""
 
     def share(self, value: Any) -> Any:
         """What all jobs need, as `map` takes it: it goes to each worker once, however often `map` is called."""
