@@ -51,6 +51,12 @@ class TestDeepCache:
         table = deepcache(stepped_unet(10), 2.5)
         assert np.flatnonzero(table.rows.all(axis=1)).tolist() == [0, 3, 5, 8]
 
+    @pytest.mark.parametrize("steps", [20, 50, 97])
+    def test_any_number_of_whole_steps_can_be_spread(self, steps: int) -> None:
+        reference = stepped_unet(steps)
+        for count in range(1, steps + 1):
+            assert deepcache(reference, steps / count).rows.all(axis=1).sum() == count, count
+
     def test_a_forecast_reads_two_whole_steps(self) -> None:
         assert deepcache(stepped_unet(5), 2, order=1).forecasts[3, 4].tolist() == [1.5, -0.5, 0]
 

@@ -65,7 +65,8 @@ def deepcache(reference: MaskSchedule, interval: float, *, branch: int = 0, orde
             advice="Only U-Nets have branches: layers on the way up, counted from the output",
         )
     rows = np.tile(_shallow(reference.graph, entries[branch]), (reference.steps, 1))
-    rows[np.unique(np.ceil(np.arange(0, reference.steps, interval) - 1e-9).astype(int))] = True
+    whole = np.arange(math.ceil(reference.steps / interval - 1e-9)) * interval
+    rows[np.ceil(whole - 1e-9).astype(int)] = True
     provenance = {"table": f"DeepCache, interval {interval:g}, branch {branch}, {said}"}
     return reference.with_rows(rows, taylor_forecasts(rows, order), provenance=provenance)
 
