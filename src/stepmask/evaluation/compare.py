@@ -86,10 +86,10 @@ def evaluate(
 
 def _compared(contenders: Sequence[Contender], seed: int) -> list[Fidelity]:
     """A batch of every way of sampling, next to the first one's."""
-    reference = contenders[0].run(seed, counted=contenders[0].counted)
+    reference = contenders[0].counted_run(seed)
     found = [contenders[0].fidelity(reference, reference)]
     for contender in progress(contenders[1:], "sampling"):
-        found.append(contender.fidelity(contender.run(seed, counted=contender.counted), reference))
+        found.append(contender.fidelity(contender.counted_run(seed), reference))
     return found
 
 
