@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any, Never
 
 import numpy as np
@@ -37,6 +37,7 @@ from stepmask.learning.relax import Concrete, Sigmoid, StraightThrough
 from stepmask.learning.rounding import round_scores
 from stepmask.learning.step import StepJob, learn_step
 from stepmask.learning.tape import Tape
+from stepmask.learning.task import Task
 from stepmask.learning.trained import TrainedForecasts, _readable
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
@@ -508,8 +509,9 @@ class TestTrainedForecasts:
         schedule = stepmask.learn(denoiser, trajectory, 0.5, graph=half_table(trajectory, 1).graph, learner=learner)
         assert schedule.provenance["calibration_error"] < 0.2 * schedule.provenance["start_error"]
 
+    @pytest.mark.parametrize("last", [2, 4, 5])  # on trial, before what is ahead goes on, and on its way
     def test_a_killed_run_goes_on_where_it_stopped(
-        self, pipe: Any, trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, pipe: Any, trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
     ) -> None:
         learner, runs = TrainedForecasts(passes=2.4), 0
         trajectories = [trajectory, stepmask.record(pipe, seed=1, class_labels=[3, 4], num_inference_steps=5)]
@@ -518,7 +520,7 @@ class TestTrainedForecasts:
         def counting(*args: Any, **kwargs: Any) -> Any:
             nonlocal runs
             runs += 1
-            if runs == 3:
+            if runs == last:
                 raise Killed
             return loss_and_gradients(*args, **kwargs)
 
@@ -526,7 +528,22 @@ class TestTrainedForecasts:
         with pytest.raises(Killed):
             stepmask.learn(pipe, trajectories, 0.6, learner=learner, folder=tmp_path)
         assert stepmask.learn(pipe, trajectories, 0.6, learner=learner, folder=tmp_path) == unbroken
-        assert runs == 4 + 1  # the one that was killed is run again
+        assert runs == 3 + 3 + 1  # three on trial, the rest of one, and what was killed is run again
+
+    def test_whoever_is_ahead_after_a_trial_goes_on(self, pipe: Any, trajectory: Trajectory) -> None:
+        learner, graph = TrainedForecasts(passes=2.4), stepmask.trace(pipe, trajectory)
+        reference = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+        task = Task([trajectory], reference, Budget(0.6), LocalExecutor(), None)
+        starts = learner._starts(task)
+        errors = {}
+        for start in starts:
+            with stepmask.apply(pipe, trained._Training(learner, start, task).run(1)):
+                latent = trajectory.sampling().latent
+            errors[start.table.provenance["table"]] = geometric_mean(latent_errors(latent, trajectory.sampled.latent))
+        first_three = sorted(starts, key=lambda start: start.promise)[:3]
+        ahead = learner._ahead(starts, task).start
+        assert ahead in first_three
+        assert errors[ahead.table.provenance["table"]] == min(errors[s.table.provenance["table"]] for s in first_three)
 
     def test_trajectories_of_different_samplers_are_refused(self, pipe: Any, trajectory: Trajectory) -> None:
         other = stepmask.record(pipe, class_labels=[1], num_inference_steps=4)

@@ -40,23 +40,28 @@ PROBES, LEAST_AGES = 2, 6
 """Of the sweep that proposes uneven tables."""
 
 JUDGES = 4
-"""Trajectories on which the best tables of different families are compared."""
+"""Trajectories on which tables of different families are compared."""
+
+RACERS, TRIAL = 3, 1 / 6
+"""How many starts are trained on trial, and for what share of the iterations: what training takes off an error differs
+by more than starts do, and shows early (measured: docs/experiments.md)."""
 
 
 @dataclass(frozen=True)
 class TrainedForecasts:
     """A table whose evaluations lie well, and then better forecasts than Taylor's.
 
-    The best table starts: of fixed intervals, of whole-step tables, of intervals with partial evaluations between the
-    whole ones, of intervals with one partial evaluation, and of uneven tables that a sweep proposes, by true runs. The
-    weights of every reused cell, and of computed ones that may blend older values in, are then trained on masked runs,
-    by the gradient of the final latent's distance to the reference through the pipeline's own sampler. Each iteration
-    takes the next trajectory: several trajectories of a few samples cost no more per iteration than one, and overfit
-    less.
+    Fixed intervals, whole-step tables, intervals with partial evaluations between the whole ones or with one partial
+    evaluation, and uneven tables that a sweep proposes are compared by true runs. The weights of every reused cell, and
+    of computed ones that may blend older values in, are then trained on masked runs, by the gradient of the final
+    latent's distance to the reference through the pipeline's own sampler: of the best three for a sixth of the way, and
+    of the one that is then ahead to the end. Each iteration takes the next trajectory: several trajectories of a few
+    samples cost no more per iteration than one, and overfit less.
 
     Args:
-        passes: What is spent: as many iterations of Adam as have the MACs of this many all-compute ones, so twice as
-            many at half of the MACs. An iteration costs six to seven masked runs of a trajectory.
+        passes: What is spent on the table that is ahead: as many iterations of Adam as have the MACs of this many
+            all-compute ones, so twice as many at half of the MACs. An iteration costs six to seven masked runs of a
+            trajectory.
         rate: Learning rate where the start's error is 1; it goes with the fourth root of that error, for the smaller
             it is, the nearer the start's weights are to the best ones. It falls linearly to zero.
         window: How many stored values a forecast may read, 1 to 3: the memory of the store. Fewer are read where the
@@ -79,9 +84,10 @@ class TrainedForecasts:
             LearningError: A run is not finite, or the pipeline detaches its latents.
         """
         starts = self._starts(task)
-        start, best = min(starts, key=attrgetter("promise")), min(starts, key=attrgetter("error"))
+        best, ahead = min(starts, key=attrgetter("error")), self._ahead(starts, task)
+        start = ahead.start
         regular = [start.table] if start is best else [start.table, best.table]
-        tables = [*regular, _Training(self, start, task).run()]
+        tables = [*regular, ahead.run()]
         found = calibration_errors(task, tables, range(len(task.trajectories)))
         errors = [float(torch.cat(by_trajectory).mean()) for by_trajectory in found]
         chosen = tables[int(np.argmin(errors))]
@@ -112,6 +118,18 @@ class TrainedForecasts:
             log.info("%s: error %.3g, typically %.3g", name, start.error, start.typical)
         return starts
 
+    def _ahead(self, starts: Sequence["_Start"], task: Task) -> "_Training":
+        """The training that is ahead after a trial; in a run that goes on, the one that has gone further."""
+        racers = [_Training(self, start, task) for start in sorted(starts, key=attrgetter("promise"))[:RACERS]]
+        if further := [racer for racer in racers if racer.iteration > racer.trial]:
+            return further[0]
+        tables = [racer.run(racer.trial) for racer in racers]
+        judges = range(len(task.trajectories))[-JUDGES:]
+        errors = [_typical(own) for own in calibration_errors(task, tables, judges)]
+        for table, error in zip(tables, errors, strict=True):
+            log.info("%s: typically %.3g after a trial", table.provenance["table"], error)
+        return racers[int(np.argmin(errors))]
+
     def rates(self, share: float, error: float) -> list[float]:
         """The learning rate of every iteration, given the share that may be spent and the start's error."""
         iterations = max(1, round(self.passes / share))
@@ -133,13 +151,18 @@ class _Start:
 
     @property
     def typical(self) -> float:
-        """The geometric mean: one hard sample of a few makes a mean, and training takes most off hard samples."""
-        return float(torch.cat(self.errors).clamp_min(1e-12).log().mean().exp())
+        """Their geometric mean."""
+        return _typical(self.errors)
 
     @property
     def promise(self) -> float:
         """What the error may come to, to compare starts by."""
         return self.typical * self.family.handicap
+
+
+def _typical(errors: Sequence[Tensor]) -> float:
+    """The geometric mean: one hard sample of a few makes a mean, and training takes most off hard samples."""
+    return float(torch.cat(list(errors)).clamp_min(1e-12).log().mean().exp())
 
 
 def _swept(task: Task) -> Profile:
@@ -210,9 +233,14 @@ class _Training:
         if self.path and self.path.exists():
             self._load(self.path.read_bytes())
 
-    def run(self) -> MaskSchedule:
-        """Train to the end: the start's table with trained weights."""
-        last = len(self.rates)
+    @property
+    def trial(self) -> int:
+        """How many iterations show what training gains."""
+        return math.ceil(TRIAL * len(self.rates))
+
+    def run(self, last: int | None = None) -> MaskSchedule:
+        """Train until so many iterations are done, or to the end: the start's table with trained weights."""
+        last = len(self.rates) if last is None else last
         for iteration in progress(
             range(self.iteration, last), "training forecasts", initial=self.iteration, total=last
         ):
