@@ -535,15 +535,17 @@ class TestTrainedForecasts:
         reference = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
         task = Task([trajectory], reference, Budget(0.6), LocalExecutor(), None)
         starts = learner._starts(task)
-        errors = {}
+        promises = {}
         for start in starts:
             with stepmask.apply(pipe, trained._Training(learner, start, task).run(1)):
                 latent = trajectory.sampling().latent
-            errors[start.table.provenance["table"]] = geometric_mean(latent_errors(latent, trajectory.sampled.latent))
+            error = geometric_mean(latent_errors(latent, trajectory.sampled.latent))
+            promises[start.table.provenance["table"]] = error * start.family.handicap
         first_three = sorted(starts, key=lambda start: start.promise)[:3]
         ahead = learner._ahead(starts, task).start
         assert ahead in first_three
-        assert errors[ahead.table.provenance["table"]] == min(errors[s.table.provenance["table"]] for s in first_three)
+        names = [start.table.provenance["table"] for start in first_three]
+        assert ahead.table.provenance["table"] == min(names, key=promises.__getitem__)
 
     def test_trajectories_of_different_samplers_are_refused(self, pipe: Any, trajectory: Trajectory) -> None:
         other = stepmask.record(pipe, class_labels=[1], num_inference_steps=4)

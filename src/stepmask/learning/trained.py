@@ -125,10 +125,14 @@ class TrainedForecasts:
             return further[0]
         tables = [racer.run(racer.trial) for racer in racers]
         judges = range(len(task.trajectories))[-JUDGES:]
-        errors = [_typical(own) for own in calibration_errors(task, tables, judges)]
-        for table, error in zip(tables, errors, strict=True):
-            log.info("%s: typically %.3g after a trial", table.provenance["table"], error)
-        return racers[int(np.argmin(errors))]
+        found = calibration_errors(task, tables, judges)
+        after = [
+            replace(racer.start, table=table, errors=own)
+            for racer, table, own in zip(racers, tables, found, strict=True)
+        ]
+        for start in after:
+            log.info("%s: typically %.3g after a trial", start.table.provenance["table"], start.typical)
+        return racers[int(np.argmin([start.promise for start in after]))]
 
     def rates(self, share: float, error: float) -> list[float]:
         """The learning rate of every iteration, given the share that may be spent and the start's error."""
@@ -151,18 +155,13 @@ class _Start:
 
     @property
     def typical(self) -> float:
-        """Their geometric mean."""
-        return _typical(self.errors)
+        """The geometric mean: one hard sample of a few makes a mean, and training takes most off hard samples."""
+        return float(torch.cat(self.errors).clamp_min(1e-12).log().mean().exp())
 
     @property
     def promise(self) -> float:
         """What the error may come to, to compare starts by."""
         return self.typical * self.family.handicap
-
-
-def _typical(errors: Sequence[Tensor]) -> float:
-    """The geometric mean: one hard sample of a few makes a mean, and training takes most off hard samples."""
-    return float(torch.cat(list(errors)).clamp_min(1e-12).log().mean().exp())
 
 
 def _swept(task: Task) -> Profile:
