@@ -11,7 +11,7 @@ from stepmask import errors
 
 PUBLIC = {
     "Block", "BlockGraph", "Budget", "LocalExecutor", "MaskSchedule", "Profile", "Report", "StepmaskError",
-    "Trajectory", "apply", "evaluate", "learn", "record", "sweep", "trace",
+    "Store", "Trajectory", "apply", "evaluate", "learn", "record", "sweep", "trace",
 }  # fmt: skip
 
 

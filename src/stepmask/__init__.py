@@ -20,6 +20,7 @@ _HOME = {
     "Budget": "stepmask.schedule.budget",
     "Report": "stepmask.evaluation.report",
     "LocalExecutor": "stepmask.learning.executors",
+    "Store": "stepmask.denoiser.store",
     "StepmaskError": "stepmask.errors",
 }
 
@@ -32,6 +33,7 @@ __all__ = [
     "Profile",
     "Report",
     "StepmaskError",
+    "Store",
     "Trajectory",
     "apply",
     "evaluate",
@@ -43,6 +45,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from stepmask.denoiser.runtime import apply
+    from stepmask.denoiser.store import Store
     from stepmask.denoiser.trace import trace
     from stepmask.denoiser.trajectory import Trajectory, record
     from stepmask.errors import StepmaskError

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from stepmask.denoiser.clock import now
+from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import attached
 from stepmask.errors import RunError
-from stepmask.evaluation.measure import MacCounter, Stopwatch, machine, peak_memory
+from stepmask.evaluation.measure import MacCounter, Stopwatch, machine
 from stepmask.evaluation.metrics import images_of, latent_errors, psnr, ssim
 from stepmask.evaluation.report import Report, Row
 from stepmask.progress import progress

@@ -1,5 +1,6 @@
 """`sweep`: what every (step, block, age) costs the final sample, measured backwards at one step's memory."""
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 from stepmask.denoiser.families import denoiser_of
+from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError, ScheduleMismatch
 from stepmask.learning.guidance import samples_of
+from stepmask.learning.memory import predict
 from stepmask.learning.objective import relative_error
 from stepmask.learning.profile import Profile, swept_answers
 from stepmask.learning.sample_rows import SampleRows
@@ -24,6 +27,8 @@ from stepmask.learning.tape import Blocks, Moment, Tape, detached, not_finite
 from stepmask.progress import progress
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
+
+log = logging.getLogger(__name__)
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -50,7 +55,9 @@ def sweep(
 
     The run is repeated once, and then swept backwards once per probe, an evaluation at a time: about three
     evaluations per step and probe. Memory is that of one evaluation with gradients, and of the gradients of all blocks
-    at `ages` steps; around another table than all-compute also of all values that it reuses.
+    at `ages` steps; around another table than all-compute also of all values that it reuses. It is counted before the
+    run (`stepmask.learning.memory.predict`), and stands in the profile's provenance beside what was measured: bytes on
+    top of what was in use before.
 
     Args:
         pipe: The pipeline, or plain denoiser, that the trajectory was recorded from.
@@ -76,7 +83,9 @@ def sweep(
     _check_graphs(graph, around.graph)
     around.denoiser.check(trajectory.denoiser)
     around.sampler.check(trajectory.sampler)
-    with frozen(pipe):
+    predicted = predict(trajectory, graph, around=around, ages=ages, checkpoint_blocks=checkpoint_blocks)
+    log.info("a sweep is about to take %.0f MiB on top of what is in use", predicted / 2**20)
+    with peak_memory() as peak, frozen(pipe):
         measure = _Measure.of(trajectory, decode)
         readings = _Readings(trajectory, graph, measure.output_samples, ages)
         tape = Tape(trajectory, graph, swept_answers(around, ages), readings, checkpoint_blocks=checkpoint_blocks)
@@ -85,7 +94,11 @@ def sweep(
         for probe, pull in enumerate(progress(pulls, "sweeping")):
             readings.begin()
             torch.autograd.grad(latent, tape.anchor, pull, retain_graph=probe < probes - 1)
-    provenance = {"probes": probes, "seed": seed, "samples": measure.samples, "decoded": decode is not None}
+    memory = {"predicted_bytes": predicted, "measured_bytes": peak.grown, "before_bytes": peak.before}
+    log.info("it took %s MiB", "?" if peak.grown is None else f"{peak.grown / 2**20:.0f}")
+    provenance = {
+        "probes": probes, "seed": seed, "samples": measure.samples, "decoded": decode is not None, "memory": memory,
+    }  # fmt: skip
     inner, held = np.concatenate(readings.probes, axis=1)
     samples = np.tile(np.arange(measure.samples), probes)
     return Profile(around, inner, held, np.concatenate(offsets), samples, provenance)
@@ -177,7 +190,7 @@ class _Readings:
         """The next probe."""
         shape = (2, self.rows.count, self.steps, len(self.graph), self.ages + 1)
         self.probes.append(np.zeros(shape, np.float32))
-        self.kept = {branch: deque(maxlen=self.ages + 1) for branch in range(len(self.rows.samples))}
+        self.kept = {branch: deque() for branch in range(len(self.rows.samples))}
 
     def __call__(self, moment: Moment) -> None:
         """Take in one evaluation; steps come last first."""
@@ -188,6 +201,8 @@ class _Readings:
             if not np.isfinite(products).all():
                 raise not_finite(f"a gradient at step {later}")
             self.probes[-1][:, :, later, :, later - moment.step] += products
+        while self.kept[moment.branch][0][0] >= moment.step + self.ages:  # no earlier value is read with these
+            self.kept[moment.branch].popleft()
 
     def _by_sample(self, pulls: Blocks, values: Blocks, branch: int) -> Tensor:
         """⟨gradient, value⟩ of every block, shape (samples, blocks)."""
