@@ -11,8 +11,9 @@ from PIL import Image
 
 import stepmask
 from stepmask import MaskSchedule, Report
+from stepmask.denoiser.memory import peak_memory
 from stepmask.errors import RunError, UnwritablePath
-from stepmask.evaluation.measure import machine, peak_memory
+from stepmask.evaluation.measure import machine
 from stepmask.evaluation.metrics import images_of, latent_errors, psnr, ssim
 from stepmask.evaluation.report import Row
 from stepmask.schedule.baselines import fixed_interval, whole_step

@@ -11,7 +11,7 @@ from stepmask import errors
 
 PUBLIC = {
     "Block", "BlockGraph", "Budget", "LocalExecutor", "MaskSchedule", "Profile", "RayExecutor", "Report",
-    "StepmaskError", "Trajectory", "apply", "evaluate", "learn", "record", "sweep", "trace",
+    "StepmaskError", "Store", "Trajectory", "apply", "evaluate", "learn", "record", "sweep", "trace",
 }  # fmt: skip
 
 

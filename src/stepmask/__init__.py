@@ -21,6 +21,7 @@ _HOME = {
     "Report": "stepmask.evaluation.report",
     "LocalExecutor": "stepmask.executors.local",
     "RayExecutor": "stepmask.executors.cluster",
+    "Store": "stepmask.denoiser.store",
     "StepmaskError": "stepmask.errors",
 }
 
@@ -34,6 +35,7 @@ __all__ = [
     "RayExecutor",
     "Report",
     "StepmaskError",
+    "Store",
     "Trajectory",
     "apply",
     "evaluate",
@@ -45,6 +47,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from stepmask.denoiser.runtime import apply
+    from stepmask.denoiser.store import Store
     from stepmask.denoiser.trace import trace
     from stepmask.denoiser.trajectory import Trajectory, record
     from stepmask.errors import StepmaskError

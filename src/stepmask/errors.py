@@ -14,6 +14,7 @@
     x RunError                a sampling run that does not follow its plan
         + AlreadyApplied      a denoiser that is masked (or cached by something else) already
         + RunNotStarted       an evaluation outside a run
+    x InvalidStore            a dtype or a device in which stored values cannot be held
     x LearningError           a learning run that cannot go on
     x InvalidPictures         sets of pictures, or of their features, that cannot be compared
         + TooFewSamples       fewer of them than a distance needs
@@ -97,6 +98,10 @@ class AlreadyApplied(RunError):
 
 class RunNotStarted(RunError):
     """An evaluation of a masked denoiser outside a run."""
+
+
+class InvalidStore(StepmaskError, ValueError):
+    """A dtype or a device in which stored values cannot be held."""
 
 
 class LearningError(StepmaskError, RuntimeError):

@@ -12,25 +12,27 @@ from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.refusals import refuse_if_cached, refuse_if_compiled, refuse_if_taken
 from stepmask.denoiser.sampler import describe, timestep_of, watched
 from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.store import Store
 from stepmask.denoiser.values import (
     each,
+    first,
     forecast,
     forecast_channels,
     from_store,
     on_channels,
     placeholder,
-    shapes_of_first,
     size,
     tensors,
     to_store,
 )
 from stepmask.errors import RunError, RunNotStarted, ScheduleMismatch
+from stepmask.schedule.channels import reads_of
 from stepmask.schedule.graph import Block
 from stepmask.schedule.rectify import Cell, lower
 from stepmask.schedule.schedule import MaskSchedule
 
 
-def apply(pipe: Any, schedule: MaskSchedule | Sequence[MaskSchedule]) -> "Masked":
+def apply(pipe: Any, schedule: MaskSchedule | Sequence[MaskSchedule], *, store: Store | None = None) -> "Masked":
     """Put a schedule on a pipeline, or on a plain denoiser.
 
         with stepmask.apply(pipe, schedule):
@@ -47,14 +49,16 @@ def apply(pipe: Any, schedule: MaskSchedule | Sequence[MaskSchedule]) -> "Masked
         schedule: Made for this denoiser and sampler. It is rectified first, which changes no sample. Branches that are
             evaluated one after the other (guidance in two calls) share its rows; a sequence has one schedule for each,
             in the order of their calls.
+        store: Where stored values lie and in which dtype; `None` = as the blocks answered them.
 
     Raises:
         ScheduleMismatch: The schedule is for another denoiser, or names blocks that are not there; or several are not
             one for each branch, over the same blocks and sampler.
         AlreadyApplied: The denoiser is masked, or cached by diffusers, already.
         RunError: The denoiser is compiled as a whole.
+        InvalidStore: What the denoiser's device holds cannot be put into the store.
     """
-    return Masked(pipe, [schedule] if isinstance(schedule, MaskSchedule) else schedule)
+    return Masked(pipe, [schedule] if isinstance(schedule, MaskSchedule) else schedule, store or Store())
 
 
 class Masked:
@@ -63,13 +67,16 @@ class Masked:
     Leaving the context without an exception raises `RunError` if the last run ended early.
     """
 
-    def __init__(self, pipe: Any, schedules: Sequence[MaskSchedule]) -> None:
+    def __init__(self, pipe: Any, schedules: Sequence[MaskSchedule], store: Store) -> None:
         self.denoiser, self.scheduler = denoiser_of(pipe), scheduler_of(pipe)
         refuse_if_taken(self.denoiser)
         refuse_if_compiled(self.denoiser)
         _check_branches(schedules)
         schedule = schedules[0]
         schedule.denoiser.check(fingerprint_of(self.denoiser))
+        for device in {weight.device for weight in self.denoiser.parameters() if not weight.is_meta}:
+            store.check(device)
+        self.store = store
         self.pipe, self.sampler, self.plans = pipe, schedule.sampler, [lower(table) for table in schedules]
         self.clock = _Clock(self)
         self.seats = [_Seat(self.clock, column, block) for column, block in enumerate(schedule.graph.blocks)]
@@ -267,7 +274,7 @@ class _Seat(Behaviour):
     def __init__(self, clock: _Clock, column: int, block: Block) -> None:
         self.clock, self.column, self.block = clock, column, block
         self.computed = 0
-        self.stored: list[list[Any]] = [[]]  # by branch, newest first
+        self.stored: list[list[Any]] = [[]]  # by branch, newest first, as the store holds them
         self.like: Any = None  # an expanded zero of the output's shape
         self.vectors: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by plan and step, where the values are
 
@@ -291,23 +298,28 @@ class _Seat(Behaviour):
             self.like = each(placeholder, output)
         value = to_store(self.block.reuse, output, args, kwargs) if cell.keeps or cell.weights else None
         if cell.weights:
-            blend = forecast(cell.weights, [value, *self.stored[self.clock.branch]])
+            blend = forecast(cell.weights, [value, *self.newest(len(cell.weights) - 1)])
             output = from_store(self.block.reuse, blend, args, kwargs)
         self.free(max(cell.keeps - 1, 0))
         if cell.keeps:
-            self.stored[self.clock.branch].insert(0, value)
-            self.clock.hold(size(value))
+            held = self.clock.masked.store.put(value)
+            self.stored[self.clock.branch].insert(0, held)
+            self.clock.hold(size(held))
         return output
 
     def reuse(self, cell: Cell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer from the store; what is read for the last time leaves it."""
-        stored = self.stored[self.clock.branch]
         if cell.vectors is None:
-            answer = forecast(cell.weights, stored)
+            answer = forecast(cell.weights, self.newest(len(cell.weights)))
         else:
+            stored = self.newest(reads_of(cell.vectors))
             answer = forecast_channels(self.vectors_for(stored[0]), stored)
         self.free(cell.keeps)
         return from_store(self.block.reuse, answer, args, kwargs)
+
+    def newest(self, count: int) -> list[Any]:
+        """The newest stored values, newest first, as the block said them."""
+        return [self.clock.masked.store.take(held) for held in self.stored[self.clock.branch][:count]]
 
     def vectors_for(self, value: Any) -> tuple[Tensor, ...]:
         """The vectors of this step; those of all steps are brought to the value when the first is needed."""
@@ -338,7 +350,7 @@ class _Evaluation(Behaviour):
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         clock, seat = self.masked.clock, self.masked.seats[-1]
-        clock.begin(shapes_of_first(args, kwargs))
+        clock.begin(tuple(tuple(tensor.shape) for tensor in first(args, kwargs)))
         cell = clock.row[-1]
         needed = any(other.action == "compute" for other in clock.row)
         try:

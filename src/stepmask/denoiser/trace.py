@@ -1,24 +1,18 @@
 """`trace`: one evaluation, on fake tensors, tells a denoiser's blocks, their order, who reads whom, and their cost."""
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeCopyMode,
-    FakeTensorMode,
-)
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, moves_weights
+from stepmask.denoiser.fakes import on_fakes
+from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import frozen, seated
 from stepmask.denoiser.trajectory import Call, Trajectory
@@ -66,7 +60,8 @@ def trace(
     found = find_blocks(denoiser, granularity, blocks)
     call = _first_call(example)
     try:
-        seen, output = _watch_faked(denoiser, found, call) or _watch(denoiser, found, call)
+        watch = partial(_watch, found)
+        seen, output = on_fakes(denoiser, call, watch) or watch(denoiser, call)
     except NotImplementedError as error:
         raise _not_followed(denoiser, error) from error
     if blocks is not None:
@@ -83,27 +78,8 @@ def _not_followed(denoiser: nn.Module, error: NotImplementedError) -> TraceError
     )
 
 
-def _watch_faked(
-    denoiser: nn.Module, found: dict[str, tuple[nn.Module, Reuse | None]], call: Call
-) -> "tuple[_Recorder, Any] | None":
-    """One evaluation on fake tensors, of a copy: what it keeps for later, such as frequencies, would be fake too.
-
-    `None` where fake tensors do not do.
-    """
-    if moves_weights(denoiser):
-        return None
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        try:
-            with FakeCopyMode(fake):
-                copied = copy.deepcopy(denoiser)
-            args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, (call.args, call.kwargs))
-            return _watch(copied, found, Call(args, kwargs))
-        except (DataDependentOutputException, DynamicOutputShapeException, TypeError):
-            return None  # shapes depend on what a mask says; or the denoiser holds what cannot be copied, as a lock
-
-
 def _watch(
-    denoiser: nn.Module, found: dict[str, tuple[nn.Module, Reuse | None]], call: Call
+    found: dict[str, tuple[nn.Module, Reuse | None]], denoiser: nn.Module, call: Call
 ) -> "tuple[_Recorder, Any]":
     """One evaluation: what it showed, and its output."""
     recorder = _Recorder(found)

@@ -55,10 +55,9 @@ def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     )
 
 
-def shapes_of_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
-    """The shapes of the tensors in the first argument that has any: a denoiser's latent, or latents."""
-    shapes = (tuple(tuple(tensor.shape) for tensor in tensors(value)) for value in (*args, *kwargs.values()))
-    return next(filter(None, shapes), ())
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The tensors in the first argument that has any: a denoiser's latent, or latents."""
+    return next(filter(None, (tuple(tensors(value)) for value in (*args, *kwargs.values()))), ())
 
 
 def placeholder(tensor: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from statistics import fmean
 from torch import Tensor
 
 from stepmask.denoiser.clock import now
+from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import attached
-from stepmask.evaluation.measure import MacCounter, Stopwatch, peak_memory
+from stepmask.evaluation.measure import MacCounter, Stopwatch
 from stepmask.evaluation.metrics import Images, images_of, latent_errors, psnr, ssim
 from stepmask.schedule.schedule import MaskSchedule
 

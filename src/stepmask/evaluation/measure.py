@@ -1,9 +1,8 @@
-"""Time and memory of a run, as this machine gives them."""
+"""Time and work of a run, as this machine gives them."""
 
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -54,33 +53,6 @@ class MacCounter(Behaviour):
             output = call(*args, **kwargs)
         self.macs += counter.get_total_flops() // 2
         return output
-
-
-class Peak:
-    """The most memory that was in use while it was watched; `None` where the system does not tell."""
-
-    bytes: int | None = None
-
-
-@contextmanager
-def peak_memory() -> Iterator[Peak]:
-    """Watch memory: allocated by torch on CUDA, resident in the process on Linux (VmHWM, reset at entry)."""
-    peak, resets = Peak(), Path("/proc/self/clear_refs")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        yield peak
-        peak.bytes = torch.cuda.max_memory_allocated()
-    elif os.access(resets, os.W_OK):
-        resets.write_text("5")
-        yield peak
-        peak.bytes = _resident_high_water()
-    else:
-        yield peak
-
-
-def _resident_high_water() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def machine() -> dict[str, Any]:

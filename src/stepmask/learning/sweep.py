@@ -1,5 +1,6 @@
 """`sweep`: what every (step, block, age) costs the final sample, measured backwards at one step's memory."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import claim_for, digest
+from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.denoiser.trace import trace
@@ -23,6 +25,7 @@ from stepmask.errors import LearningError, ScheduleMismatch
 from stepmask.executors.filed import Kind, finish
 from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.learning.guidance import samples_of
+from stepmask.learning.memory import predict
 from stepmask.learning.objective import relative_error
 from stepmask.learning.profile import Profile, swept_answers
 from stepmask.learning.sample_rows import SampleRows
@@ -30,6 +33,8 @@ from stepmask.learning.tape import Blocks, Moment, Tape, detached, not_finite
 from stepmask.progress import progress
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
+
+log = logging.getLogger(__name__)
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -58,7 +63,9 @@ def sweep(
 
     The run is repeated once, and then swept backwards once per probe, an evaluation at a time: about three
     evaluations per step and probe. Memory is that of one evaluation with gradients, and of the gradients of all blocks
-    at `ages` steps; around another table than all-compute also of all values that it reuses.
+    at `ages` steps; around another table than all-compute also of all values that it reuses. It is counted before the
+    run (`stepmask.learning.memory.predict`), and stands in the profile's provenance beside what was measured: bytes on
+    top of what was in use before, `predicted_bytes` and `measured_bytes`.
 
     Args:
         pipe: The pipeline, or plain denoiser, that the trajectory was recorded from.
@@ -97,17 +104,19 @@ def sweep(
     if folder:
         _check_named(decode)
         claim_for(pipe, folder)
+    predicted = predict(trajectories[0], graph, around=around, ages=ages, checkpoint_blocks=checkpoint_blocks)
+    log.info("a sweep is about to take %.0f MiB on top of what is in use", predicted / 2**20)
     parts = min(probes, ceil(executor.workers / len(trajectories)))
     numbers = [range(seed + probes * part // parts, seed + probes * (part + 1) // parts) for part in range(parts)]
     jobs = [_Shard(index, few) for index in range(len(trajectories)) for few in numbers]
     setting = _Setting(trajectories, around, ages, decode, checkpoint_blocks)
     found = finish(setting.kind, executor.share(setting), jobs, executor, folder)
-    provenance = {"probes": probes, "seed": seed, "decoded": decode is not None}
+    provenance = {"probes": probes, "seed": seed, "decoded": decode is not None, "predicted_bytes": predicted}
     swept = [_profile(found[first : first + parts], around, provenance) for first in range(0, len(found), parts)]
     return swept[0] if len(swept) == 1 else Profile.merge(*swept)
 
 
-Arrays = dict[str, npt.NDArray[np.float32]]
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -144,9 +153,9 @@ class _Setting:
 
 
 def _swept(setting: _Setting, shard: _Shard) -> Arrays:
-    """A profile's `inner`, `held` and `offset` for some probes of one trajectory."""
+    """A profile's `inner`, `held` and `offset` for some probes of one trajectory, and the bytes that it took, or −1."""
     trajectory, around = setting.trajectories[shard.trajectory], setting.around
-    with frozen(trajectory.sampling.pipe):
+    with peak_memory() as peak, frozen(trajectory.sampling.pipe):
         measure = _Measure.of(trajectory, setting.decode)
         readings = _Readings(trajectory, around.graph, measure.output_samples, setting.ages)
         answered = swept_answers(around, setting.ages)
@@ -157,7 +166,8 @@ def _swept(setting: _Setting, shard: _Shard) -> Arrays:
             readings.begin()
             torch.autograd.grad(latent, tape.anchor, pull, retain_graph=place < len(pulls) - 1)
     inner, held = np.concatenate(readings.probes, axis=1)
-    return {"inner": inner, "held": held, "offset": np.concatenate(offsets).astype(np.float32)}
+    took = np.array([-1 if peak.grown is None else peak.grown])
+    return {"inner": inner, "held": held, "offset": np.concatenate(offsets).astype(np.float32), "bytes": took}
 
 
 def _profile(parts: Sequence[Arrays], around: MaskSchedule, provenance: Mapping[str, Any]) -> Profile:
@@ -165,7 +175,9 @@ def _profile(parts: Sequence[Arrays], around: MaskSchedule, provenance: Mapping[
     inner, held, offset = (np.concatenate([part[name] for part in parts]) for name in ("inner", "held", "offset"))
     samples = len(offset) // provenance["probes"]
     rows = np.tile(np.arange(samples), provenance["probes"])
-    return Profile(around, inner, held, offset, rows, {**provenance, "samples": samples})
+    took = max(int(part["bytes"][0]) for part in parts)
+    told = {**provenance, "samples": samples, "measured_bytes": None if took < 0 else took}
+    return Profile(around, inner, held, offset, rows, told)
 
 
 def _run(tape: Tape, trajectory: Trajectory, *, reference: bool) -> Tensor:
@@ -254,7 +266,7 @@ class _Readings:
         """The next probe."""
         shape = (2, self.rows.count, self.steps, len(self.graph), self.ages + 1)
         self.probes.append(np.zeros(shape, np.float32))
-        self.kept = {branch: deque(maxlen=self.ages + 1) for branch in range(len(self.rows.samples))}
+        self.kept = {branch: deque() for branch in range(len(self.rows.samples))}
 
     def __call__(self, moment: Moment) -> None:
         """Take in one evaluation; steps come last first."""
@@ -265,6 +277,8 @@ class _Readings:
             if not np.isfinite(products).all():
                 raise not_finite(f"a gradient at step {later}")
             self.probes[-1][:, :, later, :, later - moment.step] += products
+        while self.kept[moment.branch][0][0] >= moment.step + self.ages:  # no earlier value is read with these
+            self.kept[moment.branch].popleft()
 
     def _by_sample(self, pulls: Blocks, values: Blocks, branch: int) -> Tensor:
         """⟨gradient, value⟩ of every block, shape (samples, blocks)."""

@@ -70,32 +70,32 @@ class Tape(Behaviour):
         self.seats = [_Seat(block, checkpointed=checkpoint_blocks) for block in graph.blocks]
         self.anchor = torch.zeros((), requires_grad=True)
         self.evaluation = 0
-        self.ran: dict[tuple[int, int], tuple[_Evaluation, Sequence[Tensor]]] = {}  # by step and branch
+        self.ran: dict[tuple[int, int], tuple[Evaluation, Sequence[Tensor]]] = {}  # by step and branch
         self.last = _last_readers(self.reads)
         self.stored: dict[tuple[int, int, int], Any] = {}  # by step, branch, column
         self.owed: dict[tuple[int, int, int], list[Tensor]] = {}  # gradients of what is stored
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation as a node of the autograd graph."""
-        run, inputs = _as_function(call, args, kwargs)
+        run, inputs = as_function(call, args, kwargs)
         step, branch = divmod(self.evaluation, self.branches)
         self.evaluation += 1
         _check_finite(inputs, f"a latent at step {step}")
         if step and not any(tensor.requires_grad for tensor in inputs):
             raise detached(f"between the evaluations of step {step - 1} and step {step}")
-        evaluation = _Evaluation(self, step, branch, run)
+        evaluation = Evaluation(self, step, branch, run)
         self.ran[step, branch] = evaluation, [tensor.detach() for tensor in inputs]
         outputs = iter(_Again.apply(evaluation, self.anchor, *inputs))  # type: ignore[no-untyped-call]
         return each(lambda tensor: next(outputs) if tensor.is_floating_point() else tensor, evaluation.output)
 
-    def forward(self, evaluation: "_Evaluation", inputs: Sequence[Tensor]) -> Any:
+    def forward(self, evaluation: "Evaluation", inputs: Sequence[Tensor]) -> Any:
         """One evaluation of the table, without gradients."""
         output = self._run(evaluation, inputs)
         _check_finite(tensors(output), f"an output at step {evaluation.step}")
         self._drop(evaluation.branch, lambda step, column: self.last[step, column] <= evaluation.step)
         return output
 
-    def backward(self, evaluation: "_Evaluation", inputs: Sequence[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
+    def backward(self, evaluation: "Evaluation", inputs: Sequence[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """The evaluation once more, with gradients: those of its inputs; the reader gets the rest."""
         step, branch = evaluation.step, evaluation.branch
         with torch.enable_grad():
@@ -134,13 +134,13 @@ class Tape(Behaviour):
         rest = iter(gradients)
         return [[next(rest) for _ in floats(seat.said)] for seat in self.seats[:-1]]
 
-    def _evaluate(self, evaluation: "_Evaluation", inputs: Sequence[Tensor]) -> Any:
+    def _evaluate(self, evaluation: "Evaluation", inputs: Sequence[Tensor]) -> Any:
         """What the table's row answers; the denoiser does not run where it computes nothing."""
         self._tell(evaluation.step, evaluation.branch)
         with self._seated():
             return self._finish(evaluation.run(inputs) if self.reads[evaluation.step, :, 0].any() else None)
 
-    def _run(self, evaluation: "_Evaluation", inputs: Sequence[Tensor]) -> Any:
+    def _run(self, evaluation: "Evaluation", inputs: Sequence[Tensor]) -> Any:
         """Evaluate the table's row, and store what later steps read."""
         output, (step, branch) = self._evaluate(evaluation, inputs), (evaluation.step, evaluation.branch)
         for column, seat in enumerate(self.seats):
@@ -224,7 +224,7 @@ class Moment:
     """
 
     tape: Tape
-    evaluation: "_Evaluation"
+    evaluation: "Evaluation"
     inputs: Sequence[Tensor]
     gradients: Blocks
 
@@ -254,7 +254,7 @@ class Moment:
 
 
 @dataclass
-class _Evaluation:
+class Evaluation:
     """One evaluation of the denoiser as a function of the tensors it is given."""
 
     tape: Tape
@@ -264,7 +264,7 @@ class _Evaluation:
     output: Any = None
 
 
-def _as_function(
+def as_function(
     call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[[Sequence[Tensor]], Any], list[Tensor]]:
     """A call as a function of its tensors alone, and those tensors."""
@@ -286,7 +286,7 @@ class _Again(torch.autograd.Function):
     """An evaluation as one node of the autograd graph. The anchor makes the first one part of it."""
 
     @staticmethod
-    def forward(ctx: Any, evaluation: _Evaluation, anchor: Tensor, *inputs: Tensor) -> Any:
+    def forward(ctx: Any, evaluation: Evaluation, anchor: Tensor, *inputs: Tensor) -> Any:
         ctx.evaluation = evaluation
         ctx.save_for_backward(*inputs)
         evaluation.output = evaluation.tape.forward(evaluation, inputs)

@@ -7,6 +7,7 @@ them changes no sample. This is the "knowledge-guided mask rectification" of arX
 "prune redundant spatial-temporal dependencies".
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -107,12 +108,20 @@ class Plan:
 
     @cached_property
     def peak_bytes(self) -> int:
-        """Largest size of the store during the run, per branch, at the traced shape."""
+        """Largest size of the store during the run, per branch, at the traced shape and dtype."""
+        return self.peak_of([block.bytes for block in self.graph.blocks])
+
+    def peak_of(self, sizes: Sequence[int]) -> int:
+        """Largest size of the store during the run, per branch.
+
+        Args:
+            sizes: Of one stored value of each block, in bytes.
+        """
         size = peak = 0
         held = [0] * len(self.graph)
         for row in self.cells:
-            for column, (block, cell) in enumerate(zip(self.graph.blocks, row, strict=True)):
-                size += (cell.keeps - held[column]) * block.bytes
+            for column, (bytes_each, cell) in enumerate(zip(sizes, row, strict=True)):
+                size += (cell.keeps - held[column]) * bytes_each
                 held[column] = cell.keeps
                 peak = max(peak, size)
         return peak
