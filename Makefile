@@ -41,6 +41,8 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/transfer.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/sweep_memory.py
 
 docs: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
