@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stepmask
+from pipelines import make
 from stepmask import MaskSchedule, Store, Trajectory
 from stepmask.denoiser.values import tensors
 from stepmask.errors import InvalidStore
@@ -89,6 +90,18 @@ class TestRuns:
             expected = latent(pipe, trajectory, schedule)
             error = max(latent_errors(latent(pipe, trajectory, schedule, Store(dtype=torch.bfloat16)), expected))
             assert 0 < error < 1e-3
+
+    def test_blocks_that_say_several_tensors(self) -> None:
+        pipe, call = make("FluxPipeline")
+        trajectory = stepmask.record(pipe, **call)
+        graph = stepmask.trace(pipe, trajectory, granularity="block")
+        assert max(len(block.shapes) for block in graph.blocks) > 1
+        full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+        schedule, store = fixed_interval(full, 0.5, order=1), Store(dtype=FP8)
+        expected = latent(pipe, trajectory, schedule)
+        with stepmask.apply(pipe, schedule, store=store) as masked:
+            assert 0 < max(latent_errors(trajectory.sampling().latent, expected)) < 1e-2
+            assert masked.peak_store_bytes == store.peak_bytes(lower(schedule))
 
     def test_a_whole_step_is_one_value(self, pipe: Any, trajectory: Trajectory, reference: MaskSchedule) -> None:
         schedule = whole_step(reference, 0.5)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 import stepmask
 from pipelines import make
 from promises import check_promises, random_table
-from stepmask.errors import AlreadyApplied, RunError, RunNotStarted
+from stepmask.errors import AlreadyApplied, LearningError, RunError, RunNotStarted
 
 CPU = torch.device("cpu")
 
@@ -69,6 +70,37 @@ def test_after_is_as_before(what: str) -> None:
         after = sample(pipe, call)
     with stepmask.apply(pipe, schedule):
         assert torch.equal(sample(pipe, call), after)
+
+
+def swept(what: str | None, *, checkpoint_blocks: bool = False) -> Any:
+    """What one probe finds of a pipeline with something besides; `None` = nothing."""
+    pipe, call = make("StableDiffusionPipeline")
+    if what is not None:
+        BESIDES[what](pipe)
+    run = stepmask.record(pipe, **call)
+    return stepmask.sweep(pipe, run, probes=1, ages=2, checkpoint_blocks=checkpoint_blocks).inner
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+@pytest.mark.parametrize("what", sorted(BESIDES.keys() - {"LoRA", "layerwise casting"}))
+def test_a_sweep_finds_the_same_with_it(what: str, checkpoint_blocks: bool) -> None:
+    expected = swept(None)
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(swept(what, checkpoint_blocks=checkpoint_blocks), expected, rtol=0, atol=1e-5 * size)
+
+
+def test_a_sweep_in_bfloat16_finds_the_same_to_rounding() -> None:
+    pipe, call = make("StableDiffusionPipeline")
+    run = stepmask.record(pipe.to(torch.bfloat16), **half(call))
+    expected = swept(None)
+    plain, again = (stepmask.sweep(pipe, run, probes=1, ages=2, checkpoint_blocks=kept).inner for kept in (False, True))
+    np.testing.assert_array_equal(plain, again)
+    assert np.linalg.norm(plain - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_weights_that_are_cast_layer_by_layer_are_not_swept() -> None:
+    with pytest.raises(LearningError, match="without enable_layerwise_casting"):
+        swept("layerwise casting")
 
 
 def half(call: dict[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,12 @@ def moves_weights(denoiser: nn.Module) -> bool:
     return any(hasattr(module, hook) for module in denoiser.modules() for hook in ("_diffusers_hook", "_hf_hook"))
 
 
+def casts_weights(denoiser: nn.Module) -> bool:
+    """Whether diffusers casts weights layer by layer, back and forth around each call."""
+    registries = (vars(module).get("_diffusers_hook") for module in denoiser.modules())
+    return any(found is not None and found.get_hook("layerwise_casting") is not None for found in registries)
+
+
 def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:
     """A denoiser's class and public configuration; a plain module is known by its number of parameters."""
     class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not hasattr(cls, "_seam_depth"))

@@ -84,8 +84,8 @@ def sweep(
 
     Raises:
         LearningError: A trajectory is another pipeline's, the pipeline cuts the gradient, numbers are not finite, the
-            denoiser is in half precision on a CPU, the run is not the one that was recorded, or a folder is to keep
-            what was decoded by a function, which has no name.
+            denoiser is in half precision on a CPU or casts its weights layer by layer, the run is not the one that was
+            recorded, or a folder is to keep what was decoded by a function, which has no name.
         AlreadyApplied: The denoiser is masked, or cached by diffusers, already.
         ScheduleMismatch: `around` is for another denoiser, sampler or graph, or trajectories are of several samplers.
         InvalidSchedule: `around` reuses values that are older than `ages`.

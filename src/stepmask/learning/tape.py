@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from stepmask.denoiser.families import casts_weights
 from stepmask.denoiser.seam import Behaviour, seated
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import each, forecast, from_store, placeholder, tensors, to_store
@@ -52,6 +53,9 @@ class Tape(Behaviour):
         reader: Gets gradients and values.
         reads: Which values each cell reads, shape as `answered`; `None` = those whose weight is not zero.
         checkpoint_blocks: Whether each block is checkpointed inside the recomputation.
+
+    Raises:
+        LearningError: Weights are cast layer by layer: where gradients come back, they are in another dtype again.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Tape(Behaviour):
         checkpoint_blocks: bool = False,
     ) -> None:
         self.denoiser, self.branches = trajectory.sampling.denoiser, trajectory.sampler.branches
+        _check_weights(self.denoiser)
         self.answered, self.reader = answered, reader
         self.reads = answered != 0 if reads is None else reads
         self.seats = [_Seat(block, checkpointed=checkpoint_blocks) for block in graph.blocks]
@@ -103,7 +108,8 @@ class Tape(Behaviour):
         ends, pulls = self._ends(step, branch, grads)
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         said = [tensor for seat in self.seats[:-1] for tensor in floats(seat.said)]
-        pulled = _pull(ends, [*wanted, *said], pulls)
+        with self._seated():  # a denoiser that checkpoints itself calls its blocks again
+            pulled = _pull(ends, [*wanted, *said], pulls)
         moment = Moment(self, evaluation, inputs, [*self._by_block(pulled[len(wanted) :]), grads])
         self._owe(step, branch, moment.gradients)
         self.reader(moment)
@@ -118,10 +124,10 @@ class Tape(Behaviour):
             seat.hold()
         with torch.enable_grad(), self._seated():
             answer = self._finish(moment.evaluation.run([tensor.detach() for tensor in moment.inputs]))
-        pairs = zip(floats(answer), moment.gradients[-1], strict=True)
-        ends = [(end, grad) for end, grad in pairs if end.requires_grad]
-        said = [tensor for seat in self.seats[:-1] for tensor in floats(seat.said)]
-        pulled = _pull([end for end, _ in ends], said, [grad for _, grad in ends])
+            pairs = zip(floats(answer), moment.gradients[-1], strict=True)
+            ends = [(end, grad) for end, grad in pairs if end.requires_grad]
+            said = [tensor for seat in self.seats[:-1] for tensor in floats(seat.said)]
+            pulled = _pull([end for end, _ in ends], said, [grad for _, grad in ends])
         return [*self._by_block(pulled), moment.gradients[-1]]
 
     def ages_read(self, step: int, column: int) -> list[int]:
@@ -204,6 +210,15 @@ class Tape(Behaviour):
                 before = self.owed.get(source) or [torch.zeros_like(gradient) for gradient in answer]
                 weight = float(self.answered[step, column, age])
                 self.owed[source] = [torch.add(old, new, alpha=weight) for old, new in zip(before, answer, strict=True)]
+
+
+def _check_weights(denoiser: nn.Module) -> None:
+    if casts_weights(denoiser):
+        raise LearningError(
+            given=f"a {type(denoiser).__name__} whose weights are cast layer by layer",
+            expected="weights that are in one dtype when gradients come back, too",
+            advice="Learn without enable_layerwise_casting, and enable it for sampling",
+        )
 
 
 def _last_readers(reads: npt.NDArray[np.bool_]) -> dict[tuple[int, int], int]:
