@@ -268,6 +268,8 @@ def learning(out: Path) -> list[str]:
 
 
 ONE_FAILS = """
+import sys
+
 from stepmask.errors import InvalidBudget
 from stepmask.executors.processes import ProcessesExecutor
 
@@ -276,12 +278,15 @@ def work(shared, job):
         raise InvalidBudget(given="three", expected="another number", advice="Do not")
     return shared * job
 
+def say(*words):
+    sys.stdout.write(" ".join(map(str, words)) + chr(10))  # a line at once: both processes write to one pipe
+
 executor = ProcessesExecutor()
-print(executor.rank, sorted(executor.map(work, 2, [0, 1, 2], title="fine")), executor.union({executor.rank}))
+say(executor.rank, sorted(executor.map(work, 2, [0, 1, 2], title="fine")), executor.union({executor.rank}))
 try:
-    print(list(executor.map(work, 2, [0, 1, 2, 3, 4], title="one fails")))
+    say(list(executor.map(work, 2, [0, 1, 2, 3, 4], title="one fails")))
 except InvalidBudget:
-    print(executor.rank, "knows")
+    say(executor.rank, "knows")
 """
 
 
