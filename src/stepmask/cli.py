@@ -177,9 +177,7 @@ def learn(
     macs = 0.5 if budget is None and time is None else budget
     limits = Budget(macs, time, None if store_mib is None else store_mib * 2**20)
     pipe = _load(pipeline)
-    told = _Told(pipe, prompts, labels, call)
-    seeds = range(seed, seed + batches)
-    calls = {number: {"num_inference_steps": steps, **told.call(samples, number)} for number in seeds}
+    calls = _Told(pipe, prompts, labels, call).calls(samples, range(seed, seed + batches), steps)
     executor = _executor(ray, ray_gpus)
     schedule = _learn(pipe, calls, limits, out / "training", executor)
     if executor.leads:
@@ -251,9 +249,8 @@ def shards(
     from stepmask.schedule.schedule import MaskSchedule
 
     pipe, table = _load(pipeline), MaskSchedule.from_pretrained(schedule) if schedule else None
-    told, steps = _Told(pipe, prompts, labels, call), steps or (table.steps if table else 20)
-    seeds = range(seed, seed + batches)
-    calls = {number: {"num_inference_steps": steps, **told.call(samples, number)} for number in seeds}
+    steps = steps or (table.steps if table else 20)
+    calls = _Told(pipe, prompts, labels, call).calls(samples, range(seed, seed + batches), steps)
     executor = _executor(ray, ray_gpus)
     paths = write_shards(pipe, calls, out, schedule=table, executor=executor)
     if executor.leads:
@@ -415,6 +412,10 @@ class _Told:
     def call(self, samples: int, seed: int | None) -> dict[str, Any]:
         """Arguments of the pipeline for some samples."""
         return {**(self.conditioning.call(samples, seed) if self.conditioning else {}), **self.more}
+
+    def calls(self, samples: int, seeds: range, steps: int) -> dict[int, dict[str, Any]]:
+        """Arguments of the pipeline for a batch of each seed."""
+        return {seed: {"num_inference_steps": steps, **self.call(samples, seed)} for seed in seeds}
 
     def _conditioning(self, pipe: Any, prompts: Path | None, labels: str) -> "Conditioning | None":
         from stepmask.denoiser.conditioning import Conditioning, read_labels, read_prompts

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -31,19 +32,18 @@ def claim_for(pipe: Any, folder: Path, **more: Any) -> None:
 
 def weights_of(pipe: Any) -> dict[str, str]:
     """A name for the weights of each network of a pipeline; text encoders shape what the denoiser is given."""
-    networks = {"denoiser": denoiser_of(pipe), **getattr(pipe, "components", {})}
+    networks = getattr(pipe, "components", None) or {"denoiser": denoiser_of(pipe)}
     return {name: weights_digest(network) for name, network in networks.items() if isinstance(network, nn.Module)}
 
 
 def weights_digest(network: nn.Module) -> str:
     """A name for a network's weights: read off at most 127 values of each, or off its shape where it is on "meta"."""
-    digest = sha256()
-    for name, weight in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if weight.device.type != "meta":
-            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
-            digest.update(some.double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:24]
+    return digest([(name, str(w.dtype), tuple(w.shape), _some(w)) for name, w in sorted(network.state_dict().items())])
+
+
+def _some(weight: Tensor) -> Tensor | None:
+    """Values of a weight, evenly spread."""
+    return None if weight.is_meta else weight.flatten()[:: max(1, weight.numel() // 64)]
 
 
 def digest(*values: Any) -> str:
@@ -62,8 +62,8 @@ def digest(*values: Any) -> str:
 
 def _bytes(leaf: Any) -> bytes:
     if isinstance(leaf, Tensor):
-        array = leaf.detach().cpu()
-        return f"{array.dtype} {tuple(array.shape)}".encode() + array.double().numpy().tobytes()
+        raw = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        return f"{leaf.dtype} {tuple(leaf.shape)}".encode() + raw.numpy().tobytes()
     if isinstance(leaf, np.ndarray):
         return f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes()
     if isinstance(leaf, str | int | float | bool | range | None):

@@ -67,6 +67,8 @@ class Store:
         Raises:
             InvalidStore: They cannot be cast there, or not be moved.
         """
+        if self.is_plain:
+            return
         try:
             there = torch.tensor([-1.0, 0.0, 1.0], device=device)
             back = self.take(self.put(there)).cpu().tolist()
@@ -77,13 +79,13 @@ class Store:
 
     def put(self, value: Any) -> Any:
         """A value as it is held; itself, where neither device nor dtype is told."""
-        if self.device is None and self.dtype is None:
+        if self.is_plain:
             return value
         return each(self._kept, value)
 
     def take(self, held: Any) -> Any:
         """The value that `put` was given, to rounding."""
-        if self.device is None and self.dtype is None:
+        if self.is_plain:
             return held
         return pytree.tree_map(_taken, held, is_leaf=_is_kept)
 
@@ -97,6 +99,11 @@ class Store:
     def peak_bytes(self, plan: Plan) -> int:
         """Largest size of the store under a plan, scales included, per branch, at the traced shape."""
         return plan.peak_of([self.bytes_of(block) for block in plan.graph.blocks])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether values are held as they come."""
+        return self.device is None and self.dtype is None
 
     @property
     def is_scaled(self) -> bool:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from stepmask.errors import InvalidPictures, MissingExtra, TooFewSamples
 from stepmask.evaluation.metrics import Images
+from stepmask.evaluation.pictures import as_bytes
 
 Matrix = npt.NDArray[np.float64]
 
@@ -376,7 +377,7 @@ def _bytes_of(images: Images) -> Tensor:
     """Pictures as a file would keep them, (N, 3, H, W) bytes."""
     if images.ndim != 4 or images.shape[-1] != 3:
         raise _incomparable(f"pictures of shape {images.shape}")
-    return torch.from_numpy((images * 255).round().clip(0, 255).astype(np.uint8)).permute(0, 3, 1, 2)
+    return torch.from_numpy(as_bytes(images)).permute(0, 3, 1, 2)
 
 
 def _projection(size: int, dimensions: int) -> Tensor:

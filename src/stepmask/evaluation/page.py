@@ -1,7 +1,6 @@
 """A report as one self-contained HTML page: what was skipped, what it saved, and what it cost in pictures."""
 
 import base64
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from statistics import fmean, median
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import MissingExtra
+from stepmask.evaluation.pictures import png
 from stepmask.evaluation.plots import Points, against_macs, against_speed, line_chart
 from stepmask.evaluation.report import Report, Row
 from stepmask.schedule.rectify import Cell, Plan, lower
@@ -107,11 +107,7 @@ def _pictures(images: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, list[s
 
 
 def _data_uri(picture: npt.NDArray[np.float32]) -> str:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
 
 
 def _table(schedule: MaskSchedule, profile: "Profile | None") -> dict[str, Any]:

@@ -3,18 +3,18 @@
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampling
-from stepmask.errors import MissingExtra, RunError
-from stepmask.evaluation.metrics import Images, images_of
+from stepmask.evaluation.metrics import Images
+from stepmask.evaluation.pictures import pictures_of, png
+from stepmask.executors.filed import absent
 from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.files import write_whole
 from stepmask.schedule.schedule import MaskSchedule
@@ -53,10 +53,9 @@ def write_shards(
     claim_for(pipe, folder, schedule=schedule and digest(schedule.to_json()))
     jobs = [_Batch(seed, dict(call)) for seed, call in calls.items()]
     paths = [folder / job.name for job in jobs]
-    missing = sorted(executor.union({at for at, path in enumerate(paths) if not path.exists()}))
-    shared, todo = executor.share((pipe, schedule)), [jobs[at] for at in missing]
-    for place, content in executor.map(_drawn, shared, todo, title="sampling"):
-        write_whole(paths[missing[place]], content)
+    todo, shared = absent(paths, executor), executor.share((pipe, schedule))
+    for place, content in executor.map(_drawn, shared, [jobs[at] for at in todo], title="sampling"):
+        write_whole(paths[todo[place]], content)
     return paths
 
 
@@ -73,39 +72,21 @@ class _Batch:
 def _drawn(shared: tuple[Any, MaskSchedule | None], batch: _Batch) -> bytes:
     """The tar file of a batch."""
     pipe, schedule = shared
-    sampling = Sampling(pipe, batch.call, batch.seed)
-    if schedule is None:
-        images = images_of(sampling().output)
-    else:
-        with apply(pipe, schedule):
-            images = images_of(sampling().output)
-    if images is None:
-        raise RunError(given="a pipeline without pictures", expected="images", advice="Choose another pipeline")
+    with apply(pipe, schedule) if schedule else nullcontext():
+        images = pictures_of(Sampling(pipe, batch.call, batch.seed)().output)
     return _tar({f"{batch.seed:08d}-{index:04d}.{kind}": content for index, kind, content in _files(batch, images)})
 
 
 def _files(batch: _Batch, images: Images) -> Iterator[tuple[int, str, bytes]]:
     for index, image in enumerate(images):
         told = {name: _of(value, index, len(images)) for name, value in batch.call.items()}
-        yield index, "png", _png(image)
+        yield index, "png", png(image)
         yield index, "json", json.dumps({"seed": batch.seed, **told}, default=str).encode()
 
 
 def _of(value: Any, index: int, count: int) -> Any:
     """What one sample was told."""
     return value[index] if isinstance(value, list | tuple) and len(value) == count else value
-
-
-def _png(image: Images) -> bytes:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingExtra(
-            given="no Pillow", expected="it, for PNG files", advice="pip install 'stepmask[evaluate]'"
-        ) from error
-    buffer = BytesIO()
-    Image.fromarray((image * 255).round().clip(0, 255).astype(np.uint8)).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _tar(contents: Mapping[str, bytes]) -> bytes:

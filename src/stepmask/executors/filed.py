@@ -54,9 +54,8 @@ def finish(
         InvalidRunFolder: A file in the folder is damaged.
     """
     paths = [folder / kind.name(job) for job in jobs] if folder else []
-    missing = executor.union({at for at in range(len(jobs)) if not paths or not paths[at].exists()})
-    todo = sorted(missing)
-    found = {at: _read(kind, path) for at, path in enumerate(paths) if at not in missing}
+    todo = absent(paths, executor) if folder else list(range(len(jobs)))
+    found = {at: _read(kind, paths[at]) for at in set(range(len(jobs))).difference(todo)}
     if found:
         log.info("%s: %d of %d are done already", kind.title, len(found), len(jobs))
     for place, result in executor.map(kind.run, shared, [jobs[at] for at in todo], title=kind.title):
@@ -64,6 +63,11 @@ def finish(
         if paths and not paths[at].exists():
             write_whole(paths[at], kind.dump(result))
     return [found[at] for at in range(len(jobs))]
+
+
+def absent(paths: Sequence[Path], executor: Executor) -> list[int]:
+    """Which of the files any process of the run lacks, in order."""
+    return sorted(executor.union({at for at, path in enumerate(paths) if not path.exists()}))
 
 
 def _read(kind: Kind[Job, Result], path: Path) -> Result:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stepmask.denoiser.identity import digest
 from stepmask.denoiser.trajectory import Call
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError
@@ -55,7 +55,6 @@ class StepJob:
 
     def digest(self) -> str:
         """A name for the content of this job: equal jobs have equal names, on any machine."""
-        digest = sha256()
         settings = (
             self.step,
             self.guidance.channels,
@@ -67,11 +66,8 @@ class StepJob:
             self.seed,
             self.graph,
         )
-        digest.update(repr(settings).encode() + self.rows.tobytes() + self.costs.tobytes())
         calls = [(call.args, call.kwargs) for branch in self.calls for call in branch]
-        for tensor in tensors([calls, self.guidance.weights]):
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:24]
+        return digest(repr(settings), self.rows, self.costs, list(tensors([calls, self.guidance.weights])))
 
 
 def learn_step(denoiser: nn.Module, job: StepJob) -> npt.NDArray[np.float64]:

@@ -25,11 +25,11 @@ from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampling
 from stepmask.denoiser.seam import attached
 from stepmask.denoiser.trajectory import Trajectory, recorded
-from stepmask.errors import InvalidRecipe, RunError
+from stepmask.errors import InvalidRecipe
 from stepmask.evaluation.distribution import Features, Measure, best_measure, floor, joined
 from stepmask.evaluation.measure import Stopwatch, machine
-from stepmask.evaluation.metrics import images_of
-from stepmask.executors.filed import Kind, claim, finish
+from stepmask.evaluation.pictures import pictures_of
+from stepmask.executors.filed import Kind, absent, claim, finish
 from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.files import write_whole
 from stepmask.learning.learn import Learner, learn
@@ -163,8 +163,7 @@ class _Reproduction:
         """A schedule for each budget, learned unless it lies in the folder."""
         budgets = self.recipe.calibration.budgets
         places = [self.folder / "schedules" / f"{budget:g}" for budget in budgets]
-        absent = self.executor.union({at for at, place in enumerate(places) if not (place / FILE_NAME).exists()})
-        for at in sorted(absent):
+        for at in absent([place / FILE_NAME for place in places], self.executor):
             self.learn(budgets[at]).save_pretrained(places[at])
         tables = map(MaskSchedule.from_pretrained, places)
         return {f"budget {budget:g}": table for budget, table in zip(budgets, tables, strict=True)}
@@ -240,9 +239,7 @@ def _sampled(sampling: Sampling, table: MaskSchedule | None, measure: Measure) -
         if table is not None:
             stack.enter_context(apply(sampling.pipe, table))
         stack.enter_context(attached({sampling.denoiser: stopwatch}))
-        images = images_of(sampling().output)
-    if images is None:
-        raise RunError(given="a pipeline without pictures", expected="images", advice="Choose another pipeline")
+        images = pictures_of(sampling().output)
     return _Batch(measure.features(images), stopwatch.seconds)
 
 
