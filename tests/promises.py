@@ -1,5 +1,6 @@
 """What a masked run promises, of any denoiser and any pipeline."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from stepmask import MaskSchedule, Trajectory
 from stepmask.denoiser.families import Granularity, denoiser_of
 from stepmask.denoiser.runtime import Masked
 from stepmask.denoiser.values import tensors
+from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 
 
@@ -26,6 +28,11 @@ def random_table(pipe: Any, trajectory: Trajectory, granularity: Granularity = "
     return full.with_rows(rows)
 
 
+def without_feeders(table: MaskSchedule) -> MaskSchedule:
+    """The table over a graph that knows of no feeders: they are always called."""
+    return replace(table, graph=BlockGraph(tuple(replace(block, feeders=()) for block in table.graph.blocks)))
+
+
 def held(masked: Masked) -> int:
     """Bytes of memory that the store keeps alive, of a part of a tensor the whole."""
     stored = [tensor.untyped_storage() for seat in masked.seats for value in seat.stored for tensor in tensors(value)]
@@ -33,7 +40,10 @@ def held(masked: Masked) -> int:
 
 
 def check_promises(pipe: Any, trajectory: Trajectory, granularity: Granularity = "sublayer") -> None:
-    """All-compute is bitwise the bare run; a table's plan is kept, in MACs and bytes; nothing stays behind."""
+    """All-compute is bitwise the bare run; a table's plan is kept, in MACs and bytes; nothing stays behind.
+
+    Whether feeders are called changes nothing.
+    """
     full = all_compute(pipe, trajectory, granularity)
     with stepmask.apply(pipe, full):
         assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
@@ -41,10 +51,13 @@ def check_promises(pipe: Any, trajectory: Trajectory, granularity: Granularity =
     with stepmask.apply(pipe, table) as masked:
         memory: list[tuple[int, int]] = []
         hook = denoiser_of(pipe).register_forward_hook(lambda *_: memory.append((masked.store_bytes, held(masked))))
-        assert torch.isfinite(trajectory.sampling().latent).all()
+        latent = trajectory.sampling().latent
+        assert torch.isfinite(latent).all()
         hook.remove()
         assert all(counted == real for counted, real in memory)
         assert masked.computed_macs == lower(table).macs * branches < lower(full).macs * branches
         assert branches > 1 or masked.peak_store_bytes == lower(table).peak_bytes
         assert masked.store_bytes == 0
+    with stepmask.apply(pipe, without_feeders(table)):
+        assert torch.equal(trajectory.sampling().latent, latent)
     assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)

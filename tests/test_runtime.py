@@ -115,6 +115,42 @@ class TestByHand:
         assert [getattr(denoiser, name).calls for name in Skips.names] == [2, 1, 1, 1, 2]
 
 
+class Fed(nn.Module):
+    """x ↦ x + 3·(2x + 1) + 5·2x: one module in front of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layers = Scale(2.0), nn.ModuleList([Scale(3.0), Scale(5.0)])
+        self.reads_more = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        y = x + self.layers[0](h.view(-1) + 1) + self.layers[1](h)
+        return y + h if self.reads_more else y
+
+
+class TestFeeders:
+    def fed(self) -> tuple[Fed, MaskSchedule]:
+        graph = stepmask.trace(Fed(), (ONE,), blocks={"layers.*": "output"})
+        return Fed(), table(graph, "11", "01", "00", "10", denoiser=fingerprint_of(Fed()))
+
+    def test_they_are_called_where_a_block_needs_them(self) -> None:
+        denoiser, schedule = self.fed()
+        with stepmask.apply(denoiser, schedule):
+            # layer 0 says 3·3 = 9, then 3·(2·4 + 1) = 27; layer 1 says 5·2 = 10, then 5·4 = 20
+            assert outputs(denoiser, (ONE,), (TWO,), (FOUR,), (FOUR,)) == [1 + 9 + 10, 2 + 9 + 20, 4 + 9 + 20, 51]
+        assert denoiser.norm.calls == 3
+        assert outputs(denoiser, (ONE,)) == [20.0]
+
+    def test_another_path_that_reads_them_is_refused(self) -> None:
+        denoiser, schedule = self.fed()
+        with stepmask.apply(denoiser, schedule):
+            outputs(denoiser, (ONE,), (TWO,))
+            denoiser.reads_more = True
+            with pytest.raises(RunError, match="nothing but masked blocks read"):
+                denoiser(FOUR)
+
+
 def random_table(graph: BlockGraph, denoiser: nn.Module, steps: int, seed: int) -> MaskSchedule:
     generator = np.random.default_rng(seed)
     rows = generator.random((steps, len(graph))) < 0.5
@@ -335,7 +371,7 @@ class TestStrict:
         denoiser, other = nn.Sequential(Scale(1.0), Scale(2.0)), nn.Sequential(Scale(1.0))
         graph = stepmask.trace(denoiser, (ONE,), blocks="*")
         schedule = MaskSchedule.all_compute(graph, fingerprint_of(denoiser), sampler(2))
-        with pytest.raises(ScheduleMismatch, match="without block '1'"):
+        with pytest.raises(ScheduleMismatch, match="without '1'"):
             stepmask.apply(other, schedule)
         assert type(other[0]) is Scale
 

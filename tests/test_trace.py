@@ -202,3 +202,39 @@ class Assembled(nn.Module):
 def test_what_is_written_into_a_part_is_read_with_the_whole() -> None:
     graph = stepmask.trace(Assembled(), (torch.zeros(3),), blocks=dict.fromkeys(("left", "right", "both"), "output"))
     assert graph.blocks[2].reads == ("left", "right")
+
+
+class Fed(nn.Module):
+    """Layers behind norms: `norm` before both layers, what it answers scaled and shifted or used in other ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.norm, self.way = nn.Sequential(Scale(0.5), Scale(2.0)), way
+        self.layers = nn.ModuleList([Scale(3.0), Scale(5.0)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        if self.way == "twice":
+            h = self.norm(x)
+        if self.way == "its numbers matter":
+            h = h.cumsum(0)
+        if self.way == "changed in place":
+            h.add_(1)
+        x = x + self.layers[0](h.view(-1) * 2 + 1)
+        x = x + self.layers[1](h[:, None].to(torch.float64).squeeze(1))
+        return x + h if self.way == "read by the denoiser" else x
+
+
+def test_what_only_blocks_read_feeds_them() -> None:
+    graph = stepmask.trace(Fed("blocks alone"), (torch.ones(3),), blocks={"layers.*": "output"})
+    assert graph.fed == {"norm": (0, 1)}
+    assert graph.blocks[0].feeders == ("norm",)
+
+
+@pytest.mark.parametrize("way", ["twice", "its numbers matter", "changed in place", "read by the denoiser"])
+def test_what_others_read_feeds_nobody(way: str) -> None:
+    assert stepmask.trace(Fed(way), (torch.ones(3),), blocks={"layers.*": "output"}).fed == {}
+
+
+def test_what_is_reused_by_delta_reads_its_stream() -> None:
+    assert stepmask.trace(Fed("blocks alone"), (torch.ones(3),), blocks={"layers.*": "delta"}).fed == {}

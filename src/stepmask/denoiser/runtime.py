@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.refusals import refuse_if_cached, refuse_if_compiled, refuse_if_taken
 from stepmask.denoiser.sampler import describe, timestep_of, watched
-from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.seam import Behaviour, attached, seated
 from stepmask.denoiser.store import Store
+from stepmask.denoiser.unread import Unread, refuse_unread
 from stepmask.denoiser.values import (
     each,
     first,
@@ -80,12 +81,14 @@ class Masked:
         self.pipe, self.sampler, self.plans = pipe, schedule.sampler, [lower(table) for table in schedules]
         self.clock = _Clock(self)
         self.seats = [_Seat(self.clock, column, block) for column, block in enumerate(schedule.graph.blocks)]
+        self.feeders = {name: _Feeder(self.clock, columns) for name, columns in schedule.graph.fed.items()}
         self.modules = _modules(self.denoiser, schedule)
         with ExitStack() as stack:
             if self.scheduler is not None:
                 stack.enter_context(watched(self.scheduler, "set_timesteps", lambda *_, **__: self._start()))
                 stack.enter_context(watched(self.scheduler, "step", self._check_first))
             stack.enter_context(attached(dict(zip(self.modules, self.seats[:-1], strict=True))))
+            stack.enter_context(seated(self.denoiser, self.feeders))
             stack.enter_context(attached({self.denoiser: _Evaluation(self)}))
             self._stack = stack.pop_all()
         if self.scheduler is None:
@@ -185,10 +188,10 @@ def _check_branches(schedules: Sequence[MaskSchedule]) -> None:
 def _modules(denoiser: nn.Module, schedule: MaskSchedule) -> list[nn.Module]:
     modules = dict(denoiser.named_modules())
     names = schedule.graph.names[:-1]
-    if missing := [name for name in names if name not in modules]:
+    if missing := [name for name in (*names, *schedule.graph.fed) if name not in modules]:
         raise ScheduleMismatch(
-            given=f"a {type(denoiser).__name__} without block {missing[0]!r}",
-            expected=f"the {len(names)} blocks of the schedule",
+            given=f"a {type(denoiser).__name__} without {missing[0]!r}",
+            expected=f"the {len(names)} blocks of the schedule, and the modules that feed them",
             advice="Apply the schedule to the denoiser it was made for, or learn a new one",
         )
     return [modules[name] for name in names]
@@ -342,6 +345,22 @@ class _Seat(Behaviour):
             self.clock.hold(-size(held.pop()))
 
 
+class _Feeder(Behaviour):
+    """Stands in front of a module that only blocks read: lets it be called where one of them is computed."""
+
+    def __init__(self, clock: _Clock, columns: Sequence[int]) -> None:
+        self.clock, self.columns = clock, columns
+        self.unread: dict[int, Any] = {}  # by branch: what stands for the output
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        clock = self.clock
+        if not any(clock.row[column].action == "compute" for column in self.columns):
+            return self.unread[clock.branch]
+        output = call(*args, **kwargs)
+        self.unread[clock.branch] = each(Unread.of, output)
+        return output
+
+
 class _Evaluation(Behaviour):
     """Stands in front of the denoiser: turns the clock, and answers the whole step from the store where told to."""
 
@@ -355,6 +374,7 @@ class _Evaluation(Behaviour):
         needed = any(other.action == "compute" for other in clock.row)
         try:
             output = call(*args, **kwargs) if needed else None
+            refuse_unread(output)
             if cell.action == "compute":
                 output = seat.compute(cell, output, args, kwargs)
             else:

@@ -32,6 +32,8 @@ class Block:
         bytes: Size of one stored value, as traced.
         ms: Milliseconds per evaluation at the traced shape, blocks inside it not counted, on the machine that
             measured; 0 = not measured.
+        feeders: Names of modules outside all blocks whose outputs reach nothing but blocks, this one among them: the
+            norm in front of an attention. Where none of those blocks is computed, the feeder is not called.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Block:
     shapes: tuple[tuple[int, ...], ...] = ()
     bytes: int = 0
     ms: float = 0.0
+    feeders: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -68,6 +71,8 @@ class BlockGraph:
                 raise _inconsistent(f"block {block.label!r} with a negative size")
             if block.ms < 0 or not isfinite(block.ms):
                 raise _inconsistent(f"block {block.label!r} with {block.ms} ms")
+            if not all(isinstance(feeder, str) for feeder in block.feeders):
+                raise _inconsistent(f"block {block.label!r} with feeders {block.feeders}")
             seen.add(block.name)
         if not self.blocks or self.blocks[-1].name != DENOISER:
             raise _inconsistent("a graph whose last block is not the denoiser")
@@ -113,6 +118,12 @@ class BlockGraph:
         return np.asarray(ms / ms.sum())
 
     @cached_property
+    def fed(self) -> dict[str, tuple[int, ...]]:
+        """The columns that each feeder feeds, by its name."""
+        names = dict.fromkeys(chain.from_iterable(block.feeders for block in self.blocks))
+        return {name: tuple(c for c, block in enumerate(self.blocks) if name in block.feeders) for name in names}
+
+    @cached_property
     def reads(self) -> npt.NDArray[np.bool_]:
         """Shape (blocks, blocks); `reads[b, a]` says that block b reads block a."""
         column = {name: index for index, name in enumerate(self.names)}
@@ -132,6 +143,7 @@ class BlockGraph:
                 "bytes": block.bytes,
                 "ms": block.ms,
                 "reads": span_of(np.flatnonzero(reads).tolist()),
+                **({"feeders": list(block.feeders)} if block.feeders else {}),
             }
             for block, reads in zip(self.blocks, self.reads, strict=True)
         ]
@@ -150,6 +162,7 @@ class BlockGraph:
                     shapes=tuple(tuple(map(whole, shape)) for shape in item["shapes"]),
                     bytes=whole(item["bytes"]),
                     ms=float(item.get("ms", 0.0)),
+                    feeders=tuple(item.get("feeders", ())),
                 )
                 for item in items
             )
@@ -195,6 +208,6 @@ def _inconsistent(what: str) -> InvalidSchedule:
     return InvalidSchedule(
         given=what,
         expected="unique names, reads of earlier blocks only, reuse 'output' or 'delta', finite times and sizes of 0 "
-        "or more, and the denoiser last",
+        "or more, names of feeders, and the denoiser last",
         advice="Use stepmask.trace to build a graph from a denoiser",
     )
