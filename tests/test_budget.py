@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import stepmask
 from stepmask import BlockGraph, Budget, MaskSchedule, Trajectory
-from stepmask.denoiser.timing import time_blocks
+from stepmask.denoiser.timing import _shared_out, time_blocks
 from stepmask.errors import AlreadyApplied, InvalidBudget, InvalidSchedule, NoSuchBlock, NotTimed, RunError, TraceError
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.rounding import round_scores
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.baselines import fixed_interval, whole_step
-from stepmask.schedule.graph import DENOISER, Block
+from stepmask.schedule.graph import Block
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.show import summary
 
@@ -188,6 +188,18 @@ class Slow(Scale):
         return super().forward(x)
 
 
+class SlowGlue(Chain):
+    """Takes 20 ms, and as much in each of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Slow(2.0), Slow(5.0)])
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        time.sleep(0.02)
+        return super().forward(x, t)
+
+
 def slow_chain() -> tuple[Chain, Trajectory, BlockGraph]:
     """`Chain` with a second layer that takes long."""
     denoiser = Chain()
@@ -206,13 +218,17 @@ class TestTimeBlocks:
         assert [replace(block, ms=0.0) for block in times.blocks] == [*graph.blocks]
         assert [type(layer) for layer in denoiser.layers] == [Scale, Slow]
 
-    def test_blocks_inside_a_block_are_not_counted_with_it(self) -> None:
-        denoiser = nn.Sequential(nn.Sequential(Scale(2.0), Slow(3.0)))
-        trajectory = stepmask.record(denoiser, run=lambda: denoiser(torch.ones(2, 3)))
-        graph = BlockGraph((Block("0.1"), Block("0", ("0.1",)), Block(DENOISER, ("0",))))
+    def test_the_denoisers_own_is_a_step_that_reuses_all_blocks(self) -> None:
+        denoiser = SlowGlue()
+        trajectory = stepmask.record(denoiser, run=lambda: denoiser(torch.ones(2, 3), 1.0))
+        graph = stepmask.trace(denoiser, trajectory, blocks="layers.*")
         times = time_blocks(denoiser, trajectory, graph, repeats=3)
-        assert times.times[0] > 0.8
-        assert all(block.ms >= 0 for block in times.blocks)
+        assert times.times == pytest.approx([1 / 3] * 3, abs=0.05)
+
+    def test_forecasts_that_take_longer_than_blocks_leave_these_nothing(self) -> None:
+        graph = chain_graph(2, "output")
+        assert [block.ms for block in _shared_out(graph, [1, 3, 5], reused=7).blocks] == [0.5, 1.5, 7]
+        assert [block.ms for block in _shared_out(graph, [1, 2, 3], reused=7).blocks] == [0, 0, 6]
 
     def test_what_cannot_be_timed_is_refused(self, reference: MaskSchedule) -> None:
         denoiser, trajectory, graph = slow_chain()

@@ -1,6 +1,6 @@
 """`time_blocks`: how long each block of a denoiser takes, as this machine does it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from statistics import median
@@ -12,34 +12,40 @@ from torch import nn
 from stepmask.denoiser.clock import now
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.refusals import refuse_if_taken
+from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import NoSuchBlock, RunError, TraceError
 from stepmask.progress import progress
+from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
+from stepmask.schedule.forecasts import WINDOW, taylor_forecasts
 from stepmask.schedule.graph import Block, BlockGraph
+from stepmask.schedule.schedule import MaskSchedule
 
-WARM_UPS = 3
-"""Evaluations before the first that counts: compilation, caches, clocks."""
+WARM_UPS = WINDOW
+"""Evaluations before the first that counts, for compilation, caches, clocks; as many as a forecast may read."""
 
 
 def time_blocks(pipe: Any, trajectory: Trajectory, graph: BlockGraph, *, repeats: int = 20) -> BlockGraph:
-    """Measure how long each block takes, for budgets in time.
+    """Measure what computing each block takes, and what a step takes that reuses all of them, for budgets in time.
 
         graph = time_blocks(pipe, trajectory, stepmask.trace(pipe, trajectory))
         schedule = stepmask.learn(pipe, trajectory, stepmask.Budget(time=0.5), graph=graph)
 
-    The denoiser is evaluated on recorded calls with a stopwatch in front of every block. An accelerator is waited for
-    at both ends of each, so that work which would overlap is counted one after the other.
+    The denoiser is evaluated on recorded calls, with a stopwatch in front of every block, and then under a table that
+    reuses every block, forecast from as many stored values as there may be. An accelerator is waited for at both ends
+    of each block, so that work which would overlap is counted one after the other.
 
     Args:
         pipe: The pipeline, or plain denoiser, that the trajectory was recorded from.
         trajectory: Its calls are evaluated in turn: record it at the batch size that the schedule is for.
         graph: The blocks.
-        repeats: Evaluations that count, after a few that do not.
+        repeats: Evaluations of either kind that count, after a few that do not.
 
     Returns:
-        The graph with `ms` of each block: the median over evaluations, blocks inside it not counted, to 0.1 µs. The
-        denoiser's own is its time without its blocks'.
+        The graph with `ms` of each block, medians over evaluations to 0.1 µs. The denoiser's own is what an evaluation
+        takes that reuses all blocks; what a whole one takes on top of that is shared out over the blocks as their own
+        times are.
 
     Raises:
         RunError: `repeats` is less than one, or the trajectory is of another pipeline.
@@ -55,13 +61,49 @@ def time_blocks(pipe: Any, trajectory: Trajectory, graph: BlockGraph, *, repeats
             advice="Call stepmask.record(pipe, ...) first",
         )
     refuse_if_taken(denoiser)
+    own = _own_times(denoiser, trajectory, graph, repeats)
+    return _shared_out(graph, own, reused=_reused_time(denoiser, trajectory, graph, repeats))
+
+
+def _own_times(denoiser: nn.Module, trajectory: Trajectory, graph: BlockGraph, repeats: int) -> list[float]:
+    """Milliseconds of each block in a whole evaluation, those of blocks inside it taken off."""
     running: list[float] = []
     watches = [_Watch(running) for _ in graph.blocks]
     modules = [_module(denoiser, block) for block in graph.blocks]
-    with torch.no_grad(), attached(dict(zip(modules, watches, strict=True))):
-        for call in progress(list(islice(cycle(trajectory.calls), WARM_UPS + repeats)), "timing blocks"):
+    with attached(dict(zip(modules, watches, strict=True))):
+        _evaluate(denoiser, trajectory, WARM_UPS + repeats, "timing blocks")
+    return [_median(block, watch) for block, watch in zip(graph.blocks, watches, strict=True)]
+
+
+def _reused_time(denoiser: nn.Module, trajectory: Trajectory, graph: BlockGraph, repeats: int) -> float:
+    """Milliseconds of an evaluation that reuses all blocks."""
+    table = _all_reused(trajectory.denoiser, graph, WARM_UPS + repeats)
+    watch = _Watch([])
+    with apply(denoiser, table), attached({denoiser: watch}):
+        _evaluate(denoiser, trajectory, table.steps, "timing reuse")
+    return 1000 * median(watch.seconds[WARM_UPS:])
+
+
+def _all_reused(denoiser: DenoiserFingerprint, graph: BlockGraph, steps: int) -> MaskSchedule:
+    """Every block computed in the warm-ups, and from then on forecast from all values that a forecast may read."""
+    sampler = SamplerFingerprint("", tuple(float(step) for step in reversed(range(steps))))
+    full = MaskSchedule.all_compute(graph, denoiser, sampler)
+    rows = full.rows.copy()
+    rows[WARM_UPS:, :-1] = False
+    return full.with_rows(rows, taylor_forecasts(rows, WINDOW - 1))
+
+
+def _evaluate(denoiser: nn.Module, trajectory: Trajectory, count: int, what: str) -> None:
+    with torch.no_grad():
+        for call in progress(list(islice(cycle(trajectory.calls), count)), what):
             denoiser(*call.args, **call.kwargs)
-    return BlockGraph(tuple(_timed(block, watch) for block, watch in zip(graph.blocks, watches, strict=True)))
+
+
+def _shared_out(graph: BlockGraph, own: Sequence[float], *, reused: float) -> BlockGraph:
+    """The graph with a whole evaluation's time: one that reuses all blocks, and the rest in proportion to their own."""
+    rest, blocks = max(sum(own) - reused, 0.0), sum(own[:-1])
+    times = [*(ms * rest / blocks if blocks else 0.0 for ms in own[:-1]), sum(own) - rest]
+    return BlockGraph(tuple(replace(block, ms=round(ms, 4)) for block, ms in zip(graph.blocks, times, strict=True)))
 
 
 @dataclass(eq=False)
@@ -99,11 +141,12 @@ def _module(denoiser: nn.Module, block: Block) -> nn.Module:
         ) from error
 
 
-def _timed(block: Block, watch: _Watch) -> Block:
+def _median(block: Block, watch: _Watch) -> float:
+    """Milliseconds of a call."""
     if len(watch.seconds) <= WARM_UPS:
         raise TraceError(
             given=f"block {block.label!r}, which these evaluations did not call",
             expected="every block called once per evaluation",
             advice="Trace and time with calls that use it",
         )
-    return replace(block, ms=round(1000 * median(watch.seconds[WARM_UPS:]), 4))
+    return 1000 * median(watch.seconds[WARM_UPS:])

@@ -20,8 +20,8 @@ class Budget:
 
     Args:
         macs: Share of the reference's MACs over the whole run, in (0, 1].
-        time: Share of the reference's time over the whole run, in (0, 1], as the graph's blocks were measured. What
-            reuse itself takes is not in it. Either this or `macs`.
+        time: Share of the reference's time over the whole run, in (0, 1], as the graph's blocks were measured: what a
+            step takes that reuses all blocks is the denoiser's own. Either this or `macs`.
         store_bytes: Largest size of the store, per branch, at the traced shape: `Plan.peak_bytes`. `None` = any.
 
     Raises:

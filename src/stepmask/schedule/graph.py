@@ -30,8 +30,8 @@ class Block:
         macs: Multiply-accumulates per evaluation at the traced shape, blocks inside it not counted.
         shapes: Of the tensors it returns, as traced.
         bytes: Size of one stored value, as traced.
-        ms: Milliseconds per evaluation at the traced shape, blocks inside it not counted, on the machine that
-            measured; 0 = not measured.
+        ms: Milliseconds per evaluation at the traced shape, on the machine that measured; the denoiser's own are those
+            of an evaluation that reuses all blocks; 0 = not measured.
         feeders: Names of modules outside all blocks whose outputs reach nothing but blocks, this one among them: the
             norm in front of an attention. Where none of those blocks is computed, the feeder is not called.
     """

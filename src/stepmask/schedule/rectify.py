@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def time_share(self) -> float:
-        """Measured time of the computed blocks over that of the reference; what reuse itself takes is not in it.
+        """Time of the run over that of the reference, as the graph's blocks were measured.
 
         Raises:
             NotTimed: The blocks' times were not measured.
