@@ -1,6 +1,6 @@
 """`trace`: one evaluation, on fake tensors, tells a denoiser's blocks, their order, who reads whom, and their cost."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks
+from stepmask.denoiser.feeders import Feeders
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import Behaviour, frozen, seated
 from stepmask.denoiser.trajectory import Call, Trajectory
-from stepmask.denoiser.unread import keeps_unread
 from stepmask.denoiser.values import size, stream, tensors
 from stepmask.errors import TraceError
 from stepmask.schedule.graph import DENOISER, Block, BlockGraph, Reuse
@@ -86,7 +86,7 @@ def _watch(
     """One evaluation: what it showed, and its output."""
     recorder = _Recorder(found)
     seats: dict[str, Behaviour] = {name: _Seat(recorder, name) for name in found}
-    seats |= {name: _Outside(recorder, name) for name in _outside(denoiser, found)}
+    seats |= recorder.feeders.seats(denoiser, found)
     with ExitStack() as stack:
         for context in (torch.no_grad(), frozen(denoiser), seated(denoiser, seats), sdpa_kernel(SDPBackend.MATH)):
             stack.enter_context(context)
@@ -94,16 +94,6 @@ def _watch(
         stack.enter_context(_Flow(recorder))
         output = denoiser(*call.args, **call.kwargs)
     return recorder, output
-
-
-def _outside(denoiser: nn.Module, blocks: Collection[str]) -> list[str]:
-    """Names of the modules that have no part in a block."""
-    apart = {name: f"{name}." for name, _ in denoiser.named_modules() if name}
-    return [
-        name
-        for name, within in apart.items()
-        if not any(name == block or name.startswith(f"{block}.") or block.startswith(within) for block in blocks)
-    ]
 
 
 def _first_call(example: Trajectory | Call | tuple[Any, ...] | Mapping[str, Any]) -> Call:
@@ -132,9 +122,7 @@ class _Recorder:
         self.storages: dict[int, str] = {}  # storage of a block's output -> the block
         self.written: dict[int, frozenset[str]] = {}  # storage -> the blocks of what was written into it
         self.alive: list[Tensor] = []  # keeps ids from being used again
-        self.feeds: dict[str, set[str]] = {}  # module outside all blocks -> the blocks that its output reaches
-        self.elsewhere: set[str] = set()  # modules outside whose output reaches more than blocks
-        self.made_by: dict[int, frozenset[str]] = {}  # id of a tensor -> the modules outside that it was made from
+        self.feeders = Feeders()
 
     def macs(self) -> int:
         return self.flops.get_total_flops() // 2
@@ -157,23 +145,6 @@ class _Recorder:
             self.tag(tensor, frozenset({name}))
             self.storages[tensor.untyped_storage()._cdata] = name
 
-    def makers(self, value: Any) -> frozenset[str]:
-        return frozenset[str]().union(*(self.made_by.get(id(tensor), frozenset()) for tensor in tensors(value)))
-
-    def add_outside(self, name: str, output: Any) -> None:
-        """Write down the output of a module outside all blocks."""
-        if name in self.feeds:
-            self.elsewhere.add(name)  # called twice
-        self.feeds.setdefault(name, set())
-        for tensor in tensors(output):
-            self.alive.append(tensor)
-            self.made_by[id(tensor)] = self.made_by.get(id(tensor), frozenset()) | {name}
-
-    def feeders(self) -> dict[str, set[str]]:
-        """The modules whose outputs reach nothing but blocks, with those; none that lies in another one."""
-        found = {name: fed for name, fed in self.feeds.items() if fed and name not in self.elsewhere}
-        return {name: fed for name, fed in found.items() if not any(name.startswith(f"{other}.") for other in found)}
-
     def check_all_called(self) -> None:
         if missing := [name for name in self.found if name not in self.blocks]:
             raise TraceError(
@@ -184,13 +155,9 @@ class _Recorder:
 
     def graph(self, output: Any) -> BlockGraph:
         glue = self.macs() - sum(block.macs for block in self.blocks.values())
-        self.elsewhere |= self.makers(output)
-        feeders = self.feeders()
-        blocks = [
-            replace(block, feeders=tuple(feeder for feeder, fed in feeders.items() if block.name in fed))
-            for block in self.blocks.values()
-        ]
+        self.feeders.need(output)
         reads = self.read(output)
+        blocks = [replace(block, feeders=self.feeders.of(block.name)) for block in self.blocks.values()]
         return BlockGraph((*blocks, Block(DENOISER, reads, "output", glue, _shapes(output), size(output))))
 
 
@@ -219,15 +186,11 @@ class _Seat:
                 advice="Mask another module",
             )
         reuse = self._reuse(output, args, kwargs)
-        self._feed(reuse, args, kwargs)
+        recorder.feeders.reach(self.name, (args, kwargs))
+        if reuse == "delta":  # what is reused so reads its stream
+            recorder.feeders.need((args, kwargs))
         recorder.add(self.name, reads, recorder.macs() - before, output, reuse)
         return output
-
-    def _feed(self, reuse: Reuse, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for maker in (makers := self.recorder.makers((args, kwargs))):
-            self.recorder.feeds[maker].add(self.name)
-        if reuse == "delta":  # what is reused so reads its stream
-            self.recorder.elsewhere |= makers
 
     def _reuse(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reuse:
         asked = self.recorder.found[self.name][1]
@@ -241,20 +204,8 @@ class _Seat:
         return asked or ("delta" if fits else "output")
 
 
-class _Outside:
-    """Stands in front of a module outside all blocks, and writes down what it answers."""
-
-    def __init__(self, recorder: _Recorder, name: str) -> None:
-        self.recorder, self.name = recorder, name
-
-    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = call(*args, **kwargs)
-        self.recorder.add_outside(self.name, output)
-        return output
-
-
 class _Flow(TorchDispatchMode):
-    """Carries along, from operation to operation, which blocks and modules a tensor was made from."""
+    """Carries along, from operation to operation, which blocks a tensor was made from, and which feeders."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without types
@@ -272,16 +223,8 @@ class _Flow(TorchDispatchMode):
                 self.recorder.written[storage] = self.recorder.written.get(storage, frozenset()) | sources
             for tensor in tensors(output):
                 self.recorder.tag(tensor, sources | self.recorder.sources_of(tensor))
-            self._follow(func, (args, kwargs), output)
+            self.recorder.feeders.follow(func, (args, kwargs), output)
         return output
-
-    def _follow(self, func: Any, arguments: Any, output: Any) -> None:
-        """What modules outside blocks answer stays unread as long as no operation but blocks needs its numbers."""
-        makers = self.recorder.makers(arguments)
-        if not keeps_unread(func):
-            self.recorder.elsewhere |= makers
-        for tensor in tensors(output):
-            self.recorder.made_by[id(tensor)] = makers | self.recorder.made_by.get(id(tensor), frozenset())
 
     def _written(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
         """What an operation changes in place; the tensors that it is a view of change with it."""
