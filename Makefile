@@ -34,6 +34,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/prediction.py
 	$(BIN)/python benchmarks/frontier.py
+	$(BIN)/python benchmarks/learned_speed.py
 	for pipeline in dit ldm ddpm pixart; do for steps in 20 50; do \
 		$(BIN)/python benchmarks/against_peers.py --pipeline zoo:$$pipeline-emoji --steps $$steps || exit 1; done; done
 	$(BIN)/python benchmarks/quality.py

@@ -1,8 +1,4 @@
-"""Measured denoiser speed-up over the planned one.
-
-Random tables of the zoo's DiT and of one of DiT-XL/2's size at half of the MACs, and the zoo's learned tables, which
-`frontier.py` leaves in results/schedules.
-"""
+"""Measured denoiser speed-up over the planned one, at half of the MACs: the zoo's DiT, and one of DiT-XL/2's size."""
 
 import argparse
 from typing import Any
@@ -11,9 +7,7 @@ import numpy as np
 import torch
 
 import stepmask
-from frontier import SCHEDULES
 from results import paired_ratio, save
-from setting import Setting
 from stepmask import MaskSchedule, zoo
 from stepmask.denoiser.families import fingerprint_of
 from stepmask.learning.rounding import round_scores
@@ -93,42 +87,17 @@ def measure(
     }
 
 
-def learned(samples: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """The denoiser's speed-up under every learned table, by turns with the reference."""
-    found = {}
-    for folder in sorted(SCHEDULES.glob("*/*")):
-        table = MaskSchedule.from_pretrained(folder)
-        setting = Setting(f"zoo:{folder.parent.name}", table.steps)
-        report = stepmask.evaluate(setting.pipe, table, repeats=rounds, **setting.call(samples, 1, held_out=True))
-        median, least, most = report.speedup("schedule")
-        share = lower(table).macs_share
-        found[f"{folder.parent.name}, {folder.name}"] = {
-            "macs_share": share,
-            "measured": median,
-            "from": least,
-            "to": most,
-            "measured_over_planned": median * share,
-        }
-    return found
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=9)
-    arguments.add_argument("--samples", type=int, default=16, help="that learned tables draw at once")
-    asked = arguments.parse_args()
-    rounds = asked.rounds
+    rounds = arguments.parse_args().rounds
     torch.manual_seed(0)
     small = measure(zoo.load("zoo:dit-emoji").transformer, 16, 16, 20, rounds)
     xl = dit_xl()
     large = {grain: measure(xl, 2, 32, 4, max(3, rounds // 2), grain) for grain in ("sublayer", "block")}
     save(
         "speed",
-        {
-            "zoo:dit-emoji": small,
-            **{f"DiT-XL/2 size, {grain}": numbers for grain, numbers in large.items()},
-            "learned": learned(asked.samples, max(3, rounds // 2)),
-        },
+        {"zoo:dit-emoji": small, **{f"DiT-XL/2 size, {grain}": numbers for grain, numbers in large.items()}},
         goal="measured over planned at least 0.85 (zoo) and 0.95 (DiT-XL/2 size, sublayer)",
         met=small["measured_over_planned"] >= 0.85 and large["sublayer"]["measured_over_planned"] >= 0.95,
     )
