@@ -118,11 +118,13 @@ class Race(Setting):
 
     def learn(self, shares: Sequence[float]) -> None:
         """Tables at shares of the measured time, those that are not there yet."""
-        for share in shares:
-            told = f"{self.steps}-time-{share:g}"
-            if not (folder := SCHEDULES / name_of(self.pipeline) / told).exists():
-                runs, kept = self.calibration(64), RUNS / f"{name_of(self.pipeline)}-{told}"
-                stepmask.learn(self.pipe, runs, Budget(time=share), folder=kept).save_pretrained(folder)
+        name = name_of(self.pipeline)
+        folders = {share: SCHEDULES / name / f"{self.steps}-time-{share:g}" for share in shares}
+        missing = {share: folder for share, folder in folders.items() if not folder.exists()}
+        runs = self.calibration(64) if missing else []
+        for share, folder in missing.items():
+            table = stepmask.learn(self.pipe, runs, Budget(time=share), folder=RUNS / f"{name}-{folder.name}")
+            table.save_pretrained(folder)
 
 
 def typical(latent_errors: Sequence[float]) -> float:

@@ -12,7 +12,8 @@ from setting import Setting
 from stepmask import BlockGraph, MaskSchedule, zoo
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.trajectory import Call
-from stepmask.schedule.forecasts import WINDOW, taylor_forecasts
+from stepmask.schedule.baselines import all_reused
+from stepmask.schedule.forecasts import WINDOW
 
 SAMPLES, ROUNDS, STEPS = 16, 40, 20
 
@@ -63,9 +64,7 @@ class Bench:
 
     def reused(self) -> dict[str, dict[str, Any]]:
         """A step that reuses all blocks, forecast from all values that may be read; and with its feeders called."""
-        rows = self.full.rows.copy()
-        rows[WINDOW:, :-1] = False
-        table = self.full.with_rows(rows, taylor_forecasts(rows, WINDOW - 1))
+        table = all_reused(self.full, order=WINDOW - 1)
         called = replace(table, graph=without_feeders(table.graph))
         tables = {"reused": table, "reused, feeders called": called}
         return {name: self.over_bare(each, WINDOW, ROUNDS // 4) for name, each in tables.items()}

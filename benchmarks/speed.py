@@ -11,6 +11,7 @@ from results import paired_ratio, save
 from stepmask import MaskSchedule, zoo
 from stepmask.denoiser.families import fingerprint_of
 from stepmask.learning.rounding import round_scores
+from stepmask.schedule.baselines import all_reused
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.fingerprint import SamplerFingerprint
 from stepmask.schedule.rectify import lower
@@ -31,13 +32,6 @@ def half(reference: MaskSchedule) -> MaskSchedule:
     scores = np.random.default_rng(0).random(reference.rows.shape)
     scores[:, -1] = np.inf
     return round_scores(scores, reference, Budget(macs=0.5), max_age=5)
-
-
-def only_first(reference: MaskSchedule) -> MaskSchedule:
-    """Step 0 computed, nothing but the denoiser's glue afterwards: what no mask over these blocks can save."""
-    rows = np.zeros_like(reference.rows)
-    rows[0], rows[:, -1] = True, True
-    return reference.with_rows(rows)
 
 
 def measure(
@@ -70,7 +64,7 @@ def measure(
         )
 
     ratio = against(schedule, rounds)
-    glue = (against(only_first(reference), 3)["median"] * steps - 1) / (steps - 1)
+    glue = (against(all_reused(reference), 3)["median"] * steps - 1) / (steps - 1)
     plan = lower(schedule)
     speedup, planned = 1 / ratio["median"], 1 / plan.macs_share
     return {

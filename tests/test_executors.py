@@ -312,10 +312,8 @@ class TestProcesses:
             assert task.communicate()[0].splitlines()[-1] == f"{rank} knows"
 
     def test_a_killed_torchrun_goes_on_and_ends_as_one_process_does(self, tmp_path: Path) -> None:
-        one_thread = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-        }  # as torchrun gives each: sums of more are rounded otherwise
+        # one thread, as torchrun gives each process: sums of more are rounded otherwise
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.check_output([sys.executable, *learning(tmp_path / "one")], env=one_thread)
         killed = subprocess.Popen(torchrun(*learning(tmp_path / "two")), start_new_session=True)
         while len(kept := list((tmp_path / "two" / "training").glob("trial-*"))) < 3:

@@ -7,7 +7,7 @@ from hypothesis import given
 from stepmask import MaskSchedule
 from stepmask.errors import InvalidBudget, InvalidSchedule
 from stepmask.schedule.answers import answers
-from stepmask.schedule.baselines import fixed_interval, whole_step
+from stepmask.schedule.baselines import all_reused, fixed_interval, whole_step
 from stepmask.schedule.forecasts import DIFFERENCES, taylor_weights
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.show import summary
@@ -131,6 +131,13 @@ class TestBaselines:
         schedule = whole_step(self.reference(6), 0.5, order=1)
         assert lower(schedule).peak_bytes == 2 * 4
         assert lower(schedule).macs_share == 0.5
+
+    def test_all_reused_computes_what_its_forecast_reads(self) -> None:
+        # at the second step one value is there: plain reuse needs no other, Taylor 1 a second one
+        assert bits(all_reused(self.reference(3))) == ["11111", "00000", "00000"]
+        assert bits(all_reused(self.reference(3), order=1)) == ["11111", "11111", "00000"]
+        assert all_reused(self.reference(3)).rows[:, -1].all()  # the glue is computed
+        assert all_reused(self.reference(3), order=1).forecasts[2, 0].tolist() == [2, -1, 0]
 
     def test_what_cannot_be_is_refused(self) -> None:
         with pytest.raises(InvalidBudget, match=r"at least 0\.2"):

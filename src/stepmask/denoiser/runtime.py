@@ -357,7 +357,8 @@ class _Feeder(Behaviour):
         if not any(clock.row[column].action == "compute" for column in self.columns):
             return self.unread[clock.branch]
         output = call(*args, **kwargs)
-        self.unread[clock.branch] = each(Unread.of, output)
+        if clock.step == 0:  # where everything is computed
+            self.unread[clock.branch] = each(Unread.of, output)
         return output
 
 

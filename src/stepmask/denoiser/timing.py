@@ -17,8 +17,9 @@ from stepmask.denoiser.seam import Behaviour, attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import NoSuchBlock, RunError, TraceError
 from stepmask.progress import progress
-from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
-from stepmask.schedule.forecasts import WINDOW, taylor_forecasts
+from stepmask.schedule.baselines import all_reused
+from stepmask.schedule.fingerprint import SamplerFingerprint
+from stepmask.schedule.forecasts import WINDOW
 from stepmask.schedule.graph import Block, BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -77,20 +78,13 @@ def _own_times(denoiser: nn.Module, trajectory: Trajectory, graph: BlockGraph, r
 
 def _reused_time(denoiser: nn.Module, trajectory: Trajectory, graph: BlockGraph, repeats: int) -> float:
     """Milliseconds of an evaluation that reuses all blocks."""
-    table = _all_reused(trajectory.denoiser, graph, WARM_UPS + repeats)
+    steps = WARM_UPS + repeats
+    sampler = SamplerFingerprint("", tuple(float(step) for step in reversed(range(steps))))
+    table = all_reused(MaskSchedule.all_compute(graph, trajectory.denoiser, sampler), order=WARM_UPS - 1)
     watch = _Watch([])
     with apply(denoiser, table), attached({denoiser: watch}):
-        _evaluate(denoiser, trajectory, table.steps, "timing reuse")
+        _evaluate(denoiser, trajectory, steps, "timing reuse")
     return 1000 * median(watch.seconds[WARM_UPS:])
-
-
-def _all_reused(denoiser: DenoiserFingerprint, graph: BlockGraph, steps: int) -> MaskSchedule:
-    """Every block computed in the warm-ups, and from then on forecast from all values that a forecast may read."""
-    sampler = SamplerFingerprint("", tuple(float(step) for step in reversed(range(steps))))
-    full = MaskSchedule.all_compute(graph, denoiser, sampler)
-    rows = full.rows.copy()
-    rows[WARM_UPS:, :-1] = False
-    return full.with_rows(rows, taylor_forecasts(rows, WINDOW - 1))
 
 
 def _evaluate(denoiser: nn.Module, trajectory: Trajectory, count: int, what: str) -> None:

@@ -37,7 +37,7 @@ class Unread(Tensor):
         return make(cls, shape, dtype=tensor.dtype, device=tensor.device)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # of a class, and without keyword arguments too, as torch calls it
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
         """Answer for an operation."""

@@ -40,6 +40,24 @@ def whole_step(reference: MaskSchedule, budget: float | Budget, *, order: int = 
     return _spread(reference, Budget.of(budget), order, skip_denoiser=True)
 
 
+def all_reused(reference: MaskSchedule, *, order: int = 0) -> MaskSchedule:
+    """All blocks computed at the first steps, as many as the forecast reads, and then only the denoiser's glue.
+
+    It shows what a step takes that reuses all blocks.
+
+    Args:
+        reference: Any table of the denoiser and sampler; only its graph and fingerprints are used.
+        order: Of the forecast, 0 to 2.
+
+    Raises:
+        InvalidSchedule: The order is not 0, 1 or 2.
+    """
+    said = {"table": f"all reused, {answer(order)}"}
+    rows = np.ones_like(reference.rows)
+    rows[order + 1 :, :-1] = False
+    return reference.with_rows(rows, taylor_forecasts(rows, order), provenance=said)
+
+
 def deepcache(reference: MaskSchedule, interval: float, *, branch: int = 0, order: int = 0) -> MaskSchedule:
     """A U-Net computed whole at every `interval`-th step, and in between only near its output (arXiv 2312.00858).
 
