@@ -23,7 +23,7 @@ from peers import PEERS, CannotRun, Peer
 from results import FOLDER, save
 from rules import SmoothCache, learning_to_cache
 from setting import Setting, by_sample, name_of
-from stepmask import Budget, MaskSchedule
+from stepmask import Budget, MaskSchedule, zoo
 from stepmask.denoiser.sampling import Sampling
 from stepmask.drawing import blank
 from stepmask.drawing import save as save_figure
@@ -90,7 +90,8 @@ class Race(Setting):
 
     def tried(self, peer: Peer, knobs: Mapping[str, Any]) -> Tried:
         """One setting of a peer."""
-        sampling = Sampling(pipe := peer.pipeline(self.pipeline, self.steps, **knobs), self.reference.sampling.call)
+        pipe = peer.put_on(zoo.load(self.pipeline), self.steps, **knobs)
+        sampling = Sampling(pipe, self.reference.sampling.call)
         started = time.perf_counter()
         latent = sampling().latent
         cost = time.perf_counter() - started

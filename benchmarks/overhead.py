@@ -50,7 +50,10 @@ class Bench:
         self.handle.remove()
 
     def over_bare(self, table: MaskSchedule, evaluations: int, rounds: int) -> dict[str, Any]:
-        """Time of one evaluation under a table over that of the bare denoiser."""
+        """Time of one evaluation under a table over that of the bare denoiser; the first ones of a run are not timed.
+
+        Python is slower in the first evaluation after a table was put on, by some milliseconds.
+        """
         put = self.putting(table, evaluations)
         return paired_ratio(self.once, self.once, rounds, before_b=put, after_b=self.take)
 
@@ -79,7 +82,7 @@ def main() -> None:
     torch.manual_seed(0)
     benches = {f"zoo:{name}": Bench(f"zoo:{name}") for name in zoo.names()}
     first = benches["zoo:dit-emoji"]
-    equal, ratio = first.is_bitwise(), first.over_bare(first.full, 0, ROUNDS)
+    equal, ratio = first.is_bitwise(), first.over_bare(first.full, 1, ROUNDS)
     save(
         "overhead",
         {
@@ -88,8 +91,8 @@ def main() -> None:
             "zoo:dit-emoji, all computed": ratio,
             "all reused": {name: bench.reused() for name, bench in benches.items()},
         },
-        goal="all computed at most 1.02, bitwise equal",
-        met=equal and ratio["median"] <= 1.02,
+        goal="all computed at most 1.01, bitwise equal",
+        met=equal and ratio["median"] <= 1.01,
     )
 
 

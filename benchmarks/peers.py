@@ -18,7 +18,6 @@ import torch
 from diffusers import hooks
 from diffusers.hooks.hooks import CacheContext, HookRegistry, _set_cache_context
 
-from stepmask import zoo
 from stepmask.denoiser.conditioning import Conditioning
 from stepmask.denoiser.families import denoiser_of
 
@@ -46,13 +45,12 @@ class Peer:
     knobs: Sequence[Knobs]
     enable: Callable[..., None]
 
-    def pipeline(self, source: str, steps: int, **knobs: Any) -> Any:
-        """A pipeline with the cache on it.
+    def put_on(self, pipe: Any, steps: int, **knobs: Any) -> Any:
+        """The pipeline, which is used for nothing else, with the cache on it.
 
         Raises:
             CannotRun: It does not attach.
         """
-        pipe = zoo.load(source)
         pipe.set_progress_bar_config(disable=True)
         pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {})  # cache-dit changes the class, for everybody
         self.enable(pipe, steps, **knobs)

@@ -8,11 +8,9 @@ import resource
 import sys
 from typing import Any
 
-import torch
-
 import stepmask
+from full_size import ARCHITECTURES
 from results import alone, save
-from speed import dit_xl
 from stepmask import zoo
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -24,14 +22,9 @@ MUST = next(iter(SETTINGS))
 
 def pipeline(setting: str) -> Any:
     """The zoo's, or DiT-XL/2 with a small decoder."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
-
-    torch.manual_seed(0)
-    if setting.startswith("zoo:"):
-        pipe = zoo.load(setting.partition(",")[0])
-    else:
-        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=32).eval()
-        pipe = DiTPipeline(dit_xl(), vae, DDIMScheduler(clip_sample=False))
+    if not setting.startswith("zoo:"):
+        return ARCHITECTURES["DiT-XL/2, 256"].pipeline()
+    pipe = zoo.load(setting.partition(",")[0])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
