@@ -27,7 +27,7 @@ format: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/learning_memory.py
 	$(BIN)/python benchmarks/per_timestep.py
 	$(BIN)/python benchmarks/regular_tables.py
