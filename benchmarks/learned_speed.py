@@ -1,6 +1,11 @@
-"""Measured speed-up of the denoiser under every table that `frontier.py` has left in results/schedules."""
+"""Measured speed-up of the denoiser under every table that `frontier.py` has left in results/schedules.
+
+Finished tables lie in runs/learned_speed, so that a killed run goes on where it stopped.
+"""
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import stepmask
@@ -8,29 +13,41 @@ from frontier import SCHEDULES
 from results import save
 from setting import Setting
 from stepmask import MaskSchedule
+from stepmask.denoiser.identity import digest
+from stepmask.files import write_whole
 from stepmask.schedule.rectify import lower
+
+RUNS = Path("runs") / "learned_speed"
 
 LEAST = 0.85
 """Of the speed-up that the MACs promise, at a half or more of them."""
 
 
 def measured(samples: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Speed-ups by "PIPELINE, STEPS-SHARE", by turns with the reference: median, slowest and fastest."""
+    """Speed-ups by "PIPELINE, STEPS-SHARE"."""
     found = {}
     for folder in sorted(SCHEDULES.glob("*/*")):
-        table = MaskSchedule.from_pretrained(folder)
-        setting = Setting(f"zoo:{folder.parent.name}", table.steps)
-        report = stepmask.evaluate(setting.pipe, table, repeats=repeats, **setting.call(samples, 1, held_out=True))
-        speedup, slowest, fastest = report.speedup("schedule")
-        share = lower(table).macs_share
-        found[f"{folder.parent.name}, {folder.name}"] = {
-            "macs_share": share,
-            "speedup": speedup,
-            "slowest": slowest,
-            "fastest": fastest,
-            "over_promise": speedup * share,
-        }
+        pipeline, table = folder.parent.name, MaskSchedule.from_pretrained(folder)
+        kept = RUNS / f"{pipeline}-{folder.name}-{digest(table.to_json(), samples, repeats)}.json"
+        if not kept.exists():
+            write_whole(kept, json.dumps(speed(f"zoo:{pipeline}", table, samples, repeats)))
+        found[f"{pipeline}, {folder.name}"] = json.loads(kept.read_text())
     return found
+
+
+def speed(pipeline: str, table: MaskSchedule, samples: int, repeats: int) -> dict[str, float]:
+    """Of one table, by turns with the reference: median, slowest and fastest."""
+    setting = Setting(pipeline, table.steps)
+    report = stepmask.evaluate(setting.pipe, table, repeats=repeats, **setting.call(samples, 1, held_out=True))
+    speedup, slowest, fastest = report.speedup("schedule")
+    share = lower(table).macs_share
+    return {
+        "macs_share": share,
+        "speedup": speedup,
+        "slowest": slowest,
+        "fastest": fastest,
+        "over_promise": speedup * share,
+    }
 
 
 def main() -> None:

@@ -103,7 +103,11 @@ class _Latent(_OnEmoji):
 
 
 class DiT(_Latent):
-    """By group and style: DiTTransformer2DModel, trained on from given weights."""
+    """By group and style: DiTTransformer2DModel, 64 tokens of width 192.
+
+    Labels 0 to 26 = 3 × group + style (`pipe.labels` names them), 1000 = no class; guidance 4 is the pipeline's default.
+    Before this training it had about 3,100 iterations of batches of 64.
+    """
 
     rate = 5e-4
 
