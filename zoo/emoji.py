@@ -54,8 +54,8 @@ class Emoji:
 
     @property
     def label_names(self) -> dict[int, str]:
-        """What each label means."""
-        pairs = [f"{group}, {style}" for group in self.group_names for style in STYLES]
+        """What each label means; without commas, at which diffusers splits them."""
+        pairs = [f"{group} ({style})" for group in self.group_names for style in STYLES]
         return dict(enumerate(pairs))
 
     @property

@@ -52,8 +52,11 @@ def export(name: str, training: Training) -> None:
     pipe.to(torch.float16).save_pretrained(place)
     if "text_encoder" in pipe.components:
         _change(place / "text_encoder" / "config.json", dtype="float32")  # transformers would load it as it lies there
-    if "vae" in pipe.components:
-        _change(place / "vae" / "config.json", _name_or_path=f"zoo:{SHARES_VAE}")  # and not a path of this machine
+    for config in place.glob("*/config.json"):
+        if "_name_or_path" in json.loads(config.read_text()):
+            _change(config, _name_or_path=f"zoo:{SHARES_VAE}")  # and not a path of this machine
+    if hasattr(pipe, "labels"):
+        _change(place / "model_index.json", id2label=training.family.emoji.label_names)  # diffusers does not keep it
     for kept in ("samples.png", "log.jsonl"):
         shutil.copy(training.folder / kept, place / kept)
     (place / "README.md").write_text(card(name, training.family, pipe, place / "log.jsonl"))
@@ -61,7 +64,7 @@ def export(name: str, training: Training) -> None:
         (place / PROMPTS_NAME).write_text("\n".join(training.family.emoji.prompts(PROMPTS)) + "\n")
 
 
-def _change(config: Path, **values: str) -> None:
+def _change(config: Path, **values: Any) -> None:
     """Set values of a model's configuration."""
     config.write_text(json.dumps({**json.loads(config.read_text()), **values}, indent=2) + "\n")
 
