@@ -105,7 +105,7 @@ class _Latent(_OnEmoji):
 class DiT(_Latent):
     """By group and style: DiTTransformer2DModel, 64 tokens of width 192.
 
-    Labels 0 to 26 = 3 × group + style (`pipe.labels` names them), 1000 = no class; guidance 4 is the pipeline's default.
+    Labels 0 to 26 = 3 × group + style (`pipe.labels` names them), 1000 = no class; guidance 4 is its default.
     Before this training it had about 3,100 iterations of batches of 64.
     """
 
