@@ -7,13 +7,14 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache, partial
 from math import ceil
 from pathlib import Path
 from statistics import fmean, geometric_mean, median
 from typing import Any
 
 import stepmask
-from results import FOLDER, save
+from results import FOLDER, kept, save
 from setting import Setting, errors, name_of, timed
 from stepmask import MaskSchedule, zoo
 from stepmask.drawing import blank
@@ -21,7 +22,6 @@ from stepmask.drawing import save as save_figure
 from stepmask.errors import InvalidBudget
 from stepmask.evaluation.compare import evaluate
 from stepmask.evaluation.report import Report
-from stepmask.files import write_whole
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.baselines import branches, deepcache_within, fixed_interval, whole_step
@@ -124,13 +124,10 @@ def rows(report: Report) -> dict[str, Any]:
 def cells(pipeline: str, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for steps in asked.steps:
         for guidance in asked.guidance:
-            contest = None
+            contest = cache(partial(Contest, pipeline, steps, guidance))  # of the first cell that is missing
             for share in asked.shares:
-                kept = RUNS / f"{name_of(pipeline)}-{steps}-{guidance}-{share:g}-{asked.samples}.json"
-                if not kept.exists():
-                    contest = contest or Contest(pipeline, steps, guidance)
-                    write_whole(kept, json.dumps(contest.measure(share, asked.samples)))
-                yield json.loads(kept.read_text())
+                path = RUNS / f"{name_of(pipeline)}-{steps}-{guidance}-{share:g}-{asked.samples}.json"
+                yield kept(path, lambda contest=contest, share=share: contest().measure(share, asked.samples))
 
 
 def best_rival(cell: dict[str, Any]) -> str:

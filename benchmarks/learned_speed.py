@@ -4,17 +4,15 @@ Finished tables lie in runs/learned_speed, so that a killed run goes on where it
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import stepmask
 from frontier import SCHEDULES
-from results import save
+from results import gain, kept, save
 from setting import Setting
 from stepmask import MaskSchedule
 from stepmask.denoiser.identity import digest
-from stepmask.files import write_whole
 from stepmask.schedule.rectify import lower
 
 RUNS = Path("runs") / "learned_speed"
@@ -28,10 +26,9 @@ def measured(samples: int, repeats: int) -> dict[str, dict[str, float]]:
     found = {}
     for folder in sorted(SCHEDULES.glob("*/*")):
         pipeline, table = folder.parent.name, MaskSchedule.from_pretrained(folder)
-        kept = RUNS / f"{pipeline}-{folder.name}-{digest(table.to_json(), samples, repeats)}.json"
-        if not kept.exists():
-            write_whole(kept, json.dumps(speed(f"zoo:{pipeline}", table, samples, repeats)))
-        found[f"{pipeline}, {folder.name}"] = json.loads(kept.read_text())
+        path = RUNS / f"{pipeline}-{folder.name}-{digest(table.to_json(), samples, repeats)}.json"
+        told = f"{pipeline}, {folder.name}"
+        found[told] = kept(path, lambda name=pipeline, table=table: speed(f"zoo:{name}", table, samples, repeats))
     return found
 
 
@@ -39,15 +36,7 @@ def speed(pipeline: str, table: MaskSchedule, samples: int, repeats: int) -> dic
     """Of one table, by turns with the reference: median, slowest and fastest."""
     setting = Setting(pipeline, table.steps)
     report = stepmask.evaluate(setting.pipe, table, repeats=repeats, **setting.call(samples, 1, held_out=True))
-    speedup, slowest, fastest = report.speedup("schedule")
-    share = lower(table).macs_share
-    return {
-        "macs_share": share,
-        "speedup": speedup,
-        "slowest": slowest,
-        "fastest": fastest,
-        "over_promise": speedup * share,
-    }
+    return {"macs_share": lower(table).macs_share, **gain(report, "schedule")}
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ from statistics import median, quantiles
 from typing import Any
 
 from stepmask.evaluation.measure import machine
+from stepmask.evaluation.report import Report
+from stepmask.files import write_whole
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -39,6 +41,20 @@ def paired_ratio(
         ratios.append(second / first if turn % 2 == 0 else first / second)
     low, _, high = quantiles(ratios, n=4)
     return {"median": median(ratios), "quartiles": [low, high], "rounds": rounds}
+
+
+def gain(report: Report, name: str) -> dict[str, float]:
+    """Speed-up of the denoiser in a row of a report, and over the one that the MACs which it ran promise."""
+    speedup, slowest, fastest = report.speedup(name)
+    over = speedup * report[name].macs_executed
+    return {"speedup": speedup, "slowest": slowest, "fastest": fastest, "over_promise": over}
+
+
+def kept(path: Path, measure: Callable[[], Any]) -> Any:
+    """What a JSON file of a finished part says; or measured now and kept there, for a killed run to go on from."""
+    if not path.exists():
+        write_whole(path, json.dumps(measure()))
+    return json.loads(path.read_text())
 
 
 def _seconds(function: Callable[[], Any]) -> float:

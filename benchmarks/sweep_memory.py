@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import stepmask
-from full_size import ARCHITECTURES
+from architectures import ARCHITECTURES
 from results import alone, save
 from stepmask import zoo
 

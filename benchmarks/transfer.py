@@ -5,15 +5,13 @@ goes on where it stopped.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import stepmask
-from results import save
+from results import kept, save
 from setting import Setting, errors, name_of
 from stepmask import MaskSchedule
-from stepmask.files import write_whole
 from stepmask.schedule.baselines import fixed_interval
 from stepmask.schedule.rectify import lower
 
@@ -26,12 +24,12 @@ def learned(setting: Setting, budget: float) -> MaskSchedule:
     return stepmask.learn(setting.pipe, setting.calibration(64), budget)
 
 
-def at_home(pipeline: str, share: float, kept: Path) -> MaskSchedule:
+def at_home(pipeline: str, share: float, folder: Path) -> MaskSchedule:
     """The table that is carried over; learned once."""
-    if not (kept / "stepmask.json").exists():
+    if not (folder / "stepmask.json").exists():
         home = Setting(pipeline, LEARNED_AT)
-        learned(home, home.budget(share)).save_pretrained(kept)
-    return MaskSchedule.from_pretrained(kept)
+        learned(home, home.budget(share)).save_pretrained(folder)
+    return MaskSchedule.from_pretrained(folder)
 
 
 def carried(table: MaskSchedule, setting: Setting, samples: int) -> dict[str, Any]:
@@ -55,16 +53,14 @@ def main() -> None:
     arguments.add_argument("--sizes", type=int, nargs="*", default=[96], help="in pixels; not every pipeline has them")
     arguments.add_argument("--samples", type=int, default=32)
     asked = arguments.parse_args()
-    kept = RUNS / f"{name_of(asked.pipeline)}-{asked.share:g}"
-    table = at_home(asked.pipeline, asked.share, kept)
+    folder = RUNS / f"{name_of(asked.pipeline)}-{asked.share:g}"
+    table = at_home(asked.pipeline, asked.share, folder)
     elsewhere = {f"{steps} steps": Setting(asked.pipeline, steps) for steps in asked.steps}
     elsewhere |= {f"{size} pixels": Setting(asked.pipeline, LEARNED_AT, size=size) for size in asked.sizes}
     found: dict[str, Any] = {}
     for place, setting in elsewhere.items():
-        file = kept / f"{place}, {asked.samples} samples.json"
-        if not file.exists():
-            write_whole(file, json.dumps(carried(table, setting, asked.samples)))
-        found[place] = json.loads(file.read_text())
+        path = folder / f"{place}, {asked.samples} samples.json"
+        found[place] = kept(path, lambda setting=setting: carried(table, setting, asked.samples))
     over = {place: row["carried over"]["error"] / row["learned there"]["error"] for place, row in found.items()}
     save(
         "transfer",

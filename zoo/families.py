@@ -106,7 +106,8 @@ class DiT(_Latent):
     """By group and style: DiTTransformer2DModel, 64 tokens of width 192.
 
     Labels 0 to 26 = 3 × group + style (`pipe.labels` names them), 1000 = no class; guidance 4 is its default.
-    Before this training it had about 3,100 iterations of batches of 64.
+    Before this training it had about 3,100 iterations of batches of 64. Faces, people and flags are recognised,
+    most objects are not.
     """
 
     rate = 5e-4
