@@ -36,11 +36,13 @@ class Family:
         tables: At least one.
         window: How many stored values a forecast may read, from 1; fewer where the budget's store has no room for more.
         handicap: How many times less than an interval's error training takes off theirs.
+        uneven: Whether a sweep proposed where they compute. Training takes more off these than their errors tell.
     """
 
     tables: tuple[MaskSchedule, ...]
     window: int
     handicap: float
+    uneven: bool
 
 
 def families(reference: MaskSchedule, budget: Budget, window: int, profile: Profile | None = None) -> list[Family]:
@@ -58,17 +60,20 @@ def families(reference: MaskSchedule, budget: Budget, window: int, profile: Prof
     """
     most = int(whole_step(reference, budget.share).rows.any(axis=1).sum())  # raises if not even one step fits
     kinds = [
-        (_regular(fixed_interval, reference, budget, window, most), 1.0),
-        (list(_filled(reference, budget, window, most)), 1.0),
-        (_regular(whole_step, reference, budget, window, most), HANDICAP),
-        (list(_refreshed(reference, budget, window, most)), HANDICAP),
-        (list(_shallow(reference, budget, window)), 1.0),
-        (list(_uneven(profile, budget, window)) if profile else [], 1.0),
+        (_regular(fixed_interval, reference, budget, window, most), 1.0, False),
+        (list(_filled(reference, budget, window, most)), 1.0, False),
+        (_regular(whole_step, reference, budget, window, most), HANDICAP, False),
+        (list(_refreshed(reference, budget, window, most)), HANDICAP, False),
+        (list(_shallow(reference, budget, window)), 1.0, False),
+        (list(_uneven(profile, budget, window)) if profile else [], 1.0, True),
     ]
-    fitting = [([table for table in tables if budget.stores(lower(table))], handicap) for tables, handicap in kinds]
-    found = [Family(tuple(ts), max(int(t.windows.max()) for t in ts), handicap) for ts, handicap in fitting if ts]
+    found = []
+    for tables, handicap, uneven in kinds:
+        fitting = tuple(table for table in tables if budget.stores(lower(table)))
+        if fitting:
+            found.append(Family(fitting, max(int(table.windows.max()) for table in fitting), handicap, uneven))
     if not found:
-        raise too_small_a_store(budget, min(lower(table).peak_bytes for tables, _ in kinds for table in tables))
+        raise too_small_a_store(budget, min(lower(table).peak_bytes for tables, *_ in kinds for table in tables))
     return found
 
 

@@ -54,9 +54,9 @@ class TrainedForecasts:
     Fixed intervals, whole-step tables, intervals with partial evaluations between the whole ones or with one partial
     evaluation, and uneven tables that a sweep proposes are compared by true runs. The weights of every reused cell, and
     of computed ones that may blend older values in, are then trained on masked runs, by the gradient of the final
-    latent's distance to the reference through the pipeline's own sampler: of the best three for a sixth of the way, and
-    of the one that is then ahead to the end. Each iteration takes the next trajectory: several trajectories of a few
-    samples cost no more per iteration than one, and overfit less.
+    latent's distance to the reference through the pipeline's own sampler: of the best uneven table and the two best
+    others for a sixth of the way, and of the one that is then ahead to the end. Each iteration takes the next
+    trajectory: several trajectories of a few samples cost no more per iteration than one, and overfit less.
 
     Args:
         passes: What is spent on the table that is ahead: as many iterations of Adam as have the MACs of this many
@@ -120,7 +120,7 @@ class TrainedForecasts:
 
     def _ahead(self, starts: Sequence["_Start"], task: Task) -> "_Training":
         """The training that is ahead after a trial; in a run that goes on, the one that has gone further."""
-        racers = [_Training(self, start, task) for start in sorted(starts, key=attrgetter("promise"))[:RACERS]]
+        racers = [_Training(self, start, task) for start in _racers(starts)]
         if further := [racer for racer in racers if racer.iteration > racer.trial]:
             return further[0]
         tables = [racer.run(racer.trial) for racer in racers]
@@ -162,6 +162,15 @@ class _Start:
     def promise(self) -> float:
         """What the error may come to, to compare starts by."""
         return self.typical * self.family.handicap
+
+
+def _racers(starts: Sequence[_Start]) -> list[_Start]:
+    """Who is trained on trial, the most promising first; the best uneven table among them, whatever it promises.
+
+    Where it computes little the rest is easily told from what is stored, which only training shows.
+    """
+    seated = sorted(starts, key=lambda start: (not start.family.uneven, start.promise))[:RACERS]
+    return sorted(seated, key=attrgetter("promise"))
 
 
 def _swept(task: Task) -> Profile:
