@@ -1,12 +1,15 @@
 """Distances between sets of pictures: what is learned, fixed intervals and fewer steps, with the floor of real halves.
 
 What is learned comes from `frontier.py`, which leaves its tables in results/schedules. All contenders draw the same
-labels or prompts with the same seeds. Features lie in runs/quality, so that a killed run goes on where it stopped.
+labels or prompts with the same seeds. Of prompted pipelines it also tells how often a picture is nearest to those that
+the data has for its prompt. Features lie in runs/quality, so that a killed run goes on where it stopped.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load
 from safetensors.torch import save as to_bytes
+from torch.nn import functional
 
 from frontier import SCHEDULES
 from results import save
@@ -32,6 +36,11 @@ RUNS = Path("runs") / "quality"
 BATCH = 16
 FIRST_SEED = 10_000
 """Of the pictures; those that tables were learned from and measured on have smaller ones."""
+
+NEAREST = 10
+"""Of the data's pictures, among which one of the prompt's own must be."""
+
+ZOO = Path(__file__).parents[1] / "zoo"
 
 Contender = MaskSchedule | int | None
 """A table, the reference in fewer steps, or the reference."""
@@ -79,6 +88,12 @@ class Gallery(Setting):
         assert images is not None
         return images
 
+    def prompts(self) -> list[str]:
+        """What each picture was told; none of pipelines that take no prompt."""
+        batches = range(0, self.samples, BATCH)
+        calls = (self.call(min(BATCH, self.samples - first), FIRST_SEED + first, held_out=True) for first in batches)
+        return [prompt for call in calls for prompt in call.get("prompt", ())]
+
     def macs(self, contender: Contender) -> float:
         """Over those of the reference."""
         if isinstance(contender, MaskSchedule):
@@ -94,27 +109,51 @@ def kept(path: Path, measure: Measure, see: Callable[[], Features]) -> Features:
     return Features.of_tensors(load(path.read_bytes()), measure.name)
 
 
-def rows(gallery: Gallery, contenders: Mapping[str, Contender], data: Features | None) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Data:
+    """Training pictures: all that a file has, with what a model was told of each, and as many as are sampled."""
+
+    every: Features
+    captions: list[str]
+    some: Features
+
+    @classmethod
+    def of(cls, path: Path, measure: Measure, samples: int) -> "Data":
+        """Of a file that `zoo/build_data.py` wrote; the floor is that of as many pictures as are sampled."""
+        sys.path.append(str(ZOO))
+        from emoji import Emoji
+
+        pictures = progress(read_pictures(path), "data")
+        every = kept(RUNS / "data" / f"{path.stem}.safetensors", measure, lambda: features_of(measure, pictures))
+        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
+        return cls(every, Emoji.load(path).captions, every.take(order[:samples]))
+
+    def agreement(self, drawn: Features, prompts: Sequence[str]) -> float:
+        """Share of pictures that have one of their prompt's among the `NEAREST` of the data, by cosine."""
+        likeness = functional.normalize(drawn.values) @ functional.normalize(self.every.values).T
+        nearest = likeness.topk(NEAREST).indices.tolist()
+        found = [
+            prompt in (self.captions[index] for index in row) for prompt, row in zip(prompts, nearest, strict=True)
+        ]
+        return sum(found) / len(found)
+
+
+def rows(gallery: Gallery, contenders: Mapping[str, Contender], data: Data | None) -> Iterator[dict[str, Any]]:
     """Each contender against the reference's pictures and against the training data."""
+    prompts = gallery.prompts()
     sets = {name: gallery.features(name, contender) for name, contender in contenders.items()}
     for name, found in sets.items():
         row: dict[str, Any] = {"name": name, "macs": gallery.macs(contenders[name])}
         if name != "reference":
             row["to_reference"] = gallery.measure.compare(found, sets["reference"])
         if data is not None:
-            row["to_data"] = gallery.measure.compare(found, data)
+            row["to_data"] = gallery.measure.compare(found, data.some)
+        if data is not None and prompts:
+            row["agreement"] = data.agreement(found, prompts)
         yield row
     yield {"name": "halves of the reference", "to_reference": floor(gallery.measure, sets["reference"])}
     if data is not None:
-        yield {"name": "halves of the data", "to_data": floor(gallery.measure, data)}
-
-
-def data_of(measure: Measure, path: Path, samples: int) -> Features:
-    """Of as many pictures of a file as are sampled, so that the floor is that of the same number."""
-    pictures = progress(read_pictures(path), "data")
-    every = kept(RUNS / "data" / f"{path.stem}.safetensors", measure, lambda: features_of(measure, pictures))
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
-    return every.take(order[:samples])
+        yield {"name": "halves of the data", "to_data": floor(gallery.measure, data.some)}
 
 
 def best_is_learned(found: list[dict[str, Any]], shares: list[float]) -> bool:
@@ -131,10 +170,10 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=20)
     arguments.add_argument("--samples", type=int, default=2048)
     arguments.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35, 0.25])
-    arguments.add_argument("--data", type=Path, help="an .npz file of training pictures")
+    arguments.add_argument("--data", type=Path, help="what zoo/build_data.py wrote")
     asked = arguments.parse_args()
     gallery = Gallery(asked.pipeline, asked.steps, asked.samples, measure := best_measure(asked.samples))
-    data = data_of(measure, asked.data, asked.samples) if asked.data else None
+    data = Data.of(asked.data, measure, asked.samples) if asked.data else None
     found = list(rows(gallery, gallery.contenders(asked.shares), data))
     what = f"{asked.pipeline}, {asked.steps} steps, {asked.samples} samples of each, {measure}"
     save(
