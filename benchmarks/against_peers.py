@@ -20,7 +20,7 @@ import numpy as np
 import stepmask
 from frontier import SCHEDULES
 from peers import PEERS, CannotRun, Peer
-from results import FOLDER, save
+from results import FOLDER, save, table
 from rules import SmoothCache, learning_to_cache
 from setting import Setting, by_sample, name_of
 from stepmask import Budget, MaskSchedule, zoo
@@ -28,6 +28,7 @@ from stepmask.denoiser.sampling import Sampling
 from stepmask.drawing import blank
 from stepmask.drawing import save as save_figure
 from stepmask.evaluation.compare import evaluate
+from stepmask.evaluation.measure import machine
 from stepmask.evaluation.metrics import latent_errors
 from stepmask.progress import progress
 from stepmask.schedule.rectify import lower
@@ -51,6 +52,12 @@ SHARES = (0.6, 0.5, 0.42, 0.35, 0.3, 0.25)
 
 SMOOTH = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 0.9)
 PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+OURS = "stepmask"
+
+Row = dict[str, Any]
+"""Of the CSV file: one setting of one method on held-out samples."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Race(Setting):
     def learned(self) -> dict[str, MaskSchedule]:
         """All that was learned for this pipeline and number of steps."""
         folders = sorted((SCHEDULES / name_of(self.pipeline)).glob(f"{self.steps}-*"))
-        return {f"stepmask: {folder.name}": MaskSchedule.from_pretrained(folder) for folder in folders}
+        return {f"{OURS}: {folder.name}": MaskSchedule.from_pretrained(folder) for folder in folders}
 
     def learn(self, shares: Sequence[float]) -> None:
         """Tables at shares of the measured time, those that are not there yet."""
@@ -146,22 +153,22 @@ def best(tried: Sequence[Tried]) -> list[Tried]:
     return [kept[place] for place in places]
 
 
-def at_speed(points: Sequence[tuple[float, float]], speed: float) -> float | None:
-    """The error at a speed-up: along the lower envelope of (speed-up, error), log error linear in time.
+def at_cost(points: Sequence[tuple[float, float]], share: float) -> float | None:
+    """The error at a share of the reference's cost: on the lower envelope of (cost, error), log error linear in cost.
 
-    `None` beyond the fastest; the slowest's where all are faster.
+    `None` below the cheapest; the dearest's where all are cheaper.
     """
     envelope: list[tuple[float, float]] = []
-    for faster, error in sorted(points, reverse=True):
+    for cost, error in sorted(points):
         if not envelope or error < envelope[-1][1]:
-            envelope.append((faster, error))
-    if not envelope or speed > envelope[0][0]:
+            envelope.append((cost, error))
+    if not envelope or share < envelope[0][0]:
         return None
-    times, logs = [1 / faster for faster, _ in envelope], [np.log(error) for _, error in envelope]
-    return float(np.exp(np.interp(1 / speed, times, logs)))
+    costs, logs = [cost for cost, _ in envelope], [np.log(error) for _, error in envelope]
+    return float(np.exp(np.interp(share, costs, logs)))
 
 
-def rows(race: Race, batches: int, repeats: int) -> Iterator[dict[str, Any]]:
+def rows(race: Race, batches: int, repeats: int) -> Iterator[Row]:
     """Everything measured on held-out samples in one run; times are of the first batch."""
     learned = race.learned()
     first, *others = learned.items()
@@ -177,6 +184,7 @@ def rows(race: Race, batches: int, repeats: int) -> Iterator[dict[str, Any]]:
             "method": method,
             "setting": setting,
             "macs": row.macs_executed,
+            "time": 1 / speed,
             "speedup": speed,
             "speedup_low": slowest,
             "speedup_high": fastest,
@@ -185,28 +193,47 @@ def rows(race: Race, batches: int, repeats: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def against_best(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What is learned over the best other method at shares of the measured time; up to our fastest."""
+def at_equal(cost: str, found: Sequence[Row]) -> dict[str, dict[float, float | None]]:
+    """Errors of every method at the shares of a cost, the column "time" or "macs"."""
     methods = sorted({row["method"] for row in found})
-    curves = {name: [(row["speedup"], row["error"]) for row in found if row["method"] == name] for name in methods}
+    curves = {name: [(row[cost], row["error"]) for row in found if row["method"] == name] for name in methods}
+    return {name: {share: at_cost(curve, share) for share in SHARES} for name, curve in curves.items()}
+
+
+def over_the_best(errors: Mapping[str, Mapping[float, float | None]]) -> dict[float, float]:
+    """Our error over that of the best other method, at the shares that both reach."""
     ratios = {}
     for share in SHARES:
-        at = {name: at_speed(curve, 1 / share) for name, curve in curves.items()}
-        ours = at.pop("stepmask")
-        others = {name: error for name, error in at.items() if error is not None}
-        if ours is not None and others:
-            best = min(others, key=lambda name: others[name])
-            ratios[f"{share:g}"] = {"error": ours, "best": best, "of_best": others[best], "ratio": ours / others[best]}
+        ours = errors[OURS][share]
+        others = [found[share] for name, found in errors.items() if name != OURS]
+        reached = [error for error in others if error is not None]
+        if ours is not None and reached:
+            ratios[share] = ours / min(reached)
     return ratios
 
 
-def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
+def markdown(race: Race, found: Sequence[Row], told: str) -> str:
+    """Both comparisons as tables for people, with what they were measured by and who could not run."""
+    parts = [f"# {race.pipeline}, {race.steps} steps", told]
+    for cost, title in (("time", "measured time of the denoiser"), ("macs", "MACs")):
+        errors = at_equal(cost, found)
+        lines = [["", *(f"{share:g}" for share in SHARES)]]
+        lines += [[name, *(_short(at[share]) for share in SHARES)] for name, at in errors.items()]
+        ratios = over_the_best(errors)
+        lines += [["**stepmask over the best other**", *(f"{ratios[s]:.2f}" if s in ratios else "–" for s in SHARES)]]
+        parts += [f"Latent error (mean) at shares of the reference's {title}:", table(lines)]
+    if race.absent:
+        parts += ["Not run:", "\n".join(f"- {name}: {why}" for name, why in race.absent.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(found: Sequence[Row], path: Path) -> None:
     figure = blank(13.0, 5.0)
     axes = figure.subplots(1, 2)
     for axis, key, label in zip(axes, ("speedup", "macs"), ("denoiser speed-up", "share of MACs"), strict=True):
         for method in sorted({row["method"] for row in found}):
             points = sorted((row[key], row["error"]) for row in found if row["method"] == method)
-            style = {"linewidth": 2.5, "color": "black"} if method == "stepmask" else {"linewidth": 1}
+            style = {"linewidth": 2.5, "color": "black"} if method == OURS else {"linewidth": 1}
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method, **style)
         axis.set(yscale="log", xlabel=label, ylabel="latent error")
     axes[1].legend(fontsize=7)
@@ -214,8 +241,32 @@ def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
+def publish(race: Race, found: Sequence[Row], what: str) -> None:
+    """Everything as CSV, the comparison as a picture, for people and with its goal."""
+    name = f"peers-{name_of(race.pipeline)}-{race.steps}"
+    with (FOLDER / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, found[0])
+        writer.writeheader()
+        writer.writerows(found)
+    plot(found, FOLDER / f"{name}.png")
+    command = f"`benchmarks/against_peers.py --pipeline {race.pipeline} --steps {race.steps}`"
+    here = ", ".join(f"{key} {value}" for key, value in machine().items())
+    (FOLDER / f"{name}.md").write_text(markdown(race, found, f"{command}: {what}; {here}."))
+    by_time, by_macs = (over_the_best(at_equal(cost, found)) for cost in ("time", "macs"))
+    save(
+        name,
+        {"what": what, "over_the_best_at_equal_time": by_time, "at_equal_macs": by_macs, "absent": race.absent},
+        goal="at most 0.6 of the best peer's error at equal measured time",
+        met=all(ratio <= 0.6 for ratio in by_time.values()) and by_time.keys() == set(SHARES),
+    )
+
+
 def _counts(steps: int) -> list[int]:
     return sorted({round(share * steps) for share in (0.75, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2)})
+
+
+def _short(error: float | None) -> str:
+    return "–" if error is None else f"{error:.2g}"
 
 
 def _spelled(knobs: Mapping[str, Any]) -> str:
@@ -234,23 +285,7 @@ def main() -> None:
     race = Race(asked.pipeline, asked.steps)
     race.learn(asked.shares)
     found = list(rows(race, asked.batches, asked.repeats))
-    name = f"peers-{name_of(asked.pipeline)}-{asked.steps}"
-    with (FOLDER / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, found[0])
-        writer.writeheader()
-        writer.writerows(found)
-    plot(found, FOLDER / f"{name}.png")
-    ratios = against_best(found)
-    save(
-        name,
-        {
-            "what": f"{asked.batches * BATCH} held-out samples",
-            "over_the_best_at_equal_time": ratios,
-            "absent": race.absent,
-        },
-        goal="at most 0.6 of the best peer's error at equal measured time",
-        met=all(at["ratio"] <= 0.6 for at in ratios.values()),
-    )
+    publish(race, found, f"{asked.batches * BATCH} held-out samples, times of {BATCH} at once in {asked.repeats} turns")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from statistics import fmean, geometric_mean, median
 from typing import Any
 
 import stepmask
-from results import FOLDER, kept, save
+from results import FOLDER, kept, save, table
 from setting import Setting, errors, name_of, timed
 from stepmask import MaskSchedule, zoo
 from stepmask.drawing import blank
@@ -170,7 +170,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
         errors = (cell["rows"].get(name, {}).get("error") for cell in found)
         lines.append([name, *("–" if error is None else f"{error:.2g}" for error in errors)])
     lines.append(["learned, over the best rival", *(f"{ratio(cell):.2f}" for cell in found)])
-    return _table(lines)
+    return table(lines)
 
 
 def overview() -> str:
@@ -187,13 +187,7 @@ def overview() -> str:
     for name, cells in chosen.items():
         told = {(cell["steps"], -cell["share"]): _told(cell) for cell in cells}
         lines.append([f"`zoo:{name}`", *(told.get(setting, "–") for setting in settings)])
-    return _table(lines)
-
-
-def _table(lines: list[list[str]]) -> str:
-    """In Markdown; the first line is that of the heads."""
-    heads, *rest = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rest))
+    return table(lines)
 
 
 def _told(cell: dict[str, Any]) -> str:

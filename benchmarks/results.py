@@ -57,6 +57,12 @@ def kept(path: Path, measure: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
+def table(lines: list[list[str]]) -> str:
+    """In Markdown; the first line is that of the heads."""
+    heads, *rest = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rest))
+
+
 def _seconds(function: Callable[[], Any]) -> float:
     started = time.perf_counter()
     function()
