@@ -9,8 +9,10 @@ import argparse
 import csv
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -23,13 +25,16 @@ from peers import PEERS, CannotRun, Peer
 from results import FOLDER, save, table
 from rules import SmoothCache, learning_to_cache
 from setting import Setting, by_sample, name_of
-from stepmask import Budget, MaskSchedule, zoo
+from stepmask import Budget, MaskSchedule, Trajectory, zoo
 from stepmask.denoiser.sampling import Sampling
 from stepmask.drawing import blank
 from stepmask.drawing import save as save_figure
 from stepmask.evaluation.compare import evaluate
 from stepmask.evaluation.measure import machine
 from stepmask.evaluation.metrics import latent_errors
+from stepmask.learning.learn import Learner
+from stepmask.learning.per_timestep import PerTimestep
+from stepmask.learning.trained import TrainedForecasts
 from stepmask.progress import progress
 from stepmask.schedule.rectify import lower
 
@@ -54,7 +59,7 @@ SMOOTH = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 0.9)
 PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-OURS = "stepmask"
+OURS, PAPER, PER_TIMESTEP = "stepmask", "stepmask, per timestep", "per-timestep"
 
 Row = dict[str, Any]
 """Of the CSV file: one setting of one method on held-out samples."""
@@ -125,17 +130,28 @@ class Race(Setting):
     def learned(self) -> dict[str, MaskSchedule]:
         """All that was learned for this pipeline and number of steps."""
         folders = sorted((SCHEDULES / name_of(self.pipeline)).glob(f"{self.steps}-*"))
-        return {f"{OURS}: {folder.name}": MaskSchedule.from_pretrained(folder) for folder in folders}
+        names = (f"{PAPER if PER_TIMESTEP in folder.name else OURS}: {folder.name}" for folder in folders)
+        return {name: MaskSchedule.from_pretrained(folder) for name, folder in zip(names, folders, strict=True)}
 
     def learn(self, shares: Sequence[float]) -> None:
-        """Tables at shares of the measured time, those that are not there yet."""
-        name = name_of(self.pipeline)
-        folders = {share: SCHEDULES / name / f"{self.steps}-time-{share:g}" for share in shares}
-        missing = {share: folder for share, folder in folders.items() if not folder.exists()}
-        runs = self.calibration(64) if missing else []
-        for share, folder in missing.items():
-            table = stepmask.learn(self.pipe, runs, Budget(time=share), folder=RUNS / f"{name}-{folder.name}")
+        """Tables of both learners at shares of the measured time, those that are not there yet."""
+        for share in shares:
+            paper = PerTimestep(iterations=10, max_age=max(5, ceil(1 / share)))
+            self.leave(f"time-{share:g}", share, TrainedForecasts(), lambda: self.runs)
+            self.leave(f"{PER_TIMESTEP}-time-{share:g}", share, paper, lambda: [self.record(4, 0)])
+
+    def leave(self, name: str, share: float, learner: Learner, runs: Callable[[], list[Trajectory]]) -> None:
+        """A table at a share of the time in results/schedules, where it stays."""
+        folder = SCHEDULES / name_of(self.pipeline) / f"{self.steps}-{name}"
+        if not folder.exists():
+            kept = RUNS / f"{name_of(self.pipeline)}-{folder.name}"
+            table = stepmask.learn(self.pipe, runs(), Budget(time=share), learner=learner, folder=kept)
             table.save_pretrained(folder)
+
+    @cached_property
+    def runs(self) -> list[Trajectory]:
+        """What the default learner learns from."""
+        return self.calibration(64)
 
 
 def typical(latent_errors: Sequence[float]) -> float:
@@ -205,7 +221,7 @@ def over_the_best(errors: Mapping[str, Mapping[float, float | None]]) -> dict[fl
     ratios = {}
     for share in SHARES:
         ours = errors[OURS][share]
-        others = [found[share] for name, found in errors.items() if name != OURS]
+        others = [found[share] for name, found in errors.items() if name not in (OURS, PAPER)]
         reached = [error for error in others if error is not None]
         if ours is not None and reached:
             ratios[share] = ours / min(reached)
