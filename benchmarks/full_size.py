@@ -1,7 +1,8 @@
 """Time of full-size denoisers under tables and under other caches, all of them told to compute about a half.
 
 The architectures are the real ones, with random weights. What each computed is counted, and what it should gain by that
-stands beside what it gains. Finished architectures lie in runs/full_size, so that a killed run goes on.
+stands beside what it gains; of tables also what they should gain by the times of their blocks. Finished architectures lie
+in runs/full_size, so that a killed run goes on.
 """
 
 import argparse
@@ -17,9 +18,11 @@ from architectures import ARCHITECTURES, FullSize
 from peers import PEERS, CannotRun
 from results import gain, kept, save
 from stepmask import Budget, MaskSchedule
+from stepmask.denoiser.timing import time_blocks
 from stepmask.evaluation.report import Report
 from stepmask.learning.rounding import round_scores
 from stepmask.schedule.baselines import branches, deepcache, fixed_interval
+from stepmask.schedule.rectify import lower
 
 RUNS = Path("runs") / "full_size"
 STEPS = 4
@@ -36,12 +39,14 @@ EVERY_OTHER = {
 def measure(size: FullSize, repeats: int) -> dict[str, Any]:
     """All tables and caches on one architecture, by turns."""
     pipe, call = size.pipeline(), {**size.call(), "num_inference_steps": STEPS}
-    computed, *others = tables(pipe, call).items()
+    ours = tables(pipe, call)
+    first, *others = ours
     caches, absent = other_caches(size)
-    report = stepmask.evaluate(pipe, computed[1], rivals={**dict(others), **caches}, repeats=repeats, **call)
+    rivals = {**{name: ours[name] for name in others}, **caches}
+    report = stepmask.evaluate(pipe, ours[first], rivals=rivals, repeats=repeats, **call)
     return {
         "reference_ms_per_evaluation": median(report.rows[0].denoiser_ms) / STEPS,
-        "rows": rows(report, computed[0]),
+        "rows": rows(report, ours),
         "absent": absent,
     }
 
@@ -51,7 +56,7 @@ def tables(pipe: Any, call: dict[str, Any]) -> dict[str, MaskSchedule]:
     run = stepmask.record(pipe, seed=0, **call)
 
     def full(granularity: Any) -> MaskSchedule:
-        graph = stepmask.trace(pipe, run, granularity=granularity)
+        graph = time_blocks(pipe, run, stepmask.trace(pipe, run, granularity=granularity), repeats=3)
         return MaskSchedule.all_compute(graph, run.denoiser, run.sampler)
 
     fine, coarse = full("sublayer"), full("block")
@@ -82,16 +87,15 @@ def other_caches(size: FullSize) -> tuple[dict[str, Any], dict[str, str]]:
     return found, absent
 
 
-def rows(report: Report, first: str) -> dict[str, dict[str, float]]:
-    """Speed-ups, by the reference's time over a row's, beside what the MACs promise."""
-    return {
-        first if row.name == "schedule" else row.name: {
-            "macs": row.macs_executed,
-            **gain(report, row.name),
-            "store_mib": row.store_bytes / 2**20,
-        }
-        for row in report.rows[1:]
-    }
+def rows(report: Report, ours: dict[str, MaskSchedule]) -> dict[str, dict[str, float]]:
+    """Speed-ups, by the reference's time over a row's, beside what MACs promise; of tables also what block times do."""
+    found = {}
+    for row in report.rows[1:]:
+        name = next(iter(ours)) if row.name == "schedule" else row.name
+        found[name] = {"macs": row.macs_executed, **gain(report, row.name), "store_mib": row.store_bytes / 2**20}
+        if name in ours:
+            found[name]["over_timed_plan"] = found[name]["speedup"] * lower(ours[name]).time_share
+    return found
 
 
 def finished(names: list[str], repeats: int) -> Iterator[tuple[str, dict[str, Any]]]:
