@@ -1,8 +1,8 @@
 """Time of full-size denoisers under tables and under other caches, all of them told to compute about a half.
 
 The architectures are the real ones, with random weights. What each computed is counted, and what it should gain by that
-stands beside what it gains; of tables also what they should gain by the times of their blocks. Finished architectures lie
-in runs/full_size, so that a killed run goes on.
+stands beside what it gains; of tables also what they should gain by the times of their blocks. Finished architectures
+lie in runs/full_size, so that a killed run goes on.
 """
 
 import argparse
