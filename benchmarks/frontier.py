@@ -21,6 +21,7 @@ from stepmask.drawing import blank
 from stepmask.drawing import save as save_figure
 from stepmask.errors import InvalidBudget
 from stepmask.evaluation.compare import evaluate
+from stepmask.evaluation.measure import machine
 from stepmask.evaluation.report import Report
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.trained import TrainedForecasts
@@ -65,6 +66,7 @@ class Contest(Setting):
             "steps": self.steps,
             "guidance": self.guidance,
             "share": share,
+            "processor": machine()["processor"],
             "reference_samplings_of_16": cost,
             "table": learned[LEARNED].provenance["table"],
             "learner": learned[LEARNED].provenance["learner"],

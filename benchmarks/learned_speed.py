@@ -24,7 +24,7 @@ LEAST = 0.85
 def measured(samples: int, repeats: int) -> dict[str, dict[str, float]]:
     """Speed-ups by "PIPELINE, STEPS-SHARE"."""
     found = {}
-    for folder in sorted(SCHEDULES.glob("*/*")):
+    for folder in sorted(folder for folder in SCHEDULES.glob("*/*") if folder.name.count("-") == 1):  # STEPS-SHARE
         pipeline, table = folder.parent.name, MaskSchedule.from_pretrained(folder)
         path = RUNS / f"{pipeline}-{folder.name}-{digest(table.to_json(), samples, repeats)}.json"
         told = f"{pipeline}, {folder.name}"
