@@ -59,6 +59,8 @@ SMOOTH = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 0.9)
 PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
+BEYOND = "where all settings of a method are cheaper, that of its dearest"
+
 OURS, PAPER, PER_TIMESTEP = "stepmask", "stepmask, per timestep", "per-timestep"
 
 Row = dict[str, Any]
@@ -237,7 +239,7 @@ def markdown(race: Race, found: Sequence[Row], told: str) -> str:
         lines += [[name, *(_short(at[share]) for share in SHARES)] for name, at in errors.items()]
         ratios = over_the_best(errors)
         lines += [["**stepmask over the best other**", *(f"{ratios[s]:.2f}" if s in ratios else "–" for s in SHARES)]]
-        parts += [f"Latent error (mean) at shares of the reference's {title}:", table(lines)]
+        parts += [f"Latent error (mean) at shares of the reference's {title}; {BEYOND}:", table(lines)]
     if race.absent:
         parts += ["Not run:", "\n".join(f"- {name}: {why}" for name, why in race.absent.items())]
     return "\n\n".join(parts) + "\n"
