@@ -61,6 +61,9 @@ PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 BEYOND = "where all settings of a method are cheaper, that of its dearest"
 
+STYLES = [{"linewidth": 1, "linestyle": line, "color": f"C{colour}"} for line in ("-", "--") for colour in range(10)]
+"""Of lines, so that no two methods look alike."""
+
 OURS, PAPER, PER_TIMESTEP = "stepmask", "stepmask, per timestep", "per-timestep"
 
 Row = dict[str, Any]
@@ -246,15 +249,15 @@ def markdown(race: Race, found: Sequence[Row], told: str) -> str:
 
 
 def plot(found: Sequence[Row], path: Path) -> None:
-    figure = blank(13.0, 5.0)
+    figure = blank(14.0, 5.0)
     axes = figure.subplots(1, 2)
     for axis, key, label in zip(axes, ("speedup", "macs"), ("denoiser speed-up", "share of MACs"), strict=True):
-        for method in sorted({row["method"] for row in found}):
+        for index, method in enumerate(sorted({row["method"] for row in found})):
             points = sorted((row[key], row["error"]) for row in found if row["method"] == method)
-            style = {"linewidth": 2.5, "color": "black"} if method == OURS else {"linewidth": 1}
+            style = {"linewidth": 2.5, "color": "black"} if method == OURS else STYLES[index % len(STYLES)]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method, **style)
         axis.set(yscale="log", xlabel=label, ylabel="latent error")
-    axes[1].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
     figure.suptitle(f"{found[0]['pipeline']}, {found[0]['steps']} steps")
     save_figure(figure, path)
 
