@@ -21,7 +21,7 @@ LEAST = 0.85
 """Of the speed-up that the MACs promise, at a half or more of them."""
 
 
-def measured(samples: int, repeats: int) -> dict[str, dict[str, float]]:
+def measured(samples: int, repeats: int) -> dict[str, dict[str, Any]]:
     """Speed-ups by "PIPELINE, STEPS-SHARE"."""
     found = {}
     for folder in sorted(folder for folder in SCHEDULES.glob("*/*") if folder.name.count("-") == 1):  # STEPS-SHARE
@@ -32,11 +32,12 @@ def measured(samples: int, repeats: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def speed(pipeline: str, table: MaskSchedule, samples: int, repeats: int) -> dict[str, float]:
+def speed(pipeline: str, table: MaskSchedule, samples: int, repeats: int) -> dict[str, Any]:
     """Of one table, by turns with the reference: median, slowest and fastest."""
     setting = Setting(pipeline, table.steps)
     report = stepmask.evaluate(setting.pipe, table, repeats=repeats, **setting.call(samples, 1, held_out=True))
-    return {"macs_share": lower(table).macs_share, **gain(report, "schedule")}
+    where = {key: report.machine[key] for key in ("processor", "threads")}
+    return {"macs_share": lower(table).macs_share, **gain(report, "schedule"), **where}
 
 
 def main() -> None:
