@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import stepmask
-from frontier import SCHEDULES
+from frontier import SCHEDULES, paper
 from peers import PEERS, CannotRun, Peer
 from results import FOLDER, save, table
 from rules import SmoothCache, learning_to_cache
@@ -33,7 +32,6 @@ from stepmask.evaluation.compare import evaluate
 from stepmask.evaluation.measure import machine
 from stepmask.evaluation.metrics import latent_errors
 from stepmask.learning.learn import Learner
-from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.progress import progress
 from stepmask.schedule.rectify import lower
@@ -58,6 +56,8 @@ SHARES = (0.6, 0.5, 0.42, 0.35, 0.3, 0.25)
 SMOOTH = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 0.9)
 PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
+COSTS = {"time": "measured time of the denoiser", "macs": "MACs"}
+"""By column, what people call them."""
 
 BEYOND = "where all settings of a method are cheaper, that of its dearest"
 
@@ -141,17 +141,16 @@ class Race(Setting):
     def learn(self, shares: Sequence[float]) -> None:
         """Tables of both learners at shares of the measured time, those that are not there yet."""
         for share in shares:
-            paper = PerTimestep(iterations=10, max_age=max(5, ceil(1 / share)))
             self.leave(f"time-{share:g}", share, TrainedForecasts(), lambda: self.runs)
-            self.leave(f"{PER_TIMESTEP}-time-{share:g}", share, paper, lambda: [self.record(4, 0)])
+            self.leave(f"{PER_TIMESTEP}-time-{share:g}", share, paper(share), lambda: [self.record(4, 0)])
 
     def leave(self, name: str, share: float, learner: Learner, runs: Callable[[], list[Trajectory]]) -> None:
         """A table at a share of the time in results/schedules, where it stays."""
         folder = SCHEDULES / name_of(self.pipeline) / f"{self.steps}-{name}"
         if not folder.exists():
             kept = RUNS / f"{name_of(self.pipeline)}-{folder.name}"
-            table = stepmask.learn(self.pipe, runs(), Budget(time=share), learner=learner, folder=kept)
-            table.save_pretrained(folder)
+            schedule = stepmask.learn(self.pipe, runs(), Budget(time=share), learner=learner, folder=kept)
+            schedule.save_pretrained(folder)
 
     @cached_property
     def runs(self) -> list[Trajectory]:
@@ -214,14 +213,18 @@ def rows(race: Race, batches: int, repeats: int) -> Iterator[Row]:
         }
 
 
-def at_equal(cost: str, found: Sequence[Row]) -> dict[str, dict[float, float | None]]:
+Errors = Mapping[str, Mapping[float, float | None]]
+"""By method and share of a cost."""
+
+
+def at_equal(cost: str, found: Sequence[Row]) -> Errors:
     """Errors of every method at the shares of a cost, the column "time" or "macs"."""
     methods = sorted({row["method"] for row in found})
     curves = {name: [(row[cost], row["error"]) for row in found if row["method"] == name] for name in methods}
     return {name: {share: at_cost(curve, share) for share in SHARES} for name, curve in curves.items()}
 
 
-def over_the_best(errors: Mapping[str, Mapping[float, float | None]]) -> dict[float, float]:
+def over_the_best(errors: Errors) -> dict[float, float]:
     """Our error over that of the best other method, at the shares that both reach."""
     ratios = {}
     for share in SHARES:
@@ -233,16 +236,15 @@ def over_the_best(errors: Mapping[str, Mapping[float, float | None]]) -> dict[fl
     return ratios
 
 
-def markdown(race: Race, found: Sequence[Row], told: str) -> str:
+def markdown(race: Race, errors_by_cost: Mapping[str, Errors], told: str) -> str:
     """Both comparisons as tables for people, with what they were measured by and who could not run."""
     parts = [f"# {race.pipeline}, {race.steps} steps", told]
-    for cost, title in (("time", "measured time of the denoiser"), ("macs", "MACs")):
-        errors = at_equal(cost, found)
+    for cost, errors in errors_by_cost.items():
         lines = [["", *(f"{share:g}" for share in SHARES)]]
         lines += [[name, *(_short(at[share]) for share in SHARES)] for name, at in errors.items()]
         ratios = over_the_best(errors)
         lines += [["**stepmask over the best other**", *(f"{ratios[s]:.2f}" if s in ratios else "–" for s in SHARES)]]
-        parts += [f"Latent error (mean) at shares of the reference's {title}; {BEYOND}:", table(lines)]
+        parts += [f"Latent error (mean) at shares of the reference's {COSTS[cost]}; {BEYOND}:", table(lines)]
     if race.absent:
         parts += ["Not run:", "\n".join(f"- {name}: {why}" for name, why in race.absent.items())]
     return "\n\n".join(parts) + "\n"
@@ -272,8 +274,9 @@ def publish(race: Race, found: Sequence[Row], what: str) -> None:
     plot(found, FOLDER / f"{name}.png")
     command = f"`benchmarks/against_peers.py --pipeline {race.pipeline} --steps {race.steps}`"
     here = ", ".join(f"{key} {value}" for key, value in machine().items())
-    (FOLDER / f"{name}.md").write_text(markdown(race, found, f"{command}: {what}; {here}."))
-    by_time, by_macs = (over_the_best(at_equal(cost, found)) for cost in ("time", "macs"))
+    errors = {cost: at_equal(cost, found) for cost in COSTS}
+    (FOLDER / f"{name}.md").write_text(markdown(race, errors, f"{command}: {what}; {here}."))
+    by_time, by_macs = map(over_the_best, errors.values())
     save(
         name,
         {"what": what, "over_the_best_at_equal_time": by_time, "at_equal_macs": by_macs, "absent": race.absent},

@@ -76,10 +76,9 @@ class Contest(Setting):
     def learners(self, share: float) -> dict[str, Callable[[], MaskSchedule]]:
         """The learners to compare, ready to go."""
         budget = self.budget(share)
-        paper = PerTimestep(iterations=10, max_age=max(5, ceil(1 / share)))
         return {
             LEARNED: lambda: stepmask.learn(self.pipe, self.trajectories, budget, learner=TrainedForecasts()),
-            "per-timestep": lambda: stepmask.learn(self.pipe, self.few, budget, learner=paper),
+            "per-timestep": lambda: stepmask.learn(self.pipe, self.few, budget, learner=paper(share)),
         }
 
     def baselines(self, share: float) -> dict[str, MaskSchedule | int]:
@@ -107,6 +106,11 @@ class Contest(Setting):
         for branch in range(len(branches(self.full.graph))):
             with suppress(InvalidBudget):
                 yield deepcache_within(self.full, self.budget(share), branch=branch, order=order)
+
+
+def paper(share: float) -> PerTimestep:
+    """The paper's learner, as it is measured here."""
+    return PerTimestep(iterations=10, max_age=max(5, ceil(1 / share)))
 
 
 def rows(report: Report) -> dict[str, Any]:

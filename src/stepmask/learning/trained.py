@@ -165,12 +165,11 @@ class _Start:
 
 
 def _racers(starts: Sequence[_Start]) -> list[_Start]:
-    """Who is trained on trial, the most promising first; the best uneven table among them, whatever it promises.
+    """Who is trained on trial: the best uneven table, whatever it promises, and the most promising others.
 
     Where it computes little the rest is easily told from what is stored, which only training shows.
     """
-    seated = sorted(starts, key=lambda start: (not start.family.uneven, start.promise))[:RACERS]
-    return sorted(seated, key=attrgetter("promise"))
+    return sorted(starts, key=lambda start: (not start.family.uneven, start.promise))[:RACERS]
 
 
 def _swept(task: Task) -> Profile:
