@@ -1,13 +1,16 @@
-"""Distances between sets of pictures: what is learned, fixed intervals and fewer steps, with the floor of real halves.
+"""Distances between sets of pictures, at equal measured time, with the floor of halves.
 
-What is learned comes from `frontier.py`, which leaves its tables in results/schedules. All contenders draw the same
-labels or prompts with the same seeds. Of prompted pipelines it also tells how often a picture is nearest to those that
-the data has for its prompt. Features lie in runs/quality, so that a killed run goes on where it stopped.
+`against_peers.py` says what is compared: of every method, at each share of the reference's time, the setting with the
+smallest latent error that keeps to it. All draw the same labels or prompts with the same seeds. Of prompted pipelines
+it tells how often a picture is nearest to those that the data has for its prompt. Features lie in runs/quality, so
+that a killed run goes on where it stopped.
 """
 
 import argparse
+import csv
+import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,86 +22,84 @@ from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 from torch.nn import functional
 
-from frontier import SCHEDULES
-from results import save
-from setting import Setting, name_of
+from against_peers import OURS, STYLES, Race, results
+from results import FOLDER, save, table
+from setting import name_of
 from stepmask import MaskSchedule
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampling
+from stepmask.drawing import blank
+from stepmask.drawing import save as save_figure
 from stepmask.evaluation.distribution import Features, Measure, best_measure, features_of, floor, joined, read_pictures
+from stepmask.evaluation.measure import machine
 from stepmask.evaluation.metrics import Images, images_of
 from stepmask.files import write_whole
 from stepmask.progress import progress
-from stepmask.schedule.baselines import fixed_interval
-from stepmask.schedule.rectify import lower
 
 RUNS = Path("runs") / "quality"
 BATCH = 16
 FIRST_SEED = 10_000
 """Of the pictures; those that tables were learned from and measured on have smaller ones."""
 
+SLACK = 1.02
+"""A share of the time is kept up to that: about what medians of one run differ by."""
+
 NEAREST = 10
 """Of the data's pictures, among which one of the prompt's own must be."""
 
 ZOO = Path(__file__).parents[1] / "zoo"
 
-Contender = MaskSchedule | int | None
-"""A table, the reference in fewer steps, or the reference."""
+REFERENCE = ("reference", "")
+"""In the place of a method and its setting."""
+
+Row = dict[str, Any]
+"""Of the CSV file."""
 
 
-class Gallery(Setting):
+class Gallery:
     """Pictures of one pipeline and number of steps, as a network sees them."""
 
-    def __init__(self, pipeline: str, steps: int, samples: int, measure: Measure) -> None:
-        super().__init__(pipeline, steps)
-        self.pipeline, self.samples, self.measure = pipeline, samples, measure
+    def __init__(self, race: Race, samples: int, measure: Measure) -> None:
+        self.race, self.samples, self.measure = race, samples, measure
+        self.batches = range(0, samples, BATCH)
 
-    def contenders(self, shares: list[float]) -> dict[str, Contender]:
-        """Ways to sample, by name."""
-        found: dict[str, Contender] = {"reference": None}
-        for share in shares:
-            found[f"fewer steps, {share:g}"] = max(1, int(share * self.steps + 1e-9))
-            for order in (1, 2):
-                found[f"interval, Taylor {order}, {share:g}"] = fixed_interval(self.full, share, order=order)
-            learned = SCHEDULES / name_of(self.pipeline) / f"{self.steps}-{share:g}"
-            if learned.exists():
-                found[f"learned, {share:g}"] = MaskSchedule.from_pretrained(learned)
-        return found
+    def features(self, method: str, setting: str) -> Features:
+        """Of all pictures that a setting of a method draws; of batches that were finished from their files."""
+        contender = None if (method, setting) == REFERENCE else self.race.contender(method, setting)
+        name = f"{method} {setting}".strip()
+        if isinstance(contender, MaskSchedule):
+            name += f" {sha256(contender.to_json().encode()).hexdigest()[:12]}"  # it may be learned again
+        return joined([self.batch(name, contender, first) for first in progress(self.batches, name)])
 
-    def features(self, name: str, contender: Contender) -> Features:
-        """Of all pictures of a contender."""
-        batches = range(0, self.samples, BATCH)
-        return joined([self.batch(name, contender, first) for first in progress(batches, name)])
-
-    def batch(self, name: str, contender: Contender, first: int) -> Features:
+    def batch(self, name: str, contender: Any, first: int) -> Features:
         """Of one batch, from its file if it was finished."""
-        count = min(BATCH, self.samples - first)
-        told = contender.to_json() if isinstance(contender, MaskSchedule) else str(contender)
-        folder = RUNS / f"{name_of(self.pipeline)}-{self.steps}" / f"{name}-{sha256(told.encode()).hexdigest()[:12]}"
-        path, seed = folder / f"{first}-{count}.safetensors", FIRST_SEED + first
-        return kept(path, self.measure, lambda: self.measure.features(self.draw(contender, count, seed)))
+        folder = RUNS / f"{name_of(self.race.pipeline)}-{self.race.steps}" / name
+        path = folder / f"{first}-{self.count(first)}.safetensors"
+        return kept(path, self.measure, lambda: self.measure.features(self.draw(contender, first)))
 
-    def draw(self, contender: Contender, count: int, seed: int) -> Images:
-        """Pictures."""
-        steps = {"num_inference_steps": contender} if isinstance(contender, int) else {}
-        call = {**self.call(count, seed, held_out=True), **steps, "output_type": "np"}
-        sampling = Sampling(self.pipe, call, seed)
-        with apply(self.pipe, contender) if isinstance(contender, MaskSchedule) else nullcontext():
-            images = images_of(sampling().output)
+    def draw(self, contender: Any, first: int) -> Images:
+        """Pictures of one batch: of a table, of so many steps, or of a pipeline with a cache on it."""
+        pipe, call = self.race.pipe, {**self.call(first), "output_type": "np"}
+        if isinstance(contender, int):
+            call["num_inference_steps"] = contender
+        elif contender is not None and not isinstance(contender, MaskSchedule):
+            pipe = contender
+        with apply(pipe, contender) if isinstance(contender, MaskSchedule) else nullcontext():
+            images = images_of(Sampling(pipe, call, FIRST_SEED + first)().output)
         assert images is not None
         return images
 
     def prompts(self) -> list[str]:
         """What each picture was told; none of pipelines that take no prompt."""
-        batches = range(0, self.samples, BATCH)
-        calls = (self.call(min(BATCH, self.samples - first), FIRST_SEED + first, held_out=True) for first in batches)
-        return [prompt for call in calls for prompt in call.get("prompt", ())]
+        return [prompt for first in self.batches for prompt in self.call(first).get("prompt", ())]
 
-    def macs(self, contender: Contender) -> float:
-        """Over those of the reference."""
-        if isinstance(contender, MaskSchedule):
-            return lower(contender).macs_share
-        return 1.0 if contender is None else contender / self.steps
+    def call(self, first: int) -> dict[str, Any]:
+        """Arguments of one batch."""
+        return self.race.call(self.count(first), FIRST_SEED + first, held_out=True)
+
+    def count(self, first: int) -> int:
+        """Pictures in the batch that begins there."""
+        return min(BATCH, self.samples - first)
 
 
 def kept(path: Path, measure: Measure, see: Callable[[], Features]) -> Features:
@@ -138,50 +139,117 @@ class Data:
         return sum(found) / len(found)
 
 
-def rows(gallery: Gallery, contenders: Mapping[str, Contender], data: Data | None) -> Iterator[dict[str, Any]]:
-    """Each contender against the reference's pictures and against the training data."""
+def within(measured: Sequence[Row], share: float) -> list[Row]:
+    """Of every method the setting with the smallest latent error that keeps to a share of the reference's time."""
+    fitting = [row for row in measured if float(row["time"]) <= SLACK * share]
+    methods = sorted({row["method"] for row in fitting})
+    return [
+        min((row for row in fitting if row["method"] == name), key=lambda row: float(row["error"])) for name in methods
+    ]
+
+
+def rows(gallery: Gallery, measured: Sequence[Row], shares: Sequence[float], data: Data | None) -> Iterator[Row]:
+    """Each contender against the reference's pictures and against the training data, share by share."""
+    reference = gallery.features(*REFERENCE)
+    yield {**_told(1.0, *REFERENCE, 1.0), **beside_data(gallery, reference, data)}
+    for share in shares:
+        for row in within(measured, share):
+            drawn = gallery.features(row["method"], row["setting"])
+            found = {f"reference: {name}": value for name, value in gallery.measure.compare(drawn, reference).items()}
+            told = _told(share, row["method"], row["setting"], float(row["time"]))
+            yield {**told, **found, **beside_data(gallery, drawn, data)}
+
+
+def beside_data(gallery: Gallery, drawn: Features, data: Data | None) -> Row:
+    """What the training data has to say of pictures."""
+    if data is None:
+        return {}
     prompts = gallery.prompts()
-    sets = {name: gallery.features(name, contender) for name, contender in contenders.items()}
-    for name, found in sets.items():
-        row: dict[str, Any] = {"name": name, "macs": gallery.macs(contenders[name])}
-        if name != "reference":
-            row["to_reference"] = gallery.measure.compare(found, sets["reference"])
-        if data is not None:
-            row["to_data"] = gallery.measure.compare(found, data.some)
-        if data is not None and prompts:
-            row["agreement"] = data.agreement(found, prompts)
-        yield row
-    yield {"name": "halves of the reference", "to_reference": floor(gallery.measure, sets["reference"])}
-    if data is not None:
-        yield {"name": "halves of the data", "to_data": floor(gallery.measure, data.some)}
+    agreement = {"agreement": data.agreement(drawn, prompts)} if prompts else {}
+    return {f"data: {name}": value for name, value in gallery.measure.compare(drawn, data.some).items()} | agreement
 
 
-def best_is_learned(found: list[dict[str, Any]], shares: list[float]) -> bool:
-    """Whether what is learned is nearest to the reference at every share that has it."""
-    distances = {row["name"]: row["to_reference"] for row in found if "to_reference" in row}
-    at = [{name: value for name, value in distances.items() if name.endswith(f", {share:g}")} for share in shares]
-    nearest = [min(here, key=lambda name: next(iter(here[name].values()))) for here in at]  # the distance is first
-    return all(name.startswith("learned") for name in nearest)
+def _told(share: float, method: str, setting: str, time: float) -> Row:
+    return {"share": share, "method": method, "setting": setting, "time": time}
+
+
+def distance_of(row: Row) -> float:
+    """Fréchet distance to the reference's pictures: the first that is measured."""
+    return float(next(value for name, value in row.items() if name.startswith("reference: ")))
+
+
+def nearest(found: Sequence[Row], share: float) -> Row:
+    """Who is nearest to the reference's pictures at a share of the time."""
+    return min((row for row in found if row["share"] == share and row["method"] != REFERENCE[0]), key=distance_of)
+
+
+def markdown(found: Sequence[Row], floors: Row, told: str) -> str:
+    """For people: a row for each contender, and the floors."""
+    names = list(dict.fromkeys(name for row in (*found, floors) for name in row if name != "setting"))
+    lines = [names]
+    lines += [[_short(row.get(name, "–")) for name in names] for row in found]
+    lines.append(["", "halves of one set", "", *(_short(floors.get(name, "–")) for name in names[3:])])
+    return f"{told}\n\n{table(lines)}\n"
+
+
+def plot(found: Sequence[Row], floors: Row, path: Path, title: str) -> None:
+    figure = blank(7.0, 4.5)
+    axes = figure.subplots()
+    methods = sorted({row["method"] for row in found} - {REFERENCE[0]})
+    for index, method in enumerate(methods):
+        points = sorted((row["time"], distance_of(row)) for row in found if row["method"] == method)
+        style = {"linewidth": 2.5, "color": "black"} if method == OURS else STYLES[index % len(STYLES)]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method, **style)
+    axes.axhline(distance_of(floors), color="grey", linestyle=":", label="halves of the reference")
+    axes.set(yscale="log", xlabel="share of the reference's time", ylabel="Fréchet distance", title=title)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
+    save_figure(figure, path)
+
+
+def publish(race: Race, found: Sequence[Row], floors: Row, shares: Sequence[float], what: str) -> None:
+    """Everything as CSV, as a picture, for people, and with its goal."""
+    name = f"quality-{name_of(race.pipeline)}-{race.steps}"
+    columns = list(dict.fromkeys(column for row in found for column in row))
+    with (FOLDER / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(found)
+    plot(found, floors, FOLDER / f"{name}.png", f"{race.pipeline}, {race.steps} steps")
+    here = ", ".join(f"{key} {value}" for key, value in machine().items())
+    told = f"# {race.pipeline}, {race.steps} steps: sets of pictures\n\n{what}; {here}."
+    (FOLDER / f"{name}.md").write_text(markdown(found, floors, told))
+    ahead = {f"{share:g}": nearest(found, share)["method"] for share in shares}
+    save(
+        name,
+        {"what": what, "nearest": ahead, "floors": floors},
+        goal="of all methods at equal time, what is learned is nearest to the reference's pictures",
+        met=all(method == OURS for method in ahead.values()),
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--pipeline", default="zoo:dit-emoji")
     arguments.add_argument("--steps", type=int, default=20)
-    arguments.add_argument("--samples", type=int, default=2048)
-    arguments.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35, 0.25])
+    arguments.add_argument("--samples", type=int, default=512)
+    arguments.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35])
     arguments.add_argument("--data", type=Path, help="what zoo/build_data.py wrote")
     asked = arguments.parse_args()
-    gallery = Gallery(asked.pipeline, asked.steps, asked.samples, measure := best_measure(asked.samples))
+    logging.disable(logging.WARNING)  # cache-dit says eight lines for each setting
+    race, measure = Race(asked.pipeline, asked.steps), best_measure(asked.samples)
+    gallery = Gallery(race, asked.samples, measure)
     data = Data.of(asked.data, measure, asked.samples) if asked.data else None
-    found = list(rows(gallery, gallery.contenders(asked.shares), data))
-    what = f"{asked.pipeline}, {asked.steps} steps, {asked.samples} samples of each, {measure}"
-    save(
-        f"quality-{name_of(asked.pipeline)}-{asked.steps}",
-        {"what": what, "rows": found},
-        goal="of all contenders at a share, what is learned is nearest to the reference's pictures",
-        met=best_is_learned(found, asked.shares),
-    )
+    with results(asked.pipeline, asked.steps).open(newline="") as file:
+        measured = list(csv.DictReader(file))
+    found = list(rows(gallery, measured, asked.shares, data))
+    floors = {f"reference: {name}": value for name, value in floor(measure, gallery.features(*REFERENCE)).items()}
+    if data is not None:
+        floors |= {f"data: {name}": value for name, value in floor(measure, data.some).items()}
+    publish(race, found, floors, asked.shares, f"{asked.samples} pictures of each method, {measure}")
 
 
 if __name__ == "__main__":

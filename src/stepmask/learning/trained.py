@@ -36,6 +36,10 @@ log = logging.getLogger(__name__)
 PACE = (0.05, 1.0, 1.0)
 """Relative learning rates of a forecast's scale and its first and second difference; the scale is the stiff one."""
 
+LONGEST = 3
+"""Of a sample's gradient, over the median of its batch: where errors are small one hard sample would lead alone, and where
+they are large the hard ones must be heard (measured: docs/experiments.md)."""
+
 PROBES, LEAST_AGES = 2, 6
 """Of the sweep that proposes uneven tables."""
 
@@ -271,9 +275,9 @@ class _Training:
         self.optimiser.step()
 
     def _clipped(self, gradients: Tensor) -> Tensor:
-        """The sum over samples, none of them longer than the median one; lengths are in what is trained."""
+        """The sum over samples, none of them longer than `LONGEST` median ones; lengths are in what is trained."""
         lengths = ((gradients @ _differences().T) * self.moves).flatten(1).norm(dim=1)
-        factors = (lengths.median() / lengths.clamp_min(1e-30)).clamp(max=1)
+        factors = (LONGEST * lengths.median() / lengths.clamp_min(1e-30)).clamp(max=1)
         return torch.einsum("s,skbi->kbi", factors, gradients)
 
     def _weights(self) -> Tensor:
