@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from stepmask.errors import InvalidBudget, MissingExtra, StepmaskError
+from stepmask.extras import extra
 
 try:
-    import typer
-    from rich.console import Console
-    from rich.text import Text
-except ImportError as error:
-    missing = MissingExtra(given="no typer", expected="it, for the command line", advice="pip install 'stepmask[cli]'")
-    raise SystemExit(str(missing)) from error
+    with extra("cli", "typer", "the command line"):
+        import typer
+        from rich.console import Console
+        from rich.text import Text
+except MissingExtra as error:
+    raise SystemExit(str(error)) from error
 
 if TYPE_CHECKING:
     from stepmask.denoiser.conditioning import Conditioning

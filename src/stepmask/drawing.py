@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepmask.errors import MissingExtra
+from stepmask.extras import extra
 from stepmask.files import write_whole
 
 if TYPE_CHECKING:
@@ -69,10 +69,6 @@ def inline(figure: "Figure") -> str:
 
 
 def _matplotlib() -> Any:
-    try:
+    with extra("evaluate", "matplotlib", "pictures"):
         import matplotlib.figure
-    except ImportError as error:
-        raise MissingExtra(
-            given="no matplotlib", expected="it, for pictures", advice="pip install 'stepmask[evaluate]'"
-        ) from error
     return matplotlib

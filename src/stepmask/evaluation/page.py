@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from stepmask.errors import MissingExtra
 from stepmask.evaluation.pictures import png
 from stepmask.evaluation.plots import Points, against_macs, against_speed, line_chart
 from stepmask.evaluation.report import Report, Row
+from stepmask.extras import extra
 from stepmask.schedule.rectify import Cell, Plan, lower
 from stepmask.schedule.schedule import MaskSchedule
 from stepmask.schedule.show import summary
@@ -56,12 +56,8 @@ def render(report: Report, *, profile: "Profile | None" = None, command: str = "
 
 
 def _template() -> Any:
-    try:
+    with extra("evaluate", "jinja2", "HTML pages"):
         from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise MissingExtra(
-            given="no jinja2", expected="it, for HTML pages", advice="pip install 'stepmask[evaluate]'"
-        ) from error
     text = (files("stepmask.evaluation") / "page.html").read_text(encoding="utf-8")
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         text

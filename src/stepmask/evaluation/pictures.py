@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepmask.errors import MissingExtra, RunError
+from stepmask.errors import RunError
 from stepmask.evaluation.metrics import Images, images_of
+from stepmask.extras import extra
 
 
 def pictures_of(output: Any) -> Images:
@@ -32,12 +33,8 @@ def png(picture: Images) -> bytes:
     Raises:
         MissingExtra: Pillow is not installed.
     """
-    try:
+    with extra("evaluate", "Pillow", "PNG files"):
         from PIL import Image
-    except ImportError as error:
-        raise MissingExtra(
-            given="no Pillow", expected="it, for PNG files", advice="pip install 'stepmask[evaluate]'"
-        ) from error
     buffer = BytesIO()
     Image.fromarray(as_bytes(picture)).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from stepmask.errors import ClusterError, MissingExtra
+from stepmask.errors import ClusterError
+from stepmask.extras import extra
 from stepmask.progress import progress
 
 Job = TypeVar("Job")
@@ -141,12 +142,8 @@ class RayExecutor:
 
     def _ray(self) -> Any:
         """Ray, connected."""
-        try:
+        with extra("ray", "ray", "a RayExecutor"):
             import ray
-        except ImportError as error:
-            raise MissingExtra(
-                given="no ray", expected="it, for a RayExecutor", advice="pip install 'stepmask[ray]'"
-            ) from error
         if not ray.is_initialized():
             try:
                 ray.init(self.address, logging_level=logging.WARNING, log_to_driver=False)

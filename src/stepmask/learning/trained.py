@@ -37,7 +37,7 @@ PACE = (0.05, 1.0, 1.0)
 """Relative learning rates of a forecast's scale and its first and second difference; the scale is the stiff one."""
 
 LONGEST = 3
-"""Of a sample's gradient, over the median of its batch: where errors are small one hard sample would lead alone, and where
+"""Of a sample's gradient, over the median of its batch: where errors are small one hard sample would lead alone, where
 they are large the hard ones must be heard (measured: docs/experiments.md)."""
 
 PROBES, LEAST_AGES = 2, 6

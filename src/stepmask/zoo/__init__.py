@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stepmask.errors import MissingExtra, NoSuchSampler, PipelineNotFound
+from stepmask.errors import NoSuchSampler, PipelineNotFound
+from stepmask.extras import missing
 
 _HERE = Path(__file__).parent
 
@@ -42,8 +43,8 @@ def load(source: str, **options: Any) -> Any:
 
         return DiffusionPipeline.from_pretrained(place, **options)
     except (ImportError, AttributeError, RuntimeError) as error:  # diffusers says in many ways what it misses
-        if missing := [package for package in ("diffusers", "transformers") if find_spec(package) is None]:
-            raise _missing(missing[0]) from error
+        if absent := [package for package in ("diffusers", "transformers") if find_spec(package) is None]:
+            raise missing("diffusers", absent[0], "loading pipelines") from error
         raise
     except (OSError, ValueError) as error:
         raise PipelineNotFound(
@@ -77,9 +78,3 @@ def set_sampler(pipe: Any, name: str, options: Mapping[str, Any]) -> None:
             given=f"option {unknown[0]!r} of {name}", expected=f"one of {', '.join(taken)}", advice="Check the option"
         )
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
-
-
-def _missing(package: str) -> MissingExtra:
-    return MissingExtra(
-        given=f"no {package}", expected="it, to load the pipeline", advice="pip install 'stepmask[diffusers]'"
-    )

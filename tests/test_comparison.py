@@ -1,0 +1,55 @@
+"""The rules by which the benchmarks compare: what decides every published ratio, on numbers worked by hand."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from against_peers import OURS, PAPER, Tried, at_cost, at_equal, best, over_the_best
+from quality import within
+
+
+def tried(*points: tuple[float, float]) -> list[Tried]:
+    return [Tried(f"{cost:g}", cost, error, None) for cost, error in points]
+
+
+def row(method: str, time: float, error: float) -> dict[str, Any]:
+    return {"method": method, "setting": f"{time:g}", "time": time, "macs": time, "error": error}
+
+
+class TestTuning:
+    def test_a_setting_that_another_beats_in_cost_and_error_goes(self) -> None:
+        assert [each.name for each in best(tried((0.5, 0.2), (0.6, 0.3), (0.7, 0.1)))] == ["0.5", "0.7"]
+
+    def test_at_most_five_stay_spread_over_their_costs(self) -> None:
+        points = [(cost / 10, 1 / cost) for cost in range(1, 10)]
+        assert [each.name for each in best(tried(*points))] == ["0.1", "0.3", "0.5", "0.7", "0.9"]
+
+    def test_what_skips_nothing_or_ends_in_nothing_finite_is_no_setting(self) -> None:
+        assert best(tried((1.0, 1e-12), (0.5, float("nan")))) == []
+
+
+class TestAtEqualCost:
+    def test_between_two_settings_the_error_is_log_linear(self) -> None:
+        assert at_cost([(0.4, 0.01), (0.6, 0.0001)], 0.5) == pytest.approx(0.001)
+
+    def test_a_dearer_setting_with_a_larger_error_does_not_count(self) -> None:
+        assert at_cost([(0.4, 0.01), (0.5, 0.09)], 0.5) == pytest.approx(0.01)
+
+    def test_nobody_reaches_below_its_cheapest_setting_and_beyond_the_dearest_its_error_stays(self) -> None:
+        assert at_cost([(0.4, 0.01)], 0.35) is None
+        assert at_cost([(0.4, 0.01)], 0.6) == pytest.approx(0.01)
+
+    def test_ours_over_the_best_of_all_others_but_the_papers_learner(self) -> None:
+        found = [row(OURS, 0.3, 0.01), row("a", 0.3, 0.04), row("b", 0.5, 0.02), row(PAPER, 0.3, 0.001)]
+        ratios = over_the_best(at_equal("time", found))
+        assert ratios[0.6] == pytest.approx(0.5)
+        assert ratios[0.3] == pytest.approx(0.25)
+        assert 0.25 not in ratios
+
+
+def test_pictures_are_compared_at_the_best_setting_that_keeps_to_the_time() -> None:
+    measured = [row("a", 0.3, 0.2), row("a", 0.505, 0.1), row("a", 0.6, 0.01), row("b", 0.7, 0.1)]
+    assert within(measured, 0.5) == [measured[1]]
