@@ -70,6 +70,9 @@ FEWER, SMOOTHCACHE, LEARNING_TO_CACHE = "fewer steps", "SmoothCache", "Learning-
 Row = dict[str, Any]
 """Of the CSV file: one setting of one method on held-out samples."""
 
+WORDS = ("pipeline", "method", "setting")
+"""Columns that are no numbers."""
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -247,15 +250,20 @@ def at_equal(cost: str, found: Sequence[Row]) -> Errors:
     return {name: {share: at_cost(curve, share) for share in SHARES} for name, curve in curves.items()}
 
 
+def best_other(errors: Errors, share: float) -> tuple[str, float] | None:
+    """The best of all methods but our two learners at a share, and its error; `None` where nobody gets so far."""
+    others = {name: found[share] for name, found in errors.items() if name not in (OURS, PAPER)}
+    reached = [(name, error) for name, error in others.items() if error is not None]
+    return min(reached, key=lambda other: other[1], default=None)
+
+
 def over_the_best(errors: Errors) -> dict[float, float]:
     """Our error over that of the best other method, at the shares that both reach."""
     ratios = {}
     for share in SHARES:
-        ours = errors[OURS][share]
-        others = [found[share] for name, found in errors.items() if name not in (OURS, PAPER)]
-        reached = [error for error in others if error is not None]
-        if ours is not None and reached:
-            ratios[share] = ours / min(reached)
+        ours, other = errors[OURS][share], best_other(errors, share)
+        if ours is not None and other is not None:
+            ratios[share] = ours / other[1]
     return ratios
 
 
@@ -271,6 +279,29 @@ def markdown(race: Race, errors_by_cost: Mapping[str, Errors], told: str) -> str
     if race.absent:
         parts += ["Not run:", "\n".join(f"- {name}: {why}" for name, why in race.absent.items())]
     return "\n\n".join(parts) + "\n"
+
+
+def overview() -> str:
+    """All results for people: a row for each pipeline and number of steps, in a cell ours / the best other's error."""
+    cases = [(f"zoo:{name}", steps) for steps in (20, 50) for name in zoo.names()]
+    measured = {case: read(*case) for case in cases if results(*case).exists()}
+    parts = ["# stepmask beside other caches", "Latent error (mean) of stepmask / of the best other, and their ratio."]
+    for cost, name in COSTS.items():
+        lines = [["", *(f"{share:g}" for share in SHARES)]]
+        for (pipeline, steps), found in measured.items():
+            errors = at_equal(cost, found)
+            lines.append([f"`{pipeline}`, {steps} steps", *(_beside(errors, share) for share in SHARES)])
+        parts += [f"At shares of the reference's {name}:", table(lines)]
+    told = ", ".join(f"[{pipeline}, {steps} steps]({results(pipeline, steps).stem}.md)" for pipeline, steps in measured)
+    return "\n\n".join([*parts, f"All methods, machines, settings and who could not run: {told}."]) + "\n"
+
+
+def _beside(errors: Errors, share: float) -> str:
+    ours, other = errors[OURS][share], best_other(errors, share)
+    if ours is None or other is None:
+        return "–"
+    name, error = other
+    return f"{_short(ours)} / {_short(error)} {name.split(' (')[0]} = **{ours / error:.2f}**"
 
 
 def plot(found: Sequence[Row], path: Path) -> None:
@@ -292,6 +323,14 @@ def results(pipeline: str, steps: int) -> Path:
     return FOLDER / f"peers-{name_of(pipeline)}-{steps}.csv"
 
 
+def read(pipeline: str, steps: int) -> list[Row]:
+    """All rows, as they were measured."""
+    with results(pipeline, steps).open(newline="") as file:
+        return [
+            {key: value if key in WORDS else float(value) for key, value in row.items()} for row in csv.DictReader(file)
+        ]
+
+
 def publish(race: Race, found: Sequence[Row], what: str) -> None:
     """Everything as CSV, the comparison as a picture, for people and with its goal."""
     path = results(race.pipeline, race.steps)
@@ -305,6 +344,7 @@ def publish(race: Race, found: Sequence[Row], what: str) -> None:
     here = ", ".join(f"{key} {value}" for key, value in machine().items())
     errors = {cost: at_equal(cost, found) for cost in COSTS}
     (FOLDER / f"{name}.md").write_text(markdown(race, errors, f"{command}: {what}; {here}."))
+    (FOLDER / "peers.md").write_text(overview())
     by_time, by_macs = map(over_the_best, errors.values())
     save(
         name,

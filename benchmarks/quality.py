@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 from torch.nn import functional
 
-from against_peers import OURS, STYLES, Race, results
+from against_peers import OURS, STYLES, Race, read
 from results import FOLDER, save, table
 from setting import name_of
 from stepmask import MaskSchedule
@@ -141,11 +142,9 @@ class Data:
 
 def within(measured: Sequence[Row], share: float) -> list[Row]:
     """Of every method the setting with the smallest latent error that keeps to a share of the reference's time."""
-    fitting = [row for row in measured if float(row["time"]) <= SLACK * share]
+    fitting = [row for row in measured if row["time"] <= SLACK * share]
     methods = sorted({row["method"] for row in fitting})
-    return [
-        min((row for row in fitting if row["method"] == name), key=lambda row: float(row["error"])) for name in methods
-    ]
+    return [min((row for row in fitting if row["method"] == name), key=itemgetter("error")) for name in methods]
 
 
 def rows(gallery: Gallery, measured: Sequence[Row], shares: Sequence[float], data: Data | None) -> Iterator[Row]:
@@ -156,7 +155,7 @@ def rows(gallery: Gallery, measured: Sequence[Row], shares: Sequence[float], dat
         for row in within(measured, share):
             drawn = gallery.features(row["method"], row["setting"])
             found = {f"reference: {name}": value for name, value in gallery.measure.compare(drawn, reference).items()}
-            told = _told(share, row["method"], row["setting"], float(row["time"]))
+            told = _told(share, row["method"], row["setting"], row["time"])
             yield {**told, **found, **beside_data(gallery, drawn, data)}
 
 
@@ -243,9 +242,7 @@ def main() -> None:
     race, measure = Race(asked.pipeline, asked.steps), best_measure(asked.samples)
     gallery = Gallery(race, asked.samples, measure)
     data = Data.of(asked.data, measure, asked.samples) if asked.data else None
-    with results(asked.pipeline, asked.steps).open(newline="") as file:
-        measured = list(csv.DictReader(file))
-    found = list(rows(gallery, measured, asked.shares, data))
+    found = list(rows(gallery, read(asked.pipeline, asked.steps), asked.shares, data))
     floors = {f"reference: {name}": value for name, value in floor(measure, gallery.features(*REFERENCE)).items()}
     if data is not None:
         floors |= {f"data: {name}": value for name, value in floor(measure, data.some).items()}
