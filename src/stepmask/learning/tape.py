@@ -3,7 +3,8 @@
 Between two steps a sampler's state is one latent. So each evaluation of the denoiser is one node of the autograd
 graph: forward it runs without gradients, backward it is recomputed with them. The sampler's own arithmetic, its
 multistep history and guidance differentiate themselves, and memory is that of one step and of the values that it
-reads, however many steps there are.
+reads, however many steps there are. Where computed answers are blended, what a step reads depends on all computed steps
+before it: one set of stored values is held for each, rather than made again for every reader.
 """
 
 from collections.abc import Callable, Iterable, Sequence
