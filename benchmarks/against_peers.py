@@ -373,7 +373,7 @@ def main() -> None:
     arguments.add_argument("--batches", type=int, default=2, help=f"of {BATCH} held-out samples")
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument(
-        "--shares", type=float, nargs="*", default=[0.6, 0.42, 0.3, 0.23], help="of the time, to learn"
+        "--shares", type=float, nargs="*", default=[0.6, 0.42, 0.3, 0.25], help="of the time, to learn"
     )
     asked = arguments.parse_args()
     logging.disable(logging.WARNING)  # cache-dit says eight lines for each setting
