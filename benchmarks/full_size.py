@@ -33,8 +33,8 @@ STEPS = 4
 TOLD = """# Full size
 
 Share of the MACs that is computed: measured speed-up of the denoiser (slowest to fastest turn), over the one that the
-MACs promise, and of tables over the one that the times of their blocks promise. In bold what stepmask's runtime does; the
-others are the packages, told to compute every other step.
+MACs promise, and of tables over the one that the times of their blocks promise. In bold what stepmask's runtime does;
+the others are the packages, told to compute every other step.
 
 """
 
