@@ -36,8 +36,8 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/frontier.py
 	$(BIN)/python benchmarks/learned_speed.py
 	for pipeline in dit ldm ddpm pixart; do for steps in 20 50; do \
-		$(BIN)/python benchmarks/against_peers.py --pipeline zoo:$$pipeline-emoji --steps $$steps || exit 1; done; done
-	$(BIN)/python benchmarks/quality.py
+		$(BIN)/python benchmarks/against_peers.py --pipeline zoo:$$pipeline-emoji --steps $$steps || exit 1; \
+		$(BIN)/python benchmarks/quality.py --pipeline zoo:$$pipeline-emoji --steps $$steps || exit 1; done; done
 	$(BIN)/python benchmarks/unets.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/transfer.py
