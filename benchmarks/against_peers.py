@@ -2,11 +2,13 @@
 
 What is learned at shares of the MACs comes from `frontier.py`, which leaves its tables in results/schedules; tables at
 shares of the measured time are learned here and left there, too. Every peer is tuned on calibration seeds; its settings
-that are best there for their time are measured on held-out seeds, all in one run.
+that are best there for their time are measured on held-out seeds, all in one run; tables that were learned after it are
+added by `--add`, measured on the same seeds by turns with the reference.
 """
 
 import argparse
 import csv
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +56,7 @@ SHARES = (0.6, 0.5, 0.42, 0.35, 0.3, 0.25)
 """Of the reference's measured time, where errors are compared."""
 
 SMOOTH = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 0.9)
-PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+PRICES = (0.003, 0.01, 0.03, 0.1, 1.0)
 
 COSTS = {"time": "measured time of the denoiser", "macs": "MACs"}
 """By column, what people call them."""
@@ -214,13 +216,13 @@ def at_cost(points: Sequence[tuple[float, float]], share: float) -> float | None
     return float(np.exp(np.interp(share, costs, logs)))
 
 
-def rows(race: Race, batches: int, repeats: int) -> Iterator[Row]:
+def rows(
+    race: Race, learned: Mapping[str, MaskSchedule], rivals: Mapping[str, Any], batches: int, repeats: int
+) -> Iterator[Row]:
     """Everything measured on held-out samples in one run; times are of the first batch."""
-    learned = race.learned()
     first, *others = learned.items()
-    contenders = {**dict(others), **race.contenders()}
     call, seeds = race.call(BATCH, 1, held_out=True), range(1, 1 + batches)
-    report = evaluate(race.pipe, first[1], rivals=contenders, repeats=repeats, seed=seeds, **call)
+    report = evaluate(race.pipe, first[1], rivals={**dict(others), **rivals}, repeats=repeats, seed=seeds, **call)
     for row in report.rows[1:]:
         method, _, setting = (first[0] if row.name == "schedule" else row.name).partition(": ")
         speed, slowest, fastest = report.speedup(row.name)
@@ -318,9 +320,9 @@ def plot(found: Sequence[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
-def results(pipeline: str, steps: int) -> Path:
-    """Where all rows lie."""
-    return FOLDER / f"peers-{name_of(pipeline)}-{steps}.csv"
+def results(pipeline: str, steps: int, ending: str = "csv") -> Path:
+    """Where all rows lie, and beside them what they come to."""
+    return FOLDER / f"peers-{name_of(pipeline)}-{steps}.{ending}"
 
 
 def read(pipeline: str, steps: int) -> list[Row]:
@@ -333,21 +335,20 @@ def read(pipeline: str, steps: int) -> list[Row]:
 
 def publish(race: Race, found: Sequence[Row], what: str) -> None:
     """Everything as CSV, the comparison as a picture, for people and with its goal."""
-    path = results(race.pipeline, race.steps)
-    name = path.stem
-    with path.open("w", newline="") as file:
+    case = race.pipeline, race.steps
+    with results(*case).open("w", newline="") as file:
         writer = csv.DictWriter(file, found[0])
         writer.writeheader()
         writer.writerows(found)
-    plot(found, FOLDER / f"{name}.png")
+    plot(found, results(*case, "png"))
     command = f"`benchmarks/against_peers.py --pipeline {race.pipeline} --steps {race.steps}`"
     here = ", ".join(f"{key} {value}" for key, value in machine().items())
     errors = {cost: at_equal(cost, found) for cost in COSTS}
-    (FOLDER / f"{name}.md").write_text(markdown(race, errors, f"{command}: {what}; {here}."))
+    results(*case, "md").write_text(markdown(race, errors, f"{command}: {what}; {here}."))
     (FOLDER / "peers.md").write_text(overview())
     by_time, by_macs = map(over_the_best, errors.values())
     save(
-        name,
+        results(*case).stem,
         {"what": what, "over_the_best_at_equal_time": by_time, "at_equal_macs": by_macs, "absent": race.absent},
         goal="at most 0.6 of the best peer's error at equal measured time",
         met=all(ratio <= 0.6 for ratio in by_time.values()) and by_time.keys() == set(SHARES),
@@ -366,6 +367,25 @@ def _spelled(knobs: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in knobs.items())
 
 
+def race_all(race: Race, batches: int, repeats: int) -> None:
+    """Everybody, in one run."""
+    found = list(rows(race, race.learned(), race.contenders(), batches, repeats))
+    publish(race, found, f"{batches * BATCH} held-out samples, times of {BATCH} at once in {repeats} turns")
+
+
+def add(race: Race, batches: int, repeats: int) -> None:
+    """Tables that the results do not have yet, to results that stay as they are."""
+    before = read(race.pipeline, race.steps)
+    known = {f"{row['method']}: {row['setting']}" for row in before}
+    learned = {name: table for name, table in race.learned().items() if name not in known}
+    if learned:
+        said = json.loads(results(race.pipeline, race.steps, "json").read_text())
+        race.absent = said["absent"]
+        names = ", ".join(name.partition(": ")[2] for name in learned)
+        found = before + list(rows(race, learned, {}, batches, repeats))
+        publish(race, found, f"{said['what']}; in a run of their own: {names}")
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--pipeline", default="zoo:dit-emoji")
@@ -375,12 +395,12 @@ def main() -> None:
     arguments.add_argument(
         "--shares", type=float, nargs="*", default=[0.6, 0.42, 0.3, 0.25], help="of the time, to learn"
     )
+    arguments.add_argument("--add", action="store_true", help="tables that the results do not have yet")
     asked = arguments.parse_args()
     logging.disable(logging.WARNING)  # cache-dit says eight lines for each setting
     race = Race(asked.pipeline, asked.steps)
     race.learn(asked.shares)
-    found = list(rows(race, asked.batches, asked.repeats))
-    publish(race, found, f"{asked.batches * BATCH} held-out samples, times of {BATCH} at once in {asked.repeats} turns")
+    (add if asked.add else race_all)(race, asked.batches, asked.repeats)
 
 
 if __name__ == "__main__":
