@@ -120,7 +120,7 @@ class Contender:
         return Fidelity(
             run.evaluations,
             self._executed(run, reference),
-            latent_errors(run.sampled.latent, reference.sampled.latent),
+            latent_errors(_of_pictures(run), _of_pictures(reference)),
             psnr(*pictures) if pictures else (),
             ssim(*pictures) if pictures else (),
             _path_errors(run.sampled.latents, reference.sampled.latents),
@@ -135,6 +135,11 @@ class Contender:
         if self.counted:
             return run.computed_macs / reference.computed_macs
         return run.evaluations / reference.evaluations
+
+
+def _of_pictures(run: Run) -> Tensor:
+    """The last latent of each picture: diffusers' DiT pipeline carries both halves of guidance, equal, to the end."""
+    return run.sampled.latent if run.images is None else run.sampled.latent[: len(run.images)]
 
 
 def _path_errors(own: Sequence[Tensor], others: Sequence[Tensor]) -> list[float]:
