@@ -2,8 +2,8 @@
 
 What is learned at shares of the MACs comes from `frontier.py`, which leaves its tables in results/schedules; tables at
 shares of the measured time are learned here and left there, too. Every peer is tuned on calibration seeds; its settings
-that are best there for their time are measured on held-out seeds, all in one run; tables that were learned after it are
-added by `--add`, measured on the same seeds by turns with the reference.
+that are best there for their time are measured on held-out seeds, all in one run. `--ours` measures again what stepmask
+learned, on the same seeds by turns with the reference, for tables that were learned after that run.
 """
 
 import argparse
@@ -60,6 +60,8 @@ PRICES = (0.003, 0.01, 0.03, 0.1, 1.0)
 
 COSTS = {"time": "measured time of the denoiser", "macs": "MACs"}
 """By column, what people call them."""
+
+APART = "; stepmask's own tables in a run of their own"
 
 BEYOND = "where all settings of a method are cheaper, that of its dearest"
 
@@ -373,17 +375,13 @@ def race_all(race: Race, batches: int, repeats: int) -> None:
     publish(race, found, f"{batches * BATCH} held-out samples, times of {BATCH} at once in {repeats} turns")
 
 
-def add(race: Race, batches: int, repeats: int) -> None:
-    """Tables that the results do not have yet, to results that stay as they are."""
-    before = read(race.pipeline, race.steps)
-    known = {f"{row['method']}: {row['setting']}" for row in before}
-    learned = {name: table for name, table in race.learned().items() if name not in known}
-    if learned:
-        said = json.loads(results(race.pipeline, race.steps, "json").read_text())
-        race.absent = said["absent"]
-        names = ", ".join(name.partition(": ")[2] for name in learned)
-        found = before + list(rows(race, learned, {}, batches, repeats))
-        publish(race, found, f"{said['what']}; in a run of their own: {names}")
+def race_ours(race: Race, batches: int, repeats: int) -> None:
+    """What was learned, again; all others' results stay as they are."""
+    others = [row for row in read(race.pipeline, race.steps) if row["method"] not in (OURS, PAPER)]
+    said = json.loads(results(race.pipeline, race.steps, "json").read_text())
+    race.absent = said["absent"]
+    found = list(rows(race, race.learned(), {}, batches, repeats))
+    publish(race, others + found, said["what"].removesuffix(APART) + APART)
 
 
 def main() -> None:
@@ -395,12 +393,12 @@ def main() -> None:
     arguments.add_argument(
         "--shares", type=float, nargs="*", default=[0.6, 0.42, 0.3, 0.25], help="of the time, to learn"
     )
-    arguments.add_argument("--add", action="store_true", help="tables that the results do not have yet")
+    arguments.add_argument("--ours", action="store_true", help="what was learned alone")
     asked = arguments.parse_args()
     logging.disable(logging.WARNING)  # cache-dit says eight lines for each setting
     race = Race(asked.pipeline, asked.steps)
     race.learn(asked.shares)
-    (add if asked.add else race_all)(race, asked.batches, asked.repeats)
+    (race_ours if asked.ours else race_all)(race, asked.batches, asked.repeats)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from stepmask.learning.rounding import round_scores
 from stepmask.learning.step import StepJob, learn_step
 from stepmask.learning.tape import Tape
 from stepmask.learning.task import Task
-from stepmask.learning.trained import TrainedForecasts, _readable
+from stepmask.learning.trained import TrainedForecasts, _racers, _readable
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.rectify import lower, rectify
@@ -544,7 +544,7 @@ class TestTrainedForecasts:
         uneven = [start for start in starts if start.family.uneven]
         others = sorted((start for start in starts if start not in uneven), key=lambda start: start.promise)
         seated = [*uneven, *others[:2]]
-        ahead = learner._ahead(starts, task).start
+        ahead = learner._ahead(_racers(starts), task).start
         assert len(uneven) == 1
         assert ahead in seated
         names = [start.table.provenance["table"] for start in seated]

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from stepmask.errors import InvalidBudget
 from stepmask.learning.allocate import paths
+from stepmask.learning.placement import later
 from stepmask.learning.profile import Profile
 from stepmask.schedule.baselines import answer, branches, deepcache_within, fixed_interval, whole_step
 from stepmask.schedule.budget import Budget, too_small_a_store
@@ -80,10 +81,11 @@ def families(reference: MaskSchedule, budget: Budget, window: int, profile: Prof
 def _regular(
     make: Callable[..., MaskSchedule], reference: MaskSchedule, budget: Budget, window: int, most: int
 ) -> list[MaskSchedule]:
-    """Tables of one kind with the most computed steps that fit, by Taylor order; none if not one step fits."""
+    """Tables of one kind with the most computed steps that fit, by Taylor order and last step; none if not one fits."""
     for count in range(most, 0, -1):
         if budget.covers(budget.spent(lower(make(reference, count / reference.steps)))):
-            return [make(reference, count / reference.steps, order=order) for order in range(window)]
+            tables = ((make(reference, count / reference.steps, order=order), order) for order in range(window))
+            return [placed for table, order in tables for placed in (table, *later(table, order))]
     return []
 
 

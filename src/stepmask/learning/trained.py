@@ -20,6 +20,7 @@ from stepmask.executors.filed import Kind, finish
 from stepmask.files import write_whole
 from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.objective import sample_errors
+from stepmask.learning.placement import apart, movable, order_of, swapped
 from stepmask.learning.profile import Profile
 from stepmask.learning.starts import Family, families
 from stepmask.learning.sweep import sweep
@@ -46,6 +47,9 @@ PROBES, LEAST_AGES = 2, 6
 JUDGES = 4
 """Trajectories on which tables of different families are compared."""
 
+MOVES = 4
+"""How often a start's rows change places at most, before it is trained."""
+
 RACERS, TRIAL = 3, 1 / 6
 """How many starts are trained on trial, and for what share of the iterations: what training takes off an error differs
 by more than starts do, and shows early (measured: docs/experiments.md)."""
@@ -56,11 +60,12 @@ class TrainedForecasts:
     """A table whose evaluations lie well, and then better forecasts than Taylor's.
 
     Fixed intervals, whole-step tables, intervals with partial evaluations between the whole ones or with one partial
-    evaluation, and uneven tables that a sweep proposes are compared by true runs. The weights of every reused cell, and
-    of computed ones that may blend older values in, are then trained on masked runs, by the gradient of the final
-    latent's distance to the reference through the pipeline's own sampler: of the best uneven table and the two best
-    others for a sixth of the way, and of the one that is then ahead to the end. Each iteration takes the next
-    trajectory: several trajectories of a few samples cost no more per iteration than one, and overfit less.
+    evaluation, and uneven tables that a sweep proposes are compared by true runs. Of the best uneven table and the two
+    best others single evaluations are moved a step earlier or later, as long as true runs come nearer by it. The
+    weights of every reused cell, and of computed ones that may blend older values in, are then trained on masked runs,
+    by the gradient of the final latent's distance to the reference through the pipeline's own sampler: of all three for
+    a sixth of the way, and of the one that is then ahead to the end. Each iteration takes the next trajectory: several
+    trajectories of a few samples cost no more per iteration than one, and overfit less.
 
     Args:
         passes: What is spent on the table that is ahead: as many iterations of Adam as have the MACs of this many
@@ -88,7 +93,8 @@ class TrainedForecasts:
             LearningError: A run is not finite, or the pipeline detaches its latents.
         """
         starts = self._starts(task)
-        best, ahead = min(starts, key=attrgetter("error")), self._ahead(starts, task)
+        racers = [_moved(start, task) for start in _racers(starts)]
+        best, ahead = min([*starts, *racers], key=attrgetter("error")), self._ahead(racers, task)
         start = ahead.start
         regular = [start.table] if start is best else [start.table, best.table]
         tables = [*regular, ahead.run()]
@@ -107,7 +113,7 @@ class TrainedForecasts:
 
     def _starts(self, task: Task) -> list["_Start"]:
         """The best table of each family, by true runs of the last trajectory, as it does on the last few."""
-        *others, last = range(len(task.trajectories))[-JUDGES:]
+        *others, last = _judges(task)
         found = families(task.reference, task.budget, self.window, _swept(task))
         entered = [(family, table) for family in found for table in family.tables]
         errors = calibration_errors(task, [table for _, table in entered], [last])
@@ -124,12 +130,11 @@ class TrainedForecasts:
 
     def _ahead(self, starts: Sequence["_Start"], task: Task) -> "_Training":
         """The training that is ahead after a trial; in a run that goes on, the one that has gone further."""
-        racers = [_Training(self, start, task) for start in _racers(starts)]
+        racers = [_Training(self, start, task) for start in starts]
         if further := [racer for racer in racers if racer.iteration > racer.trial]:
             return further[0]
         tables = [racer.run(racer.trial) for racer in racers]
-        judges = range(len(task.trajectories))[-JUDGES:]
-        found = calibration_errors(task, tables, judges)
+        found = calibration_errors(task, tables, _judges(task))
         after = [
             replace(racer.start, table=table, errors=own)
             for racer, table, own in zip(racers, tables, found, strict=True)
@@ -174,6 +179,41 @@ def _racers(starts: Sequence[_Start]) -> list[_Start]:
     Where it computes little the rest is easily told from what is stored, which only training shows.
     """
     return sorted(starts, key=lambda start: (not start.family.uneven, start.promise))[:RACERS]
+
+
+def _judges(task: Task) -> range:
+    """Trajectories on which tables are compared, by their index."""
+    return range(len(task.trajectories))[-JUDGES:]
+
+
+def _moved(start: _Start, task: Task) -> _Start:
+    """The start with pairs of adjacent rows swapped, as long as true runs come nearer to the reference by it."""
+    for _ in range(MOVES):
+        nearer = min(_neighbours(start, task), key=attrgetter("promise"), default=start)
+        if nearer.promise >= start.promise:
+            break
+        start = nearer
+        log.info("%s: error %.3g, typically %.3g", start.table.provenance["table"], start.error, start.typical)
+    return start
+
+
+def _neighbours(start: _Start, task: Task) -> list[_Start]:
+    """With the pair of rows swapped that helps most, and all pairs that help: by runs of the last trajectory.
+
+    Their forecasts are Taylor's, of the start's order if it has one; their errors those on all trajectories that judge.
+    """
+    order, judges = order_of(start.table), _judges(task)
+    order = min(1, start.family.window - 1) if order is None else order
+    singles = {step: swapped(start.table, [step], order) for step in movable(start.table.rows)}
+    singles = {step: table for step, table in singles.items() if task.budget.allows(lower(table))}
+    errors = calibration_errors(task, list(singles.values()), judges[-1:])
+    typical = {step: replace(start, errors=own).typical for step, own in zip(singles, errors, strict=True)}
+    before = replace(start, errors=start.errors[-1:]).typical
+    helping = apart(sorted((step for step in singles if typical[step] < before), key=typical.__getitem__))
+    tables = [swapped(start.table, chosen, order) for chosen in (helping[:1], helping) if chosen]
+    tables = [table for table in tables if task.budget.allows(lower(table))]
+    found = calibration_errors(task, tables, judges)
+    return [replace(start, table=table, errors=own) for table, own in zip(tables, found, strict=True)]
 
 
 def _swept(task: Task) -> Profile:
