@@ -2,8 +2,8 @@
 
 What is learned at shares of the MACs comes from `frontier.py`, which leaves its tables in results/schedules; tables at
 shares of the measured time are learned here and left there, too. Every peer is tuned on calibration seeds; its settings
-that are best there for their time are measured on held-out seeds, all in one run. `--ours` measures again what stepmask
-learned, on the same seeds by turns with the reference, for tables that were learned after that run.
+that are best there for their time are measured on held-out seeds, all in one run. `--again` measures what stepmask
+learned again, and the peers that are named, on the same seeds by turns with the reference; all other rows stay.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from frontier import SCHEDULES, paper
 from peers import PEERS, CannotRun, Peer
 from results import FOLDER, save, table
 from rules import SmoothCache, learning_to_cache
-from setting import Setting, by_sample, name_of
+from setting import Setting, by_sample, name_of, timed
 from stepmask import Budget, MaskSchedule, Trajectory, zoo
 from stepmask.denoiser.sampling import Sampling
 from stepmask.drawing import blank
@@ -49,8 +49,12 @@ BATCH = 16
 EXACT = 1e-12
 """Errors below are rounding: nothing was skipped."""
 
-MOST = 5
+MOST = 7
 """Settings of one peer that are measured on held-out samples."""
+
+DEAREST = 0.8
+"""Of the reference's time on the calibration samples, which such a setting takes at most: what lies far above the
+shares says little there, for errors between two settings are interpolated."""
 
 SHARES = (0.6, 0.5, 0.42, 0.35, 0.3, 0.25)
 """Of the reference's measured time, where errors are compared."""
@@ -61,7 +65,7 @@ PRICES = (0.003, 0.01, 0.03, 0.1, 1.0)
 COSTS = {"time": "measured time of the denoiser", "macs": "MACs"}
 """By column, what people call them."""
 
-APART = "; stepmask's own tables in a run of their own"
+APART = "; stepmask's own tables, and peers that were tuned again, in a run of their own"
 
 BEYOND = "where all settings of a method are cheaper, that of its dearest"
 
@@ -80,7 +84,7 @@ WORDS = ("pipeline", "method", "setting")
 
 @dataclass(frozen=True)
 class Tried:
-    """One setting of one method on the calibration samples: what it costs, how wrong it is, and what samples so."""
+    """One setting of one method on the calibration samples: its share of the cost, its error, and what samples so."""
 
     name: str
     cost: float
@@ -99,9 +103,11 @@ class Race(Setting):
     def contenders(self) -> dict[str, Any]:
         """What is measured on held-out samples, by name: "method: setting"."""
         found = {f"{FEWER}: {count}": count for count in _counts(self.steps)}
-        for method in (*map(self.tuned, PEERS), self.smoothcache(), self.learning_to_cache()):
-            found |= {tried.name: tried.contender for tried in best(method)}
-        return found
+        return {**found, **self.peers(PEERS), **named(self.smoothcache()), **named(self.learning_to_cache())}
+
+    def peers(self, peers: Sequence[Peer]) -> dict[str, Any]:
+        """The best settings of some peers, by name."""
+        return {name: contender for peer in peers for name, contender in named(self.tuned(peer)).items()}
 
     def contender(self, method: str, setting: str) -> Any:
         """What samples by a setting that a row of results names, made anew."""
@@ -136,7 +142,7 @@ class Race(Setting):
         sampling = Sampling(pipe, self.reference.sampling.call)
         started = time.perf_counter()
         latent = sampling().latent
-        cost = time.perf_counter() - started
+        cost = (time.perf_counter() - started) / self.seconds
         error = typical(latent_errors(latent, self.reference.sampled.latent))
         return Tried(f"{peer.name}: {_spelled(knobs)}", cost, error, pipe)
 
@@ -173,6 +179,11 @@ class Race(Setting):
             schedule.save_pretrained(folder)
 
     @cached_property
+    def seconds(self) -> float:
+        """What the reference takes on the calibration samples."""
+        return timed(self.reference.sampling)[1]
+
+    @cached_property
     def smooth(self) -> SmoothCache:
         """SmoothCache's rule, calibrated."""
         return SmoothCache(self.reference, self.full)
@@ -193,10 +204,19 @@ def typical(latent_errors: Sequence[float]) -> float:
     return geometric_mean(max(error, EXACT) for error in latent_errors)
 
 
+def named(tried: Sequence[Tried]) -> dict[str, Any]:
+    """The best settings of a method, by name."""
+    return {each.name: each.contender for each in best(tried)}
+
+
 def best(tried: Sequence[Tried]) -> list[Tried]:
-    """The settings that no other beats in both cost and error, at most `MOST`, spread over their costs."""
+    """The settings that no other beats in both cost and error, at most `MOST`, spread over their costs.
+
+    Those that cost more than `DEAREST` are left out, if there are others.
+    """
     kept: list[Tried] = []
-    for each in sorted(tried, key=lambda each: each.cost):
+    cheap = [each for each in tried if each.cost <= DEAREST] or tried
+    for each in sorted(cheap, key=lambda each: each.cost):
         if np.isfinite(each.error) and each.error > 2 * EXACT and (not kept or each.error < kept[-1].error):
             kept.append(each)
     places = np.unique(np.linspace(0, len(kept) - 1, min(MOST, len(kept))).round().astype(int)) if kept else []
@@ -375,12 +395,14 @@ def race_all(race: Race, batches: int, repeats: int) -> None:
     publish(race, found, f"{batches * BATCH} held-out samples, times of {BATCH} at once in {repeats} turns")
 
 
-def race_ours(race: Race, batches: int, repeats: int) -> None:
-    """What was learned, again; all others' results stay as they are."""
-    others = [row for row in read(race.pipeline, race.steps) if row["method"] not in (OURS, PAPER)]
+def race_again(race: Race, peers: Sequence[str], batches: int, repeats: int) -> None:
+    """What was learned and some peers, again; all others' results stay as they are."""
+    again = {OURS, PAPER, *peers}
+    others = [row for row in read(race.pipeline, race.steps) if row["method"] not in again]
     said = json.loads(results(race.pipeline, race.steps, "json").read_text())
-    race.absent = said["absent"]
-    found = list(rows(race, race.learned(), {}, batches, repeats))
+    race.absent = {name: why for name, why in said["absent"].items() if name.partition(":")[0] not in again}
+    rivals = race.peers([peer for peer in PEERS if peer.name in again])
+    found = list(rows(race, race.learned(), rivals, batches, repeats))
     publish(race, others + found, said["what"].removesuffix(APART) + APART)
 
 
@@ -393,12 +415,15 @@ def main() -> None:
     arguments.add_argument(
         "--shares", type=float, nargs="*", default=[0.6, 0.42, 0.3, 0.25], help="of the time, to learn"
     )
-    arguments.add_argument("--ours", action="store_true", help="what was learned alone")
+    arguments.add_argument("--again", nargs="*", metavar="PEER", help="what was learned and these peers alone")
     asked = arguments.parse_args()
     logging.disable(logging.WARNING)  # cache-dit says eight lines for each setting
     race = Race(asked.pipeline, asked.steps)
     race.learn(asked.shares)
-    (race_ours if asked.ours else race_all)(race, asked.batches, asked.repeats)
+    if asked.again is None:
+        race_all(race, asked.batches, asked.repeats)
+    else:
+        race_again(race, asked.again, asked.batches, asked.repeats)
 
 
 if __name__ == "__main__":

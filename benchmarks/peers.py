@@ -126,7 +126,7 @@ def _grid(**values: Sequence[Any]) -> list[Knobs]:
     return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
-THRESHOLDS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
+THRESHOLDS = (0.03, 0.06, 0.09, 0.12, 0.15, 0.2, 0.25, 0.5, 1.0)
 WARM_UPS = (1, 3)
 
 PEERS = (

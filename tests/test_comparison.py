@@ -23,9 +23,13 @@ class TestTuning:
     def test_a_setting_that_another_beats_in_cost_and_error_goes(self) -> None:
         assert [each.name for each in best(tried((0.5, 0.2), (0.6, 0.3), (0.7, 0.1)))] == ["0.5", "0.7"]
 
-    def test_at_most_five_stay_spread_over_their_costs(self) -> None:
-        points = [(cost / 10, 1 / cost) for cost in range(1, 10)]
-        assert [each.name for each in best(tried(*points))] == ["0.1", "0.3", "0.5", "0.7", "0.9"]
+    def test_at_most_seven_stay_spread_over_their_costs(self) -> None:
+        points = [(cost / 20, 1 / cost) for cost in range(1, 14)]
+        assert [each.name for each in best(tried(*points))] == ["0.05", "0.15", "0.25", "0.35", "0.45", "0.55", "0.65"]
+
+    def test_settings_far_above_all_shares_are_left_out_if_there_are_others(self) -> None:
+        assert [each.name for each in best(tried((0.4, 0.2), (0.9, 0.1)))] == ["0.4"]
+        assert [each.name for each in best(tried((0.9, 0.1)))] == ["0.9"]
 
     def test_what_skips_nothing_or_ends_in_nothing_finite_is_no_setting(self) -> None:
         assert best(tried((1.0, 1e-12), (0.5, float("nan")))) == []
