@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from against_peers import OURS, PAPER, Tried, at_cost, at_equal, best, over_the_best
+from against_peers import FOLDER, OURS, PAPER, Tried, at_cost, at_equal, best, headlines, over_the_best, overview
 from quality import within
 
 
@@ -57,3 +57,8 @@ class TestAtEqualCost:
 def test_pictures_are_compared_at_the_best_setting_that_keeps_to_the_time() -> None:
     measured = [row("a", 0.3, 0.2), row("a", 0.505, 0.1), row("a", 0.6, 0.01), row("b", 0.7, 0.1)]
     assert within(measured, 0.5) == [measured[1]]
+
+
+def test_the_readme_and_the_overview_say_what_was_measured() -> None:
+    assert headlines() in (FOLDER.parents[1] / "README.md").read_text()
+    assert overview() == (FOLDER / "peers.md").read_text()

@@ -1,5 +1,7 @@
 """Where evaluations lie: tables by hand, and rows that change places until a run is exact."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from stepmask.learning.trained import _moved, _Start, calibration_errors
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.fingerprint import DenoiserFingerprint
+from stepmask.schedule.forecasts import taylor_forecasts
 from stepmask.schedule.rectify import lower
 
 from toys import Drift, chain_graph, sampler
@@ -53,10 +56,15 @@ class TestSwapped:
         table = whole_step(full(7), 0.43, order=1)  # steps 0, 2 and 4
         assert np.flatnonzero(table.rows[:, -1]).tolist() == [0, 2, 4]
         assert movable(table.rows) == [1, 2, 3, 4]
-        moved = swapped(table, [1, 4], 1)
+        taylor = partial(taylor_forecasts, order=1)
+        moved = swapped(table, [1, 4], taylor)
         assert np.flatnonzero(moved.rows[:, -1]).tolist() == [0, 1, 5]
         assert moved.forecasts[6, -1].tolist() == [1.25, -0.25, 0]  # of steps 5 and 1
-        assert moved.provenance["table"] == swapped(moved, [2], 1).provenance["table"] == "whole-step, Taylor 1, moved"
+        assert (
+            moved.provenance["table"]
+            == swapped(moved, [2], taylor).provenance["table"]
+            == "whole-step, Taylor 1, moved"
+        )
 
     def test_the_first_named_of_two_that_touch_is_kept(self) -> None:
         assert apart([4, 3, 7, 6, 1, 5]) == [4, 7, 1]
@@ -82,7 +90,7 @@ def test_an_evaluation_moves_to_where_the_denoiser_changes() -> None:
     reference = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
     task = Task([trajectory], reference, Budget(macs=0.4), LocalExecutor(), None)
     table = whole_step(reference, 0.4)  # steps 0, 2 and 5
-    start = _Start(table, Family((table,), 1, 1.0, uneven=False), calibration_errors(task, [table], [0])[0])
+    start = _Start(table, Family([table]), calibration_errors(task, [table], [0])[0])
     moved = _moved(start, task)
     assert start.error > 0.001
     assert moved.error == 0

@@ -23,7 +23,7 @@ from stepmask.errors import (
     NotTimed,
     ScheduleMismatch,
 )
-from stepmask.learning.allocate import CellErrors, joint_forecasts, saves, shortest_paths
+from stepmask.learning.allocate import CellErrors, saves, shortest_paths
 from stepmask.learning.guidance import samples_of
 from stepmask.learning.sweep import FIRST_SEED
 from stepmask.schedule.answers import answers
@@ -489,38 +489,12 @@ class TestAllocation:
         with pytest.raises(InvalidBudget, match="at least 4 bytes"):
             profile.schedule(Budget(0.5, store_bytes=3))
 
-    def test_joint_forecasts_are_ridge_regression(self) -> None:
-        profile = random_profile(chain_graph(2, "delta"), 6, ages=5, rows=40, offset=0.5)
-        own = fixed_interval(profile.around, 0.5, order=1)
-        cells = [(step, column) for step in (3, 5) for column in (0, 1)]  # those that have two values to read
-        ridge, start = 0.3, profile.offset + profile.effects(own)
-        features = np.stack([profile.effects(self.longer(own, cell, 1.0)) - profile.effects(own) for cell in cells], 1)
-        penalty = np.sqrt(ridge * len(start) * np.square(features).mean(axis=0))
-        stacked, zeros = np.vstack([features, np.diag(penalty)]), np.zeros(len(cells))
-        moves = np.linalg.lstsq(stacked, np.append(-start, zeros), rcond=None)[0]
-        fitted = joint_forecasts(profile, own, ridge=ridge)
-        assert np.array_equal(fitted.rows, own.rows)
-        for cell, move in zip(cells, moves, strict=True):
-            expected = self.longer(own, cell, move).forecasts[cell]
-            np.testing.assert_allclose(fitted.forecasts[cell], expected, rtol=1e-5)
-        assert profile.predicted_error(fitted) < profile.predicted_error(own)
-
-    def longer(self, schedule: MaskSchedule, cell: tuple[int, int], by: float) -> MaskSchedule:
-        weights = schedule.forecasts.copy()
-        weights[cell] += np.array([by, -by, 0.0])
-        return schedule.with_rows(schedule.rows, weights)
-
     def test_a_cell_counts_in_between_where_half_of_what_is_downstream_is_computed(self) -> None:
         # down1 reaches mid, up1 and up0. With mid and up1 reused, a third of them is computed, and down1 is dead
         profile = random_profile(unet_graph(), 3, held=0.25)
         share = profile.computed_downstream(answers(table(unet_graph(), "11111", "11001", "11111"), profile.ages))
         assert share[1].tolist() == pytest.approx([1 / 4, 1 / 3, 1 / 2, 1, 1, 1])
         np.testing.assert_allclose(profile.mixed(share)[:, 1, 1], profile.inner[:, 1, 1] * 0.5, rtol=1e-6)
-
-    def test_a_strong_ridge_leaves_a_table_as_it_is(self) -> None:
-        profile = random_profile(chain_graph(2, "delta"), 6, ages=5)
-        own = fixed_interval(profile.around, 0.5, order=1)
-        np.testing.assert_allclose(joint_forecasts(profile, own, ridge=1e9).forecasts, own.forecasts, atol=1e-6)
 
 
 class TestProfile:

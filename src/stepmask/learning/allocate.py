@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import InvalidBudget, InvalidSchedule
-from stepmask.schedule.answers import answers
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget, too_small_a_share, too_small_a_store
-from stepmask.schedule.forecasts import DIFFERENCES, PLAIN
+from stepmask.schedule.forecasts import PLAIN
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
@@ -271,48 +270,3 @@ def _regular(profile: "Profile", budget: Budget) -> Iterator[tuple[float, MaskSc
             with suppress(InvalidBudget, InvalidSchedule):
                 table = baseline(profile.around, min(max(share, 1e-9), 1.0), order=order)
                 yield profile.predicted_error(table), table
-
-
-def joint_forecasts(profile: "Profile", schedule: MaskSchedule, *, ridge: float = 0.1) -> MaskSchedule:
-    """The same table with the differences in its forecasts fitted together to the predicted error.
-
-    Every reused cell that can read two values gets a first difference, and one that reads three keeps a second.
-    Minimises mean over rows of (offset + effect)² + ridge · Σ_i (x_i − own_i)² · mean(f_i²), x_i the weight of a
-    difference, own_i what the table has, f_i its effect on each row: ridge regression, shrunk towards the table.
-
-    Args:
-        profile: Of the same denoiser and sampler.
-        schedule: The table; its bits stay.
-        ridge: Strength of the shrinkage; 0 = least squares.
-
-    Raises:
-        ScheduleMismatch: As `Profile.effects`.
-        InvalidSchedule: As `Profile.effects`.
-    """
-    schedule = rectify(schedule)
-    residual = profile.offset + profile.effects(schedule)
-    cells = [*_differences(schedule, profile.ages)]
-    if not cells:
-        return schedule
-    inner = profile.mixed(profile.computed_downstream(answers(schedule, profile.ages)))
-    columns = [inner[:, step, column][:, ages] @ DIFFERENCES[order, : len(ages)] for step, column, order, ages in cells]
-    features = np.stack(columns, axis=1)  # (rows, differences)
-    scale = np.sqrt(np.square(features).mean(axis=0))
-    features = features / np.where(scale > 0, scale, np.inf)
-    gram = features @ features.T + ridge * len(residual) * np.eye(len(residual))
-    moves = -features.T @ np.linalg.lstsq(gram, residual, rcond=None)[0] / np.where(scale > 0, scale, np.inf)
-    weights = schedule.forecasts.copy()
-    for (step, column, order, _), move in zip(cells, moves, strict=True):
-        weights[step, column] += move * DIFFERENCES[order]
-    provenance = {**schedule.provenance, "forecasts": f"joint, ridge {ridge:g}"}
-    return schedule.with_rows(schedule.rows, weights, provenance=provenance)
-
-
-def _differences(schedule: MaskSchedule, ages: int) -> Iterator[tuple[int, int, int, list[int]]]:
-    """The differences that may be fitted: step, column, order, and the ages of the values it is made of."""
-    live = answers(schedule, ages).any(axis=2)
-    for step, column in np.argwhere(~schedule.rows & live):
-        values = (step - np.flatnonzero(schedule.rows[:step, column])[::-1]).tolist()
-        for order in range(1, max(2, int(schedule.windows[step, column]))):
-            if len(values) > order and values[order] <= ages:
-                yield int(step), int(column), order, values[: order + 1]

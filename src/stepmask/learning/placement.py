@@ -1,12 +1,15 @@
 """Where a table's evaluations lie: evenly up to a later step, and single ones a step earlier or later."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from stepmask.schedule.forecasts import WINDOW, taylor_forecasts
 from stepmask.schedule.schedule import MaskSchedule
+
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 MOVED = ", moved"
 """At the end of the names of tables whose rows have changed places."""
@@ -34,26 +37,26 @@ def later(table: MaskSchedule, order: int) -> list[MaskSchedule]:
     return found
 
 
-def movable(rows: npt.NDArray[np.bool_]) -> list[int]:
+def movable(rows: Bools) -> list[int]:
     """Steps whose row differs from the next one's: these two can change places. The first row stays where it is."""
     differ = (rows[1:-1] != rows[2:]).any(axis=1)
     return [int(step) + 1 for step in np.flatnonzero(differ)]
 
 
-def swapped(table: MaskSchedule, steps: Sequence[int], order: int) -> MaskSchedule:
+def swapped(table: MaskSchedule, steps: Sequence[int], refit: Callable[[Bools], Floats]) -> MaskSchedule:
     """The rows of some steps, no two of them adjacent, and of the steps after them have changed places.
 
     Args:
         table: What is computed where.
         steps: As `movable` finds them.
-        order: Of Taylor's forecast, 0 to 2.
+        refit: The forecasts, (steps, blocks, 3), of rows, (steps, blocks).
     """
     places = np.arange(table.steps)
     for step in steps:
         places[[step, step + 1]] = step + 1, step
     rows = table.rows[places]
     name = {"table": f"{str(table.provenance['table']).removesuffix(MOVED)}{MOVED}"}
-    return table.with_rows(rows, taylor_forecasts(rows, order), provenance=name)
+    return table.with_rows(rows, refit(rows), provenance=name)
 
 
 def apart(steps: Sequence[int]) -> list[int]:

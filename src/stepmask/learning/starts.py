@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +12,17 @@ from stepmask.errors import InvalidBudget
 from stepmask.learning.allocate import paths
 from stepmask.learning.placement import later
 from stepmask.learning.profile import Profile
+from stepmask.learning.whole_steps import WholeSteps
 from stepmask.schedule.baselines import answer, branches, deepcache_within, fixed_interval, whole_step
 from stepmask.schedule.budget import Budget, too_small_a_store
-from stepmask.schedule.forecasts import taylor_forecasts
+from stepmask.schedule.forecasts import PLAIN, taylor_forecasts
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
+
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+Refit = Callable[[Bools], Floats]
 
 HANDICAP = 1.5
 """Of whole-step tables and refreshed intervals: training takes that many times less off their error than off that of an
@@ -35,18 +41,29 @@ class Family:
 
     Args:
         tables: At least one.
-        window: How many stored values a forecast may read, from 1; fewer where the budget's store has no room for more.
         handicap: How many times less than an interval's error training takes off theirs.
         uneven: Whether a sweep proposed where they compute. Training takes more off these than their errors tell.
+        refit: The forecasts, (steps, blocks, 3), of other rows, (steps, blocks); `None` = Taylor's of a table's order.
     """
 
-    tables: tuple[MaskSchedule, ...]
-    window: int
-    handicap: float
-    uneven: bool
+    tables: Sequence[MaskSchedule]
+    handicap: float = 1.0
+    uneven: bool = False
+    refit: Refit | None = None
+
+    @property
+    def window(self) -> int:
+        """How many stored values a forecast may read; fewer where the budget's store has no room for more."""
+        return max(int(table.windows.max()) for table in self.tables)
 
 
-def families(reference: MaskSchedule, budget: Budget, window: int, profile: Profile | None = None) -> list[Family]:
+def families(
+    reference: MaskSchedule,
+    budget: Budget,
+    window: int,
+    profile: Profile | None = None,
+    outputs: WholeSteps | None = None,
+) -> list[Family]:
     """Fixed intervals, whole steps, refreshed and filled intervals, shallow steps of U-Nets: those that fit a budget.
 
     Args:
@@ -54,28 +71,31 @@ def families(reference: MaskSchedule, budget: Budget, window: int, profile: Prof
         budget: What may be spent.
         window: How many stored values a forecast may read.
         profile: Of a sweep: its uneven tables are a family, too.
+        outputs: Of a sweep: whole steps that lie and are forecast as it tells are a family, too.
 
     Raises:
         InvalidBudget: Not even one computed step fits, or the store is too small for every table.
         NotTimed: The budget is in time, and the blocks were not timed.
     """
     most = int(whole_step(reference, budget.share).rows.any(axis=1).sum())  # raises if not even one step fits
+    whole = _regular(whole_step, reference, budget, window, most)
     kinds = [
-        (_regular(fixed_interval, reference, budget, window, most), 1.0, False),
-        (list(_filled(reference, budget, window, most)), 1.0, False),
-        (_regular(whole_step, reference, budget, window, most), HANDICAP, False),
-        (list(_refreshed(reference, budget, window, most)), HANDICAP, False),
-        (list(_shallow(reference, budget, window)), 1.0, False),
-        (list(_uneven(profile, budget, window)) if profile else [], 1.0, True),
+        Family(_regular(fixed_interval, reference, budget, window, most)),
+        Family([*_filled(reference, budget, window, most)]),
+        Family(whole, HANDICAP),
+        Family([*_refreshed(reference, budget, window, most)], HANDICAP),
+        Family([*_shallow(reference, budget, window)]),
+        Family([*_uneven(profile, budget, window)] if profile else [], uneven=True),
+        Family(
+            [*_fitted(outputs, whole)] if outputs else [],
+            uneven=True,
+            refit=partial(_refit, outputs) if outputs else None,
+        ),
     ]
-    found = []
-    for tables, handicap, uneven in kinds:
-        fitting = tuple(table for table in tables if budget.stores(lower(table)))
-        if fitting:
-            found.append(Family(fitting, max(int(table.windows.max()) for table in fitting), handicap, uneven))
-    if not found:
-        raise too_small_a_store(budget, min(lower(table).peak_bytes for tables, *_ in kinds for table in tables))
-    return found
+    found = [replace(kind, tables=[table for table in kind.tables if budget.stores(lower(table))]) for kind in kinds]
+    if not any(family.tables for family in found):
+        raise too_small_a_store(budget, min(lower(table).peak_bytes for kind in kinds for table in kind.tables))
+    return [family for family in found if family.tables]
 
 
 def _regular(
@@ -114,6 +134,23 @@ def _uneven(profile: Profile, budget: Budget, window: int) -> Iterator[MaskSched
         for order in range(window):
             name = {"table": f"{table.provenance['table']}, {answer(order)}"}
             yield table.with_rows(table.rows, taylor_forecasts(table.rows, order), provenance=name)
+
+
+def _fitted(outputs: WholeSteps, whole: Sequence[MaskSchedule]) -> Iterator[MaskSchedule]:
+    """As many whole steps as regular tables have, spread evenly and where they promise most; with fitted forecasts."""
+    for table in whole[:1]:
+        even = np.flatnonzero(table.rows.all(axis=1)).tolist()
+        for name, steps in (("evenly", even), ("as a sweep tells", outputs.best(len(even)))):
+            rows = np.zeros_like(table.rows)
+            rows[steps] = True
+            yield table.with_rows(rows, _refit(outputs, rows), provenance={"table": f"whole steps, {name}, fitted"})
+
+
+def _refit(outputs: WholeSteps, rows: Bools) -> Floats:
+    """Fitted forecasts of whole steps, shape (steps, blocks, 3): of the denoiser, who alone is read."""
+    weights = np.tile(PLAIN, (*rows.shape, 1))
+    weights[:, -1] = outputs.forecasts(np.flatnonzero(rows.all(axis=1)).tolist())
+    return weights
 
 
 def groups(graph: BlockGraph) -> dict[str, list[int]]:
@@ -167,10 +204,10 @@ def _filled(reference: MaskSchedule, budget: Budget, window: int, most: int) -> 
     counts = range(2, most + 1)
     shares = (budget.spent(lower(fixed_interval(reference, count / reference.steps))) for count in counts)
     count = next((count for count, share in zip(counts, shares, strict=False) if not budget.covers(share)), 0)
-    for partial in sorted({1, count // 2, count - 1} & set(range(1, count))):
+    for place in sorted({1, count // 2, count - 1} & set(range(1, count))):
         for last_first in (True, False):
             for order in range(1, window):
-                table = filled_interval(reference, budget, count, partial, last_first=last_first, order=order)
+                table = filled_interval(reference, budget, count, place, last_first=last_first, order=order)
                 if table is not None:
                     yield table
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 
 import numpy as np
@@ -22,20 +23,18 @@ from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.objective import sample_errors
 from stepmask.learning.placement import apart, movable, order_of, swapped
 from stepmask.learning.profile import Profile
-from stepmask.learning.starts import Family, families
+from stepmask.learning.starts import Family, Refit, families
 from stepmask.learning.sweep import sweep
 from stepmask.learning.task import Task
+from stepmask.learning.whole_steps import WholeSteps, output_alone
 from stepmask.progress import progress
 from stepmask.schedule.answers import answers
 from stepmask.schedule.budget import Budget
-from stepmask.schedule.forecasts import DIFFERENCES, PLAIN, WINDOW
+from stepmask.schedule.forecasts import DIFFERENCES, PACE, PLAIN, WINDOW, taylor_forecasts
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
 
 log = logging.getLogger(__name__)
-
-PACE = (0.05, 1.0, 1.0)
-"""Relative learning rates of a forecast's scale and its first and second difference; the scale is the stiff one."""
 
 LONGEST = 3
 """Of a sample's gradient, over the median of its batch: where errors are small one hard sample would lead alone, where
@@ -60,9 +59,10 @@ class TrainedForecasts:
     """A table whose evaluations lie well, and then better forecasts than Taylor's.
 
     Fixed intervals, whole-step tables, intervals with partial evaluations between the whole ones or with one partial
-    evaluation, and uneven tables that a sweep proposes are compared by true runs. Of the best uneven table and the two
-    best others single evaluations are moved a step earlier or later, as long as true runs come nearer by it. The
-    weights of every reused cell, and of computed ones that may blend older values in, are then trained on masked runs,
+    evaluation, and uneven tables that sweeps propose are compared by true runs. Of three of them single evaluations are
+    moved a step earlier or later, as long as true runs come nearer by it: of whole steps that lie and are forecast as a
+    sweep of the denoiser's output tells (`WholeSteps`), of the best other uneven table, and of the best of the rest.
+    The weights of every reused cell, and of computed ones that may blend older values in, are then trained on masked runs,
     by the gradient of the final latent's distance to the reference through the pipeline's own sampler: of all three for
     a sixth of the way, and of the one that is then ahead to the end. Each iteration takes the next trajectory: several
     trajectories of a few samples cost no more per iteration than one, and overfit less.
@@ -114,7 +114,7 @@ class TrainedForecasts:
     def _starts(self, task: Task) -> list["_Start"]:
         """The best table of each family, by true runs of the last trajectory, as it does on the last few."""
         *others, last = _judges(task)
-        found = families(task.reference, task.budget, self.window, _swept(task))
+        found = families(task.reference, task.budget, self.window, _swept(task), _outputs(task, self.window))
         entered = [(family, table) for family in found for table in family.tables]
         errors = calibration_errors(task, [table for _, table in entered], [last])
         tried = [_Start(table, family, own) for (family, table), own in zip(entered, errors, strict=True)]
@@ -174,7 +174,7 @@ class _Start:
 
 
 def _racers(starts: Sequence[_Start]) -> list[_Start]:
-    """Who is trained on trial: the best uneven table, whatever it promises, and the most promising others.
+    """Who is trained on trial: the uneven tables, whatever they promise, and the most promising others.
 
     Where it computes little the rest is easily told from what is stored, which only training shows.
     """
@@ -200,20 +200,39 @@ def _moved(start: _Start, task: Task) -> _Start:
 def _neighbours(start: _Start, task: Task) -> list[_Start]:
     """With the pair of rows swapped that helps most, and all pairs that help: by runs of the last trajectory.
 
-    Their forecasts are Taylor's, of the start's order if it has one; their errors those on all trajectories that judge.
+    Their forecasts are fitted if the start's are, or Taylor's, of the start's order if it has one; their errors those
+    on all trajectories that judge.
     """
-    order, judges = order_of(start.table), _judges(task)
-    order = min(1, start.family.window - 1) if order is None else order
-    singles = {step: swapped(start.table, [step], order) for step in movable(start.table.rows)}
+    refit, judges = start.family.refit or _taylor(start), _judges(task)
+    singles = {step: swapped(start.table, [step], refit) for step in movable(start.table.rows)}
     singles = {step: table for step, table in singles.items() if task.budget.allows(lower(table))}
     errors = calibration_errors(task, list(singles.values()), judges[-1:])
     typical = {step: replace(start, errors=own).typical for step, own in zip(singles, errors, strict=True)}
     before = replace(start, errors=start.errors[-1:]).typical
     helping = apart(sorted((step for step in singles if typical[step] < before), key=typical.__getitem__))
-    tables = [swapped(start.table, chosen, order) for chosen in (helping[:1], helping) if chosen]
+    tables = [swapped(start.table, chosen, refit) for chosen in (helping[:1], helping) if chosen]
     tables = [table for table in tables if task.budget.allows(lower(table))]
     found = calibration_errors(task, tables, judges)
     return [replace(start, table=table, errors=own) for table, own in zip(tables, found, strict=True)]
+
+
+def _taylor(start: _Start) -> Refit:
+    order = order_of(start.table)
+    return partial(taylor_forecasts, order=min(1, start.family.window - 1) if order is None else order)
+
+
+def _outputs(task: Task, window: int) -> WholeSteps:
+    """A sweep of all trajectories, of the denoiser's own output alone."""
+    profile = sweep(
+        task.trajectories[0].sampling.pipe,
+        task.trajectories,
+        graph=output_alone(task.reference.graph),
+        probes=1,
+        ages=task.reference.steps - 1,
+        executor=task.executor,
+        folder=task.folder,
+    )
+    return WholeSteps.of(profile, window)
 
 
 def _swept(task: Task) -> Profile:

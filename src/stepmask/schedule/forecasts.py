@@ -17,6 +17,9 @@ DIFFERENCES = np.array([[1.0, 0.0, 0.0], [1.0, -1.0, 0.0], [1.0, -2.0, 1.0]])
 Σ_i w_i·C_i = s·C + c₁·(C − C′) + c₂·(C − 2C′ + C″) with (s, c₁, c₂) = w @ DIFFERENCES, w = (s, c₁, c₂) @ DIFFERENCES.
 """
 
+PACE = (0.05, 1.0, 1.0)
+"""How far learning moves a forecast's scale and its first and second difference, relatively; the scale is stiff."""
+
 
 def taylor_weights(step: int, computed: list[int], order: int) -> tuple[float, float, float]:
     """Weights of the last computed values in Taylor's forecast from backward differences (arXiv 2503.06923, eq. 3).

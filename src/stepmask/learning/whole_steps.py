@@ -1,0 +1,123 @@
+"""`WholeSteps`: at which steps to evaluate the denoiser, and how to forecast its output in between, from one sweep."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from stepmask.learning.profile import Profile
+from stepmask.schedule.forecasts import DIFFERENCES, PACE, PLAIN
+from stepmask.schedule.graph import BlockGraph
+
+RIDGE = 0.5
+"""Of the regression, in mean squares of a feature: what fits the swept samples best to first order goes too far on a
+masked run (measured: docs/experiments.md)."""
+
+MOVES = np.array(PACE)[:, None] * DIFFERENCES
+"""Of a cell's weights, as training moves them, shape (3, 3)."""
+
+DROPPED = 3
+"""Of the evaluations, those that are missed least, which a search tries elsewhere."""
+
+Floats = npt.NDArray[np.float64]
+
+
+def output_alone(graph: BlockGraph) -> BlockGraph:
+    """The graph of the denoiser's own output, without its blocks: a sweep over it keeps little."""
+    return BlockGraph((replace(graph.blocks[-1], reads=()),))
+
+
+@dataclass(frozen=True)
+class WholeSteps:
+    """What whole-step tables can come to once their forecasts are trained, to first order and without a run.
+
+    Where the denoiser is not evaluated it answers Σ_i w_i·y(s_i) from its last outputs y. A measurement of the final
+    sample changes by Σ_k (Σ_i w_ki·⟨G_k, y(s_i)⟩ − ⟨G_k, y(k)⟩). That is linear in the weights of all steps together:
+    the best ones are a ridge regression from plain reuse, and what they leave of a sample that was left out is known in
+    closed form.
+
+    First order overstates what happens to sensitive samples, so that a few would decide: each is measured by what
+    reusing the step before does to it.
+
+    Args:
+        inner: (rows, steps, ages + 1): ⟨G_k, y(k − age)⟩, as in `Profile.inner`; a row for each sample.
+        window: How many outputs a forecast may read, from 1.
+    """
+
+    inner: Floats
+    window: int
+
+    @classmethod
+    def of(cls, profile: Profile, window: int) -> "WholeSteps":
+        """From a sweep of the reference run with one probe a sample, over ages up to the last step's."""
+        inner = profile.inner[:, :, -1].astype(np.float64)
+        lengths = np.linalg.norm(inner[:, 1:, 1] - inner[:, 1:, 0], axis=1)
+        return cls(inner / np.where(lengths > 0, lengths, 1)[:, None, None], window)
+
+    @property
+    def steps(self) -> int:
+        """Of the sampler."""
+        return int(self.inner.shape[1])
+
+    def best(self, count: int) -> list[int]:
+        """The steps to evaluate, with 0, that promise the smallest error: by exchange, from evenly spread ones.
+
+        Of the evaluations that are missed least one is put where it helps most, as long as it helps.
+        """
+        chosen = [int(step) for step in np.linspace(0, self.steps - 1, count, endpoint=False).round()]
+        error = self.error(chosen)
+        while True:
+            nearer, exchanged = min(self._exchanges(chosen), default=(error, chosen))
+            if nearer >= error:
+                return chosen
+            error, chosen = nearer, exchanged
+
+    def _exchanges(self, chosen: Sequence[int]) -> list[tuple[float, list[int]]]:
+        rests = [[*chosen[:at], *chosen[at + 1 :]] for at in range(1, len(chosen))]
+        fewer = sorted((self.error(rest), rest) for rest in rests)
+        free = sorted({*range(self.steps)} - {*chosen})
+        found = (sorted([*rest, step]) for _, rest in fewer[:DROPPED] for step in free)
+        return [(self.error(steps), steps) for steps in found]
+
+    def error(self, evaluated: Sequence[int]) -> float:
+        """What a sample is off by, in its own measure: the mean, each by the weights that the others choose.
+
+        Args:
+            evaluated: Steps, ascending from 0.
+        """
+        plain, features, _ = self._regression(evaluated)
+        inverse = np.linalg.inv(_kernel(features))
+        return float(np.abs(inverse @ plain / np.diag(inverse)).mean())
+
+    def forecasts(self, evaluated: Sequence[int]) -> Floats:
+        """The best weights of every step, shape (steps, 3).
+
+        Args:
+            evaluated: Steps, ascending from 0.
+        """
+        plain, features, moves = self._regression(evaluated)
+        weights = np.tile(np.array(PLAIN), (self.steps, 1))
+        fitted = -features.T @ np.linalg.solve(_kernel(features), plain)
+        for (step, move), much in zip(moves, fitted, strict=True):
+            weights[step] += much * move
+        return weights
+
+    def _regression(self, evaluated: Sequence[int]) -> tuple[Floats, Floats, list[tuple[int, Floats]]]:
+        """What plain reuse does to each row; what moves of the weights add to it, (rows, moves); and these moves."""
+        plain, features, moves = np.zeros(len(self.inner)), [np.zeros((len(self.inner), 0))], []
+        for step in sorted({*range(1, self.steps)} - {*evaluated}):
+            ages = [step - at for at in reversed(evaluated) if at < step][: self.window]
+            ways = MOVES[: len(ages)]
+            said = self.inner[:, step, ages]
+            plain += said[:, 0] - self.inner[:, step, 0]
+            features.append(said @ ways[:, : len(ages)].T)
+            moves += [(step, way) for way in ways]
+        joined = np.concatenate(features, axis=1)
+        size = np.sqrt(np.square(joined).mean()) if joined.any() else 1.0
+        return plain, joined / size, [(step, way / size) for step, way in moves]
+
+
+def _kernel(features: Floats) -> Floats:
+    kernel: Floats = features @ features.T + RIDGE * len(features) * np.eye(len(features))
+    return kernel
