@@ -58,14 +58,15 @@ by more than starts do, and shows early (measured: docs/experiments.md)."""
 class TrainedForecasts:
     """A table whose evaluations lie well, and then better forecasts than Taylor's.
 
-    Fixed intervals, whole-step tables, intervals with partial evaluations between the whole ones or with one partial
-    evaluation, and uneven tables that sweeps propose are compared by true runs. Of three of them single evaluations are
-    moved a step earlier or later, as long as true runs come nearer by it: of whole steps that lie and are forecast as a
-    sweep of the denoiser's output tells (`WholeSteps`), of the best other uneven table, and of the best of the rest.
-    The weights of every reused cell, and of computed ones that may blend older values in, are then trained on masked runs,
-    by the gradient of the final latent's distance to the reference through the pipeline's own sampler: of all three for
-    a sixth of the way, and of the one that is then ahead to the end. Each iteration takes the next trajectory: several
-    trajectories of a few samples cost no more per iteration than one, and overfit less.
+    Fixed intervals, whole-step tables, intervals with partial evaluations between the whole ones or with one
+    partial evaluation, and uneven tables that sweeps propose are compared by true runs. Of three of them single
+    evaluations are moved a step earlier or later, as long as true runs come nearer by it: of whole steps that lie
+    and are forecast as a sweep of the denoiser's output tells (`WholeSteps`), of the best other uneven table, and
+    of the best of the rest. The weights of every reused cell, and of computed ones that may blend older values in,
+    are then trained on masked runs, by the gradient of the final latent's distance to the reference through the
+    pipeline's own sampler: of all three for a sixth of the way, and of the one that is then ahead to the end. Each
+    iteration takes the next trajectory: several trajectories of a few samples cost no more per iteration than one,
+    and overfit less.
 
     Args:
         passes: What is spent on the table that is ahead: as many iterations of Adam as have the MACs of this many
