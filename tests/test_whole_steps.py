@@ -99,17 +99,26 @@ class TestBest:
         walk = np.random.default_rng(2).normal(size=(ROWS, 12))
         walk[:, 5:] = 0  # what is said from step 4 on stays
         outputs = WholeSteps(products(walk.cumsum(axis=1)), 3)
-        assert outputs.best(5) == [0, 1, 2, 3, 4]
+        assert outputs.best(5)[0] == [0, 1, 2, 3, 4]
         assert outputs.error([0, 1, 2, 3, 4]) == pytest.approx(0)
 
-    @pytest.mark.parametrize("count", [1, 2, 5, 8])
-    def test_as_many_as_asked_and_no_worse_than_evenly_spread(self, count: int) -> None:
+    @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+    def test_as_many_as_asked_none_twice_and_no_worse_than_evenly_spread(self, count: int) -> None:
         outputs = random(8)
         found = outputs.best(count)
-        assert len({*found}) == count
-        assert found[0] == 0
-        even = [round(place * 7 / count) for place in range(count)]
-        assert outputs.error(found) <= outputs.error(even)
+        assert len({tuple(steps) for steps in found}) == len(found)
+        assert all(len({*steps}) == count and steps[0] == 0 for steps in found)
+        errors = [outputs.error(steps) for steps in found]
+        assert errors == sorted(errors)
+        assert errors[0] <= min(outputs.error([round(x) for x in np.linspace(0, end, count)]) for end in (6, 7))
+
+    def test_no_evaluation_lies_better_a_step_away(self) -> None:
+        outputs = random(9)
+        for chosen in outputs.best(4):
+            for at in chosen[1:]:
+                others = [other for other in chosen if other != at]
+                moved = [sorted([*others, to]) for to in (at - 1, at + 1) if to not in chosen and to < 9]
+                assert all(outputs.error(steps) >= outputs.error(chosen) for steps in moved)
 
 
 def test_a_sweep_of_the_output_alone_finds_what_one_of_all_blocks_does(

@@ -29,7 +29,7 @@ HANDICAP = 1.5
 interval, whose every block has weights at every step between whole evaluations (measured: docs/experiments.md)."""
 
 PATHS = 3
-"""Of a profile's tables, how many are tried."""
+"""Of the tables that a sweep proposes, how many are tried."""
 
 FEWER = (1, 2)
 """How many whole evaluations a refreshed interval gives up for partial ones."""
@@ -137,13 +137,12 @@ def _uneven(profile: Profile, budget: Budget, window: int) -> Iterator[MaskSched
 
 
 def _fitted(outputs: WholeSteps, whole: Sequence[MaskSchedule]) -> Iterator[MaskSchedule]:
-    """As many whole steps as regular tables have, spread evenly and where they promise most; with fitted forecasts."""
+    """As many whole steps as regular tables have, where they promise most, with fitted forecasts."""
     for table in whole[:1]:
-        even = np.flatnonzero(table.rows.all(axis=1)).tolist()
-        for name, steps in (("evenly", even), ("as a sweep tells", outputs.best(len(even)))):
+        for steps in outputs.best(int(table.rows.all(axis=1).sum()))[:PATHS]:
             rows = np.zeros_like(table.rows)
             rows[steps] = True
-            yield table.with_rows(rows, _refit(outputs, rows), provenance={"table": f"whole steps, {name}, fitted"})
+            yield table.with_rows(rows, _refit(outputs, rows), provenance={"table": f"whole steps {steps}, fitted"})
 
 
 def _refit(outputs: WholeSteps, rows: Bools) -> Floats:

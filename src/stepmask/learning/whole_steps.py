@@ -60,12 +60,18 @@ class WholeSteps:
         """Of the sampler."""
         return int(self.inner.shape[1])
 
-    def best(self, count: int) -> list[int]:
-        """The steps to evaluate, with 0, that promise the smallest error: by exchange, from evenly spread ones.
+    def best(self, count: int) -> list[list[int]]:
+        """Choices of steps to evaluate, with 0, that no exchange of one makes better; what promises most comes first.
 
-        Of the evaluations that are missed least one is put where it helps most, as long as it helps.
+        Evaluations are spread evenly, up to each of the last steps that such a spread may end with; and then one is put
+        where it helps most, a step away or, of those that are missed least, anywhere, as long as it helps.
         """
-        chosen = [int(step) for step in np.linspace(0, self.steps - 1, count, endpoint=False).round()]
+        ends = range(self.steps - self.steps // count, self.steps)
+        starts = ([int(step) for step in np.linspace(0, end, count).round()] for end in ends)
+        found = {tuple(self._exchanged(start)) for start in starts}
+        return [list(chosen) for chosen in sorted(found, key=self.error)]
+
+    def _exchanged(self, chosen: list[int]) -> list[int]:
         error = self.error(chosen)
         while True:
             nearer, exchanged = min(self._exchanges(chosen), default=(error, chosen))
@@ -74,10 +80,10 @@ class WholeSteps:
             error, chosen = nearer, exchanged
 
     def _exchanges(self, chosen: Sequence[int]) -> list[tuple[float, list[int]]]:
-        rests = [[*chosen[:at], *chosen[at + 1 :]] for at in range(1, len(chosen))]
-        fewer = sorted((self.error(rest), rest) for rest in rests)
-        free = sorted({*range(self.steps)} - {*chosen})
-        found = (sorted([*rest, step]) for _, rest in fewer[:DROPPED] for step in free)
+        free = {*range(self.steps)} - {*chosen}
+        least = sorted(chosen[1:], key=lambda at: self.error([other for other in chosen if other != at]))[:DROPPED]
+        pairs = [(at, to) for at in chosen[1:] for to in free if at in least or abs(at - to) == 1]
+        found = (sorted({*chosen} - {at} | {to}) for at, to in pairs)
         return [(self.error(steps), steps) for steps in found]
 
     def error(self, evaluated: Sequence[int]) -> float:
