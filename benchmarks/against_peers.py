@@ -372,7 +372,8 @@ def read(pipeline: str, steps: int) -> list[Row]:
     """All rows, as they were measured."""
     with results(pipeline, steps).open(newline="") as file:
         return [
-            {key: value if key in WORDS else float(value) for key, value in row.items()} for row in csv.DictReader(file)
+            {key: value if key in WORDS else float(value) for key, value in row.items()} | {"steps": steps}
+            for row in csv.DictReader(file)
         ]
 
 
