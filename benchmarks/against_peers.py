@@ -10,7 +10,6 @@ import argparse
 import csv
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,11 +145,9 @@ class Race(Setting):
         """One setting of a peer."""
         pipe = peer.put_on(zoo.load(self.pipeline), self.steps, **knobs)
         sampling = Sampling(pipe, self.reference.sampling.call)
-        started = time.perf_counter()
-        latent = sampling().latent
-        cost = (time.perf_counter() - started) / self.seconds
-        error = typical(latent_errors(latent, self.reference.sampled.latent))
-        return Tried(f"{peer.name}: {_spelled(knobs)}", cost, error, pipe)
+        sampled, seconds = timed(sampling)
+        error = typical(latent_errors(sampled.latent, self.reference.sampled.latent))
+        return Tried(f"{peer.name}: {_spelled(knobs)}", seconds / self.seconds, error, pipe)
 
     def smoothcache(self) -> list[Tried]:
         """SmoothCache's rule at several thresholds."""

@@ -11,6 +11,9 @@ from stepmask.schedule.schedule import MaskSchedule
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
+Refit = Callable[[Bools], Floats]
+"""From the rows of a table, (steps, blocks), to its forecasts, (steps, blocks, 3)."""
+
 MOVED = ", moved"
 """At the end of the names of tables whose rows have changed places."""
 
@@ -43,13 +46,13 @@ def movable(rows: Bools) -> list[int]:
     return [int(step) + 1 for step in np.flatnonzero(differ)]
 
 
-def swapped(table: MaskSchedule, steps: Sequence[int], refit: Callable[[Bools], Floats]) -> MaskSchedule:
+def swapped(table: MaskSchedule, steps: Sequence[int], refit: Refit) -> MaskSchedule:
     """The rows of some steps, no two of them adjacent, and of the steps after them have changed places.
 
     Args:
         table: What is computed where.
         steps: As `movable` finds them.
-        refit: The forecasts, (steps, blocks, 3), of rows, (steps, blocks).
+        refit: The forecasts of the new rows.
     """
     places = np.arange(table.steps)
     for step in steps:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from stepmask.errors import InvalidBudget
 from stepmask.learning.allocate import paths
-from stepmask.learning.placement import later
+from stepmask.learning.placement import Bools, Floats, Refit, later
 from stepmask.learning.profile import Profile
 from stepmask.learning.whole_steps import WholeSteps
 from stepmask.schedule.baselines import answer, branches, deepcache_within, fixed_interval, whole_step
@@ -19,10 +19,6 @@ from stepmask.schedule.forecasts import PLAIN, taylor_forecasts
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
-
-Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
-Refit = Callable[[Bools], Floats]
 
 HANDICAP = 1.5
 """Of whole-step tables and refreshed intervals: training takes that many times less off their error than off that of an
@@ -43,7 +39,7 @@ class Family:
         tables: At least one.
         handicap: How many times less than an interval's error training takes off theirs.
         uneven: Whether a sweep proposed where they compute. Training takes more off these than their errors tell.
-        refit: The forecasts, (steps, blocks, 3), of other rows, (steps, blocks); `None` = Taylor's of a table's order.
+        refit: The forecasts of other rows; `None` = Taylor's of a table's order.
     """
 
     tables: Sequence[MaskSchedule]

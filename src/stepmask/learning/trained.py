@@ -21,9 +21,9 @@ from stepmask.executors.filed import Kind, finish
 from stepmask.files import write_whole
 from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.objective import sample_errors
-from stepmask.learning.placement import apart, movable, order_of, swapped
+from stepmask.learning.placement import Refit, apart, movable, order_of, swapped
 from stepmask.learning.profile import Profile
-from stepmask.learning.starts import Family, Refit, families
+from stepmask.learning.starts import Family, families
 from stepmask.learning.sweep import sweep
 from stepmask.learning.task import Task
 from stepmask.learning.whole_steps import WholeSteps, output_alone

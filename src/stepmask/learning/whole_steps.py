@@ -102,28 +102,26 @@ class WholeSteps:
         Args:
             evaluated: Steps, ascending from 0.
         """
-        plain, features, moves = self._regression(evaluated)
+        plain, features, cells = self._regression(evaluated)
         weights = np.tile(np.array(PLAIN), (self.steps, 1))
         fitted = -features.T @ np.linalg.solve(_kernel(features), plain)
-        for (step, move), much in zip(moves, fitted, strict=True):
-            weights[step] += much * move
+        for (step, order), much in zip(cells, fitted, strict=True):
+            weights[step] += much * MOVES[order]
         return weights
 
-    def _regression(self, evaluated: Sequence[int]) -> tuple[Floats, Floats, list[tuple[int, Floats]]]:
-        """What plain reuse does to each row; what moves of the weights add to it, (rows, moves); and these moves."""
-        plain, features, moves = np.zeros(len(self.inner)), [np.zeros((len(self.inner), 0))], []
+    def _regression(self, evaluated: Sequence[int]) -> tuple[Floats, Floats, list[tuple[int, int]]]:
+        """What plain reuse does to each row; what moves of weights add, (rows, moves); a step and an order each."""
+        plain, features, cells = np.zeros(len(self.inner)), [np.zeros((len(self.inner), 0))], []
         for step in sorted({*range(1, self.steps)} - {*evaluated}):
             ages = [step - at for at in reversed(evaluated) if at < step][: self.window]
-            ways = MOVES[: len(ages)]
             said = self.inner[:, step, ages]
             plain += said[:, 0] - self.inner[:, step, 0]
-            features.append(said @ ways[:, : len(ages)].T)
-            moves += [(step, way) for way in ways]
-        joined = np.concatenate(features, axis=1)
-        size = np.sqrt(np.square(joined).mean()) if joined.any() else 1.0
-        return plain, joined / size, [(step, way / size) for step, way in moves]
+            features.append(said @ MOVES[: len(ages), : len(ages)].T)
+            cells += [(step, order) for order in range(len(ages))]
+        return plain, np.concatenate(features, axis=1), cells
 
 
 def _kernel(features: Floats) -> Floats:
-    kernel: Floats = features @ features.T + RIDGE * len(features) * np.eye(len(features))
+    size = np.square(features).mean() if features.any() else 1.0
+    kernel: Floats = features @ features.T + RIDGE * len(features) * size * np.eye(len(features))
     return kernel
