@@ -31,6 +31,7 @@ from stepmask.progress import progress
 from stepmask.schedule.answers import answers
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.forecasts import DIFFERENCES, PACE, PLAIN, WINDOW, taylor_forecasts
+from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
 
@@ -115,7 +116,7 @@ class TrainedForecasts:
     def _starts(self, task: Task) -> list["_Start"]:
         """The best table of each family, by true runs of the last trajectory, as it does on the last few."""
         *others, last = _judges(task)
-        found = families(task.reference, task.budget, self.window, _swept(task), _outputs(task, self.window))
+        found = families(task.reference, task.budget, self.window, _blocks(task), _outputs(task, self.window))
         entered = [(family, table) for family in found for table in family.tables]
         errors = calibration_errors(task, [table for _, table in entered], [last])
         tried = [_Start(table, family, own) for (family, table), own in zip(entered, errors, strict=True)]
@@ -223,32 +224,20 @@ def _taylor(start: _Start) -> Refit:
 
 
 def _outputs(task: Task, window: int) -> WholeSteps:
-    """A sweep of all trajectories, of the denoiser's own output alone."""
-    profile = sweep(
-        task.trajectories[0].sampling.pipe,
-        task.trajectories,
-        graph=output_alone(task.reference.graph),
-        probes=1,
-        ages=task.reference.steps - 1,
-        executor=task.executor,
-        folder=task.folder,
-    )
-    return WholeSteps.of(profile, window)
+    """What a sweep of all trajectories tells, of the denoiser's own output alone."""
+    graph, ages = output_alone(task.reference.graph), task.reference.steps - 1
+    return WholeSteps.of(_swept(task, task.trajectories, graph, probes=1, ages=ages), window)
 
 
-def _swept(task: Task) -> Profile:
-    """A sweep of the first trajectory."""
-    first, steps = task.trajectories[0], task.reference.steps
-    ages = min(steps - 1, max(LEAST_AGES, math.ceil(1.5 / task.budget.share)))
-    return sweep(
-        first.sampling.pipe,
-        first,
-        graph=task.reference.graph,
-        probes=PROBES,
-        ages=ages,
-        executor=task.executor,
-        folder=task.folder,
-    )
+def _blocks(task: Task) -> Profile:
+    """A sweep of the first trajectory, of all blocks."""
+    ages = min(task.reference.steps - 1, max(LEAST_AGES, math.ceil(1.5 / task.budget.share)))
+    return _swept(task, task.trajectories[:1], task.reference.graph, probes=PROBES, ages=ages)
+
+
+def _swept(task: Task, trajectories: Sequence[Trajectory], graph: BlockGraph, *, probes: int, ages: int) -> Profile:
+    pipe, executor, folder = trajectories[0].sampling.pipe, task.executor, task.folder
+    return sweep(pipe, trajectories, graph=graph, probes=probes, ages=ages, executor=executor, folder=folder)
 
 
 @dataclass(frozen=True)
@@ -298,7 +287,7 @@ class _Training:
         self.shared = torch.zeros(start.table.steps, 1, WINDOW, requires_grad=True)  # by all blocks of a step
         self.own = torch.zeros(*readable.shape, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.shared, self.own], betas=(0.8, 0.95))
-        self.rates = learner.rates(task.budget.share, start.error)
+        self.rates = [start.family.pace * rate for rate in learner.rates(task.budget.share, start.error)]
         self.iteration = 0
         self.path = task.folder / f"training-{self._name()}.pt" if task.folder else None
         if self.path and self.path.exists():
