@@ -2,8 +2,8 @@
 
 What is learned at shares of the MACs comes from `frontier.py`, which leaves its tables in results/schedules; tables at
 shares of the measured time are learned here and left there, too. Every peer is tuned on calibration seeds; its settings
-that are best there for their time are measured on held-out seeds, all in one run. `--again` measures what stepmask
-learned again, and the peers that are named, on the same seeds by turns with the reference; all other rows stay.
+that are best there for their time are measured on held-out seeds, all in one run. `--again` measures them with the
+settings that were found before: new tables beside them, or more samples. Peers that are named there are tuned anew.
 """
 
 import argparse
@@ -78,14 +78,13 @@ PRICES = (0.003, 0.01, 0.03, 0.1, 1.0)
 COSTS = {"time": "measured time of the denoiser", "macs": "MACs"}
 """By column, what people call them."""
 
-APART = "; stepmask's own tables, and peers that were tuned again, in a run of their own"
-
 BEYOND = "where all settings of a method are cheaper, that of its dearest"
 
 STYLES = [{"linewidth": 1, "linestyle": line, "color": f"C{colour}"} for line in ("-", "--") for colour in range(10)]
 """Of lines, so that no two methods look alike."""
 
 OURS, PAPER, PER_TIMESTEP = "stepmask", "stepmask, per timestep", "per-timestep"
+LEARNED = (OURS, PAPER)
 FEWER, SMOOTHCACHE, LEARNING_TO_CACHE = "fewer steps", "SmoothCache", "Learning-to-Cache"
 
 Row = dict[str, Any]
@@ -126,7 +125,7 @@ class Race(Setting):
         """What samples by a setting that a row of results names, made anew."""
         if method == FEWER:
             return int(setting)
-        if method in (OURS, PAPER):
+        if method in LEARNED:
             return MaskSchedule.from_pretrained(SCHEDULES / name_of(self.pipeline) / setting)
         if method == SMOOTHCACHE:
             return self.smooth.table(float(setting))
@@ -287,7 +286,7 @@ def at_equal(cost: str, found: Sequence[Row], error: str = MEAN) -> Errors:
 
 def best_other(errors: Errors, share: float) -> tuple[str, float] | None:
     """The best of all methods but our two learners at a share, and its error; `None` where nobody gets so far."""
-    others = {name: found[share] for name, found in errors.items() if name not in (OURS, PAPER)}
+    others = {name: found[share] for name, found in errors.items() if name not in LEARNED}
     reached = [(name, error) for name, error in others.items() if error is not None]
     return min(reached, key=lambda other: other[1], default=None)
 
@@ -417,21 +416,20 @@ def _spelled(knobs: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in knobs.items())
 
 
-def race_all(race: Race, batches: int, repeats: int) -> None:
-    """Everybody, in one run."""
-    found = list(rows(race, race.learned(), race.contenders(), batches, repeats))
+def compare(race: Race, rivals: Mapping[str, Any], batches: int, repeats: int) -> None:
+    """What was learned and all others, in one run."""
+    found = list(rows(race, race.learned(), rivals, batches, repeats))
     publish(race, found, f"{batches * BATCH} held-out samples, times of {BATCH} at once in {repeats} turns")
 
 
-def race_again(race: Race, peers: Sequence[str], batches: int, repeats: int) -> None:
-    """What was learned and some peers, again; all others' results stay as they are."""
-    again = {OURS, PAPER, *peers}
-    others = [row for row in read(race.pipeline, race.steps) if row["method"] not in again]
+def found_before(race: Race, anew: Sequence[str]) -> dict[str, Any]:
+    """All others by name, with the settings of their rows; but some peers are tuned anew."""
     said = json.loads(results(race.pipeline, race.steps, "json").read_text())
-    race.absent = {name: why for name, why in said["absent"].items() if name.partition(":")[0] not in again}
-    rivals = race.peers([peer for peer in PEERS if peer.name in again])
-    found = list(rows(race, race.learned(), rivals, batches, repeats))
-    publish(race, others + found, said["what"].removesuffix(APART) + APART)
+    race.absent = {name: why for name, why in said["absent"].items() if name.partition(":")[0] not in anew}
+    measured = [(row["method"], row["setting"]) for row in read(race.pipeline, race.steps)]
+    kept = [(name, setting) for name, setting in measured if name not in (*LEARNED, *anew)]
+    settled = {f"{name}: {setting}": race.contender(name, setting) for name, setting in kept}
+    return {**settled, **race.peers([peer for peer in PEERS if peer.name in anew])}
 
 
 def main() -> None:
@@ -443,15 +441,13 @@ def main() -> None:
     arguments.add_argument(
         "--shares", type=float, nargs="*", default=[0.6, 0.42, 0.3, 0.25], help="of the time, to learn"
     )
-    arguments.add_argument("--again", nargs="*", metavar="PEER", help="what was learned and these peers alone")
+    arguments.add_argument("--again", nargs="*", metavar="PEER", help="settings as before, but for these peers")
     asked = arguments.parse_args()
     logging.disable(logging.WARNING)  # cache-dit says eight lines for each setting
     race = Race(asked.pipeline, asked.steps)
     race.learn(asked.shares)
-    if asked.again is None:
-        race_all(race, asked.batches, asked.repeats)
-    else:
-        race_again(race, asked.again, asked.batches, asked.repeats)
+    rivals = race.contenders() if asked.again is None else found_before(race, asked.again)
+    compare(race, rivals, asked.batches, asked.repeats)
 
 
 if __name__ == "__main__":
