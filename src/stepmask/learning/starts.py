@@ -24,10 +24,6 @@ HANDICAP = 1.5
 """Of whole-step tables and refreshed intervals: training takes that many times less off their error than off that of an
 interval, whose every block has weights at every step between whole evaluations (measured: docs/experiments.md)."""
 
-FITTED_PACE = 0.3
-"""Of training from fitted forecasts: they are near the best ones, and at the pace of others first lose what the fit had
-gained (measured: docs/experiments.md)."""
-
 PATHS = 3
 """Of the tables that a sweep proposes, how many are tried."""
 
@@ -44,14 +40,12 @@ class Family:
         handicap: How many times less than an interval's error training takes off theirs.
         uneven: Whether a sweep proposed where they compute. Training takes more off these than their errors tell.
         refit: The forecasts of other rows; `None` = Taylor's of a table's order.
-        pace: Of training, over that from other forecasts.
     """
 
     tables: Sequence[MaskSchedule]
     handicap: float = 1.0
     uneven: bool = False
     refit: Refit | None = None
-    pace: float = 1.0
 
     @property
     def window(self) -> int:
@@ -92,7 +86,6 @@ def families(
             [*_fitted(outputs, whole)] if outputs else [],
             uneven=True,
             refit=partial(_refit, outputs) if outputs else None,
-            pace=FITTED_PACE,
         ),
     ]
     found = [replace(kind, tables=[table for table in kind.tables if budget.stores(lower(table))]) for kind in kinds]

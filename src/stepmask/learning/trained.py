@@ -131,7 +131,11 @@ class TrainedForecasts:
         return starts
 
     def _ahead(self, starts: Sequence["_Start"], task: Task) -> "_Training":
-        """The training that is ahead after a trial; in a run that goes on, the one that has gone further."""
+        """The training that is ahead after a trial; in a run that goes on, the one that has gone further.
+
+        One that starts near the best weights may be further off after a few iterations, at the rate that they begin
+        with, and counts as it was.
+        """
         racers = [_Training(self, start, task) for start in starts]
         if further := [racer for racer in racers if racer.iteration > racer.trial]:
             return further[0]
@@ -143,7 +147,8 @@ class TrainedForecasts:
         ]
         for start in after:
             log.info("%s: typically %.3g after a trial", start.table.provenance["table"], start.typical)
-        return racers[int(np.argmin([start.promise for start in after]))]
+        promises = [min(start.promise, later.promise) for start, later in zip(starts, after, strict=True)]
+        return racers[int(np.argmin(promises))]
 
     def rates(self, share: float, error: float) -> list[float]:
         """The learning rate of every iteration, given the share that may be spent and the start's error."""
@@ -287,7 +292,7 @@ class _Training:
         self.shared = torch.zeros(start.table.steps, 1, WINDOW, requires_grad=True)  # by all blocks of a step
         self.own = torch.zeros(*readable.shape, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.shared, self.own], betas=(0.8, 0.95))
-        self.rates = [start.family.pace * rate for rate in learner.rates(task.budget.share, start.error)]
+        self.rates = learner.rates(task.budget.share, start.error)
         self.iteration = 0
         self.path = task.folder / f"training-{self._name()}.pt" if task.folder else None
         if self.path and self.path.exists():
