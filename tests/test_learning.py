@@ -35,10 +35,11 @@ from stepmask.learning.objective import (
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.relax import Concrete, Sigmoid, StraightThrough
 from stepmask.learning.rounding import round_scores
+from stepmask.learning.starts import Family
 from stepmask.learning.step import StepJob, learn_step
 from stepmask.learning.tape import Tape
 from stepmask.learning.task import Task
-from stepmask.learning.trained import TrainedForecasts, _racers, _readable
+from stepmask.learning.trained import TrainedForecasts, _leader, _racers, _readable, _Start
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.rectify import lower, rectify
@@ -530,7 +531,17 @@ class TestTrainedForecasts:
         assert stepmask.learn(pipe, trajectories, 0.6, learner=learner, folder=tmp_path) == unbroken
         assert runs == 3 + 3 + 1  # three on trial, the rest of one, and what was killed is run again
 
-    def test_whoever_is_ahead_after_a_trial_goes_on(self, pipe: Any, trajectory: Trajectory) -> None:
+    @pytest.mark.parametrize(("trained", "leader"), [((0.05, 0.3), 0), ((0.15, 0.3), 1), ((0.15, 0.09), 1)])
+    def test_a_start_that_a_trial_makes_worse_counts_as_it_was(self, trained: tuple[float, float], leader: int) -> None:
+        denoiser = Drift()
+        family = Family([half_table(stepmask.record(denoiser, run=loop(denoiser, 4, 0.05)), 1)])
+        before, after = (
+            [_Start(family.tables[0], family, [torch.tensor([error])]) for error in errors]
+            for errors in ((0.2, 0.1), trained)
+        )
+        assert _leader(before, after) == leader
+
+    def test_whoever_is_ahead_after_a_trial_or_was_before_it_goes_on(self, pipe: Any, trajectory: Trajectory) -> None:
         learner, graph = TrainedForecasts(passes=2.4), stepmask.trace(pipe, trajectory)
         reference = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
         task = Task([trajectory], reference, Budget(0.6), LocalExecutor(), None)
@@ -540,7 +551,7 @@ class TestTrainedForecasts:
             with stepmask.apply(pipe, trained._Training(learner, start, task).run(1)):
                 latent = trajectory.sampling().latent
             error = geometric_mean(latent_errors(latent, trajectory.sampled.latent))
-            promises[start.table.provenance["table"]] = error * start.family.handicap
+            promises[start.table.provenance["table"]] = min(error * start.family.handicap, start.promise)
         uneven = [start for start in starts if start.family.uneven]
         others = sorted((start for start in starts if start not in uneven), key=lambda start: start.promise)
         seated = [*uneven, *others[:1]]

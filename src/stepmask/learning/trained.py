@@ -131,11 +131,7 @@ class TrainedForecasts:
         return starts
 
     def _ahead(self, starts: Sequence["_Start"], task: Task) -> "_Training":
-        """The training that is ahead after a trial; in a run that goes on, the one that has gone further.
-
-        One that starts near the best weights may be further off after a few iterations, at the rate that they begin
-        with, and counts as it was.
-        """
+        """The training that is ahead after a trial; in a run that goes on, the one that has gone further."""
         racers = [_Training(self, start, task) for start in starts]
         if further := [racer for racer in racers if racer.iteration > racer.trial]:
             return further[0]
@@ -147,8 +143,7 @@ class TrainedForecasts:
         ]
         for start in after:
             log.info("%s: typically %.3g after a trial", start.table.provenance["table"], start.typical)
-        promises = [min(start.promise, later.promise) for start, later in zip(starts, after, strict=True)]
-        return racers[int(np.argmin(promises))]
+        return racers[_leader(starts, after)]
 
     def rates(self, share: float, error: float) -> list[float]:
         """The learning rate of every iteration, given the share that may be spent and the start's error."""
@@ -186,6 +181,14 @@ def _racers(starts: Sequence[_Start]) -> list[_Start]:
     Where it computes little the rest is easily told from what is stored, which only training shows.
     """
     return sorted(starts, key=lambda start: (not start.family.uneven, start.promise))[:RACERS]
+
+
+def _leader(before: Sequence[_Start], after: Sequence[_Start]) -> int:
+    """Whose table promises most, before a trial or after it, by index.
+
+    Who starts near the best weights may be further off after a few iterations, at the rate that they begin with.
+    """
+    return int(np.argmin([min(start.promise, later.promise) for start, later in zip(before, after, strict=True)]))
 
 
 def _judges(task: Task) -> range:
