@@ -130,7 +130,7 @@ class Race(Setting):
         if method == SMOOTHCACHE:
             return self.smooth.table(float(setting))
         if method == LEARNING_TO_CACHE:
-            return self.alternate_steps[float(setting)]
+            return learning_to_cache(self.reference, self.full, [float(setting)])[0]
         peer = next(peer for peer in PEERS if peer.name == method)
         knobs = next(knobs for knobs in peer.knobs if _spelled(knobs) == setting)
         return peer.put_on(zoo.load(self.pipeline), self.steps, **knobs)
