@@ -162,7 +162,8 @@ class Race(Setting):
 
     def learning_to_cache(self) -> list[Tried]:
         """Learning-to-Cache's learner at several prices."""
-        return [self.table(f"{LEARNING_TO_CACHE}: {price:g}", table) for price, table in self.alternate_steps.items()]
+        tables = zip(PRICES, learning_to_cache(self.reference, self.full, PRICES), strict=True)
+        return [self.table(f"{LEARNING_TO_CACHE}: {price:g}", table) for price, table in tables]
 
     def table(self, name: str, table: MaskSchedule) -> Tried:
         """A table; its MACs stand for its time."""
@@ -197,11 +198,6 @@ class Race(Setting):
     def smooth(self) -> SmoothCache:
         """SmoothCache's rule, calibrated."""
         return SmoothCache(self.reference, self.full)
-
-    @cached_property
-    def alternate_steps(self) -> dict[float, MaskSchedule]:
-        """Learning-to-Cache's tables, by price."""
-        return dict(zip(PRICES, learning_to_cache(self.reference, self.full, PRICES), strict=True))
 
     @cached_property
     def runs(self) -> list[Trajectory]:
