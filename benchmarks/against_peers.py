@@ -130,7 +130,7 @@ class Race(Setting):
         if method == SMOOTHCACHE:
             return self.smooth.table(float(setting))
         if method == LEARNING_TO_CACHE:
-            return learning_to_cache(self.reference, self.full, [float(setting)])[0]
+            return learning_to_cache(self.reference, self.full, float(setting))
         peer = next(peer for peer in PEERS if peer.name == method)
         knobs = next(knobs for knobs in peer.knobs if _spelled(knobs) == setting)
         return peer.put_on(zoo.load(self.pipeline), self.steps, **knobs)
@@ -162,8 +162,8 @@ class Race(Setting):
 
     def learning_to_cache(self) -> list[Tried]:
         """Learning-to-Cache's learner at several prices."""
-        tables = zip(PRICES, learning_to_cache(self.reference, self.full, PRICES), strict=True)
-        return [self.table(f"{LEARNING_TO_CACHE}: {price:g}", table) for price, table in tables]
+        tables = {price: learning_to_cache(self.reference, self.full, price) for price in PRICES}
+        return [self.table(f"{LEARNING_TO_CACHE}: {price:g}", table) for price, table in tables.items()]
 
     def table(self, name: str, table: MaskSchedule) -> Tried:
         """A table; its MACs stand for its time."""
@@ -315,16 +315,16 @@ def overview() -> str:
     parts.append("Latent error (mean) of stepmask / of the best other.")
     for cost, name in COSTS.items():
         found = {case: at_equal(cost, read(*case)) for case in cases()}
-        lines = [[_told(case), *(_beside(errors, share) for share in SHARES)] for case, errors in found.items()]
+        lines = [[title(case), *(_beside(errors, share) for share in SHARES)] for case, errors in found.items()]
         parts += [f"At shares of the reference's {name}:", table([HEAD, *lines])]
-    told = ", ".join(f"[{pipeline}, {steps} steps]({results(pipeline, steps).stem}.md)" for pipeline, steps in cases())
-    return "\n\n".join([*parts, f"All methods, machines, settings and who could not run: {told}."]) + "\n"
+    pages = ", ".join(f"[{pipeline}, {steps} steps]({results(pipeline, steps).stem}.md)" for pipeline, steps in cases())
+    return "\n\n".join([*parts, f"All methods, machines, settings and who could not run: {pages}."]) + "\n"
 
 
 def headlines(error: str = MEAN) -> str:
     """Our error over the best other's at equal measured time, the goal's misses in bold, as README has it, too."""
     found = {case: over_the_best(at_equal("time", read(*case), error)) for case in cases()}
-    return table([HEAD, *([_told(case), *_judged(ratios)] for case, ratios in found.items())])
+    return table([HEAD, *([title(case), *_judged(ratios)] for case, ratios in found.items())])
 
 
 def cases() -> list[tuple[str, int]]:
@@ -333,7 +333,8 @@ def cases() -> list[tuple[str, int]]:
     return [case for case in known if results(*case).exists()]
 
 
-def _told(case: tuple[str, int]) -> str:
+def title(case: tuple[str, int]) -> str:
+    """A pipeline and number of steps, for people."""
     return f"`{case[0]}`, {case[1]} steps"
 
 

@@ -24,10 +24,11 @@ from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 from torch.nn import functional
 
-from against_peers import OURS, STYLES, Race, read
+from against_peers import LEARNED, OURS, STYLES, Race, title
+from against_peers import read as read_errors
 from results import FOLDER, save, table
 from setting import name_of
-from stepmask import MaskSchedule
+from stepmask import MaskSchedule, zoo
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampling
 from stepmask.drawing import blank
@@ -50,6 +51,14 @@ NEAREST = 10
 """Of the data's pictures, among which one of the prompt's own must be."""
 
 ZOO = Path(__file__).parents[1] / "zoo"
+
+OVERVIEW = """# Sets of pictures
+
+Fréchet distance to the reference's pictures of stepmask / of the best other method, at shares of the reference's
+measured time of the denoiser:"""
+
+WORDS = ("method", "setting")
+"""Columns that are no numbers."""
 
 REFERENCE = ("reference", "")
 """In the place of a method and its setting."""
@@ -188,9 +197,42 @@ def distance_of(row: Row) -> float:
     return float(next(value for name, value in row.items() if name.startswith("reference: ")))
 
 
-def nearest(found: Sequence[Row], share: float) -> Row:
-    """Who is nearest to the reference's pictures at a share of the time."""
-    return min((row for row in found if row["share"] == share and row["method"] != REFERENCE[0]), key=distance_of)
+def nearest(found: Sequence[Row], share: float, but: Sequence[str] = ()) -> Row:
+    """Who is nearest to the reference's pictures at a share of the time, but for some methods."""
+    left_out = (*but, REFERENCE[0])
+    return min((row for row in found if row["share"] == share and row["method"] not in left_out), key=distance_of)
+
+
+def overview() -> str:
+    """All results for people: in a cell the distance of our pictures / of those of the best other method."""
+    known = [(f"zoo:{name}", steps) for steps in (20, 50) for name in zoo.names()]
+    cases = [case for case in known if results(*case).exists()]
+    found = {case: read(*case) for case in cases}
+    shares = sorted({row["share"] for rows in found.values() for row in rows} - {1.0}, reverse=True)
+    head = ["", *(f"{share:g}" for share in shares)]
+    lines = [[title(case), *(_beside(rows, share) for share in shares)] for case, rows in found.items()]
+    pages = ", ".join(f"[{pipeline}, {steps} steps]({results(pipeline, steps).stem}.md)" for pipeline, steps in cases)
+    return f"{OVERVIEW}\n\n{table([head, *lines])}\n\nAll methods, machines and floors: {pages}.\n"
+
+
+def _beside(found: Sequence[Row], share: float) -> str:
+    others = nearest(found, share, but=LEARNED)
+    ours = next(row for row in found if row["share"] == share and row["method"] == OURS)
+    return f"{_short(distance_of(ours))} / {_short(distance_of(others))} {others['method'].split(' (')[0]}"
+
+
+def results(pipeline: str, steps: int, ending: str = "csv") -> Path:
+    """Where all rows lie, and beside them what they come to."""
+    return FOLDER / f"quality-{name_of(pipeline)}-{steps}.{ending}"
+
+
+def read(pipeline: str, steps: int) -> list[Row]:
+    """All rows, as they were measured; what one was not measured by is left out."""
+    with results(pipeline, steps).open(newline="") as file:
+        return [
+            {key: value if key in WORDS else float(value) for key, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 def markdown(found: Sequence[Row], floors: Row, told: str) -> str:
@@ -218,23 +260,24 @@ def plot(found: Sequence[Row], floors: Row, path: Path, title: str) -> None:
 
 def publish(race: Race, found: Sequence[Row], floors: Row, shares: Sequence[float], what: str) -> None:
     """Everything as CSV, as a picture, for people, and with its goal."""
-    name = f"quality-{name_of(race.pipeline)}-{race.steps}"
+    case = race.pipeline, race.steps
     columns = list(dict.fromkeys(column for row in found for column in row))
-    with (FOLDER / f"{name}.csv").open("w", newline="") as file:
+    with results(*case).open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(found)
-    plot(found, floors, FOLDER / f"{name}.png", f"{race.pipeline}, {race.steps} steps")
+    plot(found, floors, results(*case, "png"), f"{race.pipeline}, {race.steps} steps")
     here = ", ".join(f"{key} {value}" for key, value in machine().items())
     told = f"# {race.pipeline}, {race.steps} steps: sets of pictures\n\n{what}; {here}."
-    (FOLDER / f"{name}.md").write_text(markdown(found, floors, told))
+    results(*case, "md").write_text(markdown(found, floors, told))
     ahead = {f"{share:g}": nearest(found, share)["method"] for share in shares}
     save(
-        name,
+        results(*case).stem,
         {"what": what, "nearest": ahead, "floors": floors},
         goal="of all methods at equal time, what is learned is nearest to the reference's pictures",
         met=all(method == OURS for method in ahead.values()),
     )
+    (FOLDER / "quality.md").write_text(overview())
 
 
 def _short(value: Any) -> str:
@@ -254,7 +297,7 @@ def main() -> None:
     gallery = Gallery(race, asked.samples, measure)
     side = gallery.features(*REFERENCE).size[0]
     data = Data.of(asked.data, measure, asked.samples, side) if asked.data else None
-    found = list(rows(gallery, read(asked.pipeline, asked.steps), asked.shares, data))
+    found = list(rows(gallery, read_errors(asked.pipeline, asked.steps), asked.shares, data))
     floors = {f"reference: {name}": value for name, value in floor(measure, gallery.features(*REFERENCE)).items()}
     if data is not None:
         floors |= {f"data: {name}": value for name, value in floor(measure, data.some).items()}

@@ -1,7 +1,7 @@
 """Published rules whose code is not a package, as tables in our format: SmoothCache's and Learning-to-Cache's."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -74,24 +74,19 @@ class _Ear(Behaviour):
         return output
 
 
-def learning_to_cache(
-    trajectory: Trajectory, full: MaskSchedule, prices: Sequence[float], iterations: int = 20
-) -> list[MaskSchedule]:
+def learning_to_cache(trajectory: Trajectory, full: MaskSchedule, price: float, iterations: int = 20) -> MaskSchedule:
     """Every other step whole; in between, sublayers whose learned score is above one half (arXiv 2406.01733).
 
     Args:
         trajectory: Of the calibration samples.
         full: The all-compute table, of sublayers.
-        prices: λ; the higher, the less is computed. One table each.
+        price: λ; the higher, the less is computed.
         iterations: Training steps of each row.
     """
-    odd, tables = np.arange(1, full.steps, 2), []
-    for price in prices:
-        jobs = [_after_a_whole_step(trajectory, full, int(step), price, iterations) for step in odd]
-        rows = np.ones(full.rows.shape, dtype=bool)
-        rows[odd] = np.array([learn_step(trajectory.sampling.denoiser, job) for job in jobs]) > 0.5
-        tables.append(full.with_rows(rows))
-    return tables
+    odd, rows = np.arange(1, full.steps, 2), np.ones(full.rows.shape, dtype=bool)
+    jobs = [_after_a_whole_step(trajectory, full, int(step), price, iterations) for step in odd]
+    rows[odd] = np.array([learn_step(trajectory.sampling.denoiser, job) for job in jobs]) > 0.5
+    return full.with_rows(rows)
 
 
 def _after_a_whole_step(
