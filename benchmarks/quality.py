@@ -7,7 +7,6 @@ that a killed run goes on where it stopped.
 """
 
 import argparse
-import csv
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +23,10 @@ from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 from torch.nn import functional
 
-from against_peers import LEARNED, OURS, STYLES, Race, title
-from against_peers import read as read_errors
-from results import FOLDER, save, table
+from equal_cost import STYLES, title
+from equal_cost import read as read_errors
+from race import LEARNED, OURS, Race
+from results import FOLDER, Row, read_rows, save, table, write_rows
 from setting import name_of
 from stepmask import MaskSchedule, zoo
 from stepmask.denoiser.runtime import apply
@@ -57,14 +57,8 @@ OVERVIEW = """# Sets of pictures
 Fréchet distance to the reference's pictures of stepmask / of the best other method, at shares of the reference's
 measured time of the denoiser:"""
 
-WORDS = ("method", "setting")
-"""Columns that are no numbers."""
-
 REFERENCE = ("reference", "")
 """In the place of a method and its setting."""
-
-Row = dict[str, Any]
-"""Of the CSV file."""
 
 
 class Gallery:
@@ -227,12 +221,8 @@ def results(pipeline: str, steps: int, ending: str = "csv") -> Path:
 
 
 def read(pipeline: str, steps: int) -> list[Row]:
-    """All rows, as they were measured; what one was not measured by is left out."""
-    with results(pipeline, steps).open(newline="") as file:
-        return [
-            {key: value if key in WORDS else float(value) for key, value in row.items() if value}
-            for row in csv.DictReader(file)
-        ]
+    """All rows, as they were measured."""
+    return read_rows(results(pipeline, steps))
 
 
 def markdown(found: Sequence[Row], floors: Row, told: str) -> str:
@@ -261,11 +251,7 @@ def plot(found: Sequence[Row], floors: Row, path: Path, title: str) -> None:
 def publish(race: Race, found: Sequence[Row], floors: Row, shares: Sequence[float], what: str) -> None:
     """Everything as CSV, as a picture, for people, and with its goal."""
     case = race.pipeline, race.steps
-    columns = list(dict.fromkeys(column for row in found for column in row))
-    with results(*case).open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(found)
+    write_rows(results(*case), found)
     plot(found, floors, results(*case, "png"), f"{race.pipeline}, {race.steps} steps")
     here = ", ".join(f"{key} {value}" for key, value in machine().items())
     told = f"# {race.pipeline}, {race.steps} steps: sets of pictures\n\n{what}; {here}."

@@ -1,11 +1,12 @@
 """Paired timings, and where results go: benchmarks/results/NAME.json with machine and versions."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -15,6 +16,12 @@ from stepmask.evaluation.report import Report
 from stepmask.files import write_whole
 
 FOLDER = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+"""Of a CSV file."""
+
+WORDS = ("pipeline", "method", "setting")
+"""Columns that are no numbers."""
 
 
 def paired_ratio(
@@ -55,6 +62,23 @@ def kept(path: Path, measure: Callable[[], Any]) -> Any:
     if not path.exists():
         write_whole(path, json.dumps(measure()))
     return json.loads(path.read_text())
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """A CSV file with every column that any row has."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What `write_rows` wrote; where a row has nothing in a column, it has not the column."""
+    with path.open(newline="") as file:
+        return [
+            {name: value if name in WORDS else float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 def table(lines: list[list[str]]) -> str:

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from against_peers import FOLDER, OURS, PAPER, Tried, at_cost, at_equal, best, headlines, over_the_best, overview
-from quality import within
+import equal_cost
+import quality
+from equal_cost import at_cost, at_equal, headlines, over_the_best
+from race import OURS, PAPER, Tried, best
+from results import FOLDER, read_rows, write_rows
 
 
 def tried(*points: tuple[float, float]) -> list[Tried]:
@@ -56,9 +59,23 @@ class TestAtEqualCost:
 
 def test_pictures_are_compared_at_the_best_setting_that_keeps_to_the_time() -> None:
     measured = [row("a", 0.3, 0.2), row("a", 0.505, 0.1), row("a", 0.6, 0.01), row("b", 0.7, 0.1)]
-    assert within(measured, 0.5) == [measured[1]]
+    assert quality.within(measured, 0.5) == [measured[1]]
 
 
-def test_the_readme_and_the_overview_say_what_was_measured() -> None:
+def test_nearest_are_the_pictures_of_the_smallest_distance_but_for_those_left_out() -> None:
+    drawn = {"reference": 0.0, OURS: 1.0, "a": 3.0, "b": 2.0}
+    found = [{"share": 0.5, "method": name, "reference: distance": distance} for name, distance in drawn.items()]
+    assert quality.nearest(found, 0.5)["method"] == OURS
+    assert quality.nearest(found, 0.5, but=[OURS])["method"] == "b"
+
+
+def test_rows_come_back_from_their_file_words_as_words_and_without_what_they_have_not(tmp_path: Path) -> None:
+    rows = [row("fewer steps", 10, 0.1), {"method": "a", "setting": "b", "recall": 0.5}]
+    write_rows(tmp_path / "rows.csv", rows)
+    assert read_rows(tmp_path / "rows.csv") == rows
+
+
+def test_the_readme_and_the_overviews_say_what_was_measured() -> None:
     assert headlines() in (FOLDER.parents[1] / "README.md").read_text()
-    assert overview() == (FOLDER / "peers.md").read_text()
+    assert equal_cost.overview() == (FOLDER / "peers.md").read_text()
+    assert quality.overview() == (FOLDER / "quality.md").read_text()
