@@ -36,9 +36,10 @@ class Budget:
     def __post_init__(self) -> None:
         shares = [share for share in (self.macs, self.time) if share is not None]
         if len(shares) != 1 or not _is_share(shares[0]):
+            limits = ", ".join(f"{name}={limit!r}" for name, limit in self.to_plain().items())
             raise InvalidBudget(
-                given=f"budget {self.macs!r} of the MACs and {self.time!r} of the time",
-                expected="one of them, a share of the reference's in (0, 1]",
+                given=f"Budget({limits})",
+                expected="either macs or time, a share of the reference's in (0, 1]",
                 advice="Write Budget(macs=0.5) or Budget(time=0.5) to spend half",
             )
         if self.store_bytes is not None and (type(self.store_bytes) is not int or self.store_bytes <= 0):
