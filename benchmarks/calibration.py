@@ -5,6 +5,7 @@ What each costs is given in reference samplings of 16 samples.
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import stepmask
@@ -41,7 +42,7 @@ def main() -> None:
     for samples in asked.samples:
         runs = setting.calibration(samples)
         for way, learn in WAYS.items():
-            table, seconds = timed(lambda learn=learn, runs=runs: learn(setting.pipe, runs, budget))
+            table, seconds = timed(partial(learn, setting.pipe, runs, budget))
             cost = {"reference_samplings_of_16": seconds / setting.reference_s}
             found[way][samples] = {**errors(held_out, table), **cost}
     most = {way: max(row["reference_samplings_of_16"] for row in rows.values()) for way, rows in found.items()}

@@ -127,13 +127,18 @@ def rows(report: Report) -> dict[str, Any]:
     return found
 
 
+def measured(contest: Callable[[], Contest], share: float, samples: int) -> dict[str, Any]:
+    """A cell, of a contest that is made for it."""
+    return contest().measure(share, samples)
+
+
 def cells(pipeline: str, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for steps in asked.steps:
         for guidance in asked.guidance:
             contest = cache(partial(Contest, pipeline, steps, guidance))  # of the first cell that is missing
             for share in asked.shares:
                 path = RUNS / f"{name_of(pipeline)}-{steps}-{guidance}-{share:g}-{asked.samples}.json"
-                yield kept(path, lambda contest=contest, share=share: contest().measure(share, asked.samples))
+                yield kept(path, partial(measured, contest, share, asked.samples))
 
 
 def best_rival(cell: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ Caches that decide by a threshold are left out: what they would skip of a networ
 import argparse
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +39,7 @@ the others are the packages, told to compute every other step.
 
 """
 
-EVERY_OTHER = {
+EVERY_OTHER: dict[str, dict[str, Any]] = {
     "TaylorSeer (diffusers)": {"cache_interval": 2, "max_order": 1, "disable_cache_before_step": 1},
     "PyramidAttentionBroadcast (diffusers)": {"every": 2, "within": (-1, 1001)},
     "step mask (cache-dit)": {"order": 0, "every": 2, "Fn_compute_blocks": 1},
@@ -91,7 +92,8 @@ def scattered(full: MaskSchedule) -> MaskSchedule:
 
 def other_caches(size: FullSize) -> tuple[dict[str, Any], dict[str, str]]:
     """Pipelines with other caches on them, and the reasons of those that cannot be put on."""
-    found, absent = {}, {}
+    found: dict[str, Any] = {}
+    absent: dict[str, str] = {}
     for peer in (peer for peer in PEERS if peer.name in EVERY_OTHER):
         try:
             found[peer.name] = peer.put_on(size.pipeline(), STEPS, **EVERY_OTHER[peer.name])
@@ -121,7 +123,7 @@ def finished(names: list[str], repeats: int) -> Iterator[tuple[str, dict[str, An
     """Each architecture's numbers, from its file if it was measured."""
     for name in names:
         path = RUNS / f"{name.replace('/', '-')}-{repeats}.json"
-        yield name, kept(path, lambda name=name: measure(ARCHITECTURES[name], repeats))
+        yield name, kept(path, partial(measure, ARCHITECTURES[name], repeats))
 
 
 def markdown(found: dict[str, dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ Finished tables lie in runs/learned_speed, so that a killed run goes on where it
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def measured(samples: int, repeats: int) -> dict[str, dict[str, Any]]:
         pipeline, table = folder.parent.name, MaskSchedule.from_pretrained(folder)
         path = RUNS / f"{pipeline}-{folder.name}-{digest(table.to_json(), samples, repeats)}.json"
         told = f"{pipeline}, {folder.name}"
-        found[told] = kept(path, lambda name=pipeline, table=table: speed(f"zoo:{name}", table, samples, repeats))
+        found[told] = kept(path, partial(speed, f"zoo:{pipeline}", table, samples, repeats))
     return found
 
 

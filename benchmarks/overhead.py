@@ -27,7 +27,7 @@ class Bench:
 
     def __init__(self, pipeline: str) -> None:
         setting = Setting(pipeline, STEPS)
-        self.denoiser, self.full, self.handle = denoiser_of(setting.pipe), setting.full, None
+        self.denoiser, self.full = denoiser_of(setting.pipe), setting.full
         self.call: Call = setting.record(SAMPLES, 0).calls[0]
 
     @torch.inference_mode()
@@ -39,7 +39,7 @@ class Bench:
         """Puts a table on, and goes so many evaluations into its run."""
 
         def put() -> None:
-            self.handle = stepmask.apply(self.denoiser, table)
+            self.masked = stepmask.apply(self.denoiser, table)
             for _ in range(evaluations):
                 self.once()
 
@@ -47,7 +47,7 @@ class Bench:
 
     def take(self) -> None:
         """Takes the table off."""
-        self.handle.remove()
+        self.masked.remove()
 
     def over_bare(self, table: MaskSchedule, evaluations: int, rounds: int) -> dict[str, Any]:
         """Time of one evaluation under a table over that of the bare denoiser; the first ones of a run are not timed.

@@ -85,8 +85,8 @@ def magcache(pipe: Any, steps: int, **knobs: Any) -> None:
 
 def attention_broadcast(pipe: Any, steps: int, every: int, within: tuple[int, int]) -> None:
     _need_transformer(pipe)
-    places = {"spatial": every, "cross": every}
-    told = {f"{place}_attention_block_skip_range": often for place, often in places.items()}
+    places = "spatial", "cross"
+    told: dict[str, Any] = {f"{place}_attention_block_skip_range": every for place in places}
     told |= {f"{place}_attention_timestep_skip_range": within for place in places}
     config = hooks.PyramidAttentionBroadcastConfig(**told, current_timestep_callback=_clock(pipe))
     _hook(pipe, hooks.apply_pyramid_attention_broadcast, config)
@@ -175,7 +175,8 @@ def _hook(pipe: Any, apply: Callable[[Any, Any], None], config: Any) -> None:
     """Put diffusers' hooks on the denoiser, and let every run begin as the first does."""
     denoiser = denoiser_of(pipe)
     apply(denoiser, config)
-    if not any(module._diffusers_hook.hooks for module in denoiser.modules() if hasattr(module, "_diffusers_hook")):
+    registries = (getattr(module, "_diffusers_hook", None) for module in denoiser.modules())
+    if not any(registry.hooks for registry in registries if registry is not None):
         raise CannotRun("it attaches no hook")
     free = pipe.maybe_free_model_hooks
 
@@ -184,7 +185,11 @@ def _hook(pipe: Any, apply: Callable[[Any, Any], None], config: Any) -> None:
         HookRegistry.check_if_exists_or_initialize(denoiser).invalidate_child_registries_cache()
         _set_cache_context(denoiser, CacheContext("run"))
 
-    pipe.maybe_free_model_hooks = lambda: (free(), begin())
+    def end() -> None:
+        free()
+        begin()
+
+    pipe.maybe_free_model_hooks = end
     begin()
 
 

@@ -176,7 +176,9 @@ def best(tried: Sequence[Tried]) -> list[Tried]:
     for each in sorted(cheap, key=lambda each: each.cost):
         if np.isfinite(each.error) and each.error > 2 * EXACT and (not kept or each.error < kept[-1].error):
             kept.append(each)
-    places = np.unique(np.linspace(0, len(kept) - 1, min(MOST, len(kept))).round().astype(int)) if kept else []
+    places: list[int] = (
+        np.unique(np.linspace(0, len(kept) - 1, min(MOST, len(kept))).round().astype(int)).tolist() if kept else []
+    )
     return [kept[place] for place in places]
 
 

@@ -40,8 +40,8 @@ def paired_ratio(
         after_b()
         return seconds
 
-    for warm_up in (lambda: _seconds(a), timed_b):
-        warm_up()
+    a()
+    timed_b()
     ratios = []
     for turn in range(rounds):
         first, second = (_seconds(a), timed_b()) if turn % 2 == 0 else (timed_b(), _seconds(a))

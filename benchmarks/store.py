@@ -1,6 +1,7 @@
 """What a smaller store costs: error and time of learned tables whose values are held in bfloat16 and float8."""
 
 import argparse
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def measured(pipeline: str, samples: int, rounds: int) -> dict[str, Any]:
             "error": sum(errors) / samples,
             "store_share": store.peak_bytes(plan) / plan.peak_bytes,
             "time_over_full": paired_ratio(
-                lambda: under(held_out, table, Store()), lambda store=store: under(held_out, table, store), rounds
+                partial(under, held_out, table, Store()), partial(under, held_out, table, store), rounds
             ),
         }
     return found

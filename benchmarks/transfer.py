@@ -5,6 +5,7 @@ goes on where it stopped.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for place, setting in elsewhere.items():
         path = folder / f"{place}, {asked.samples} samples.json"
-        found[place] = kept(path, lambda setting=setting: carried(table, setting, asked.samples))
+        found[place] = kept(path, partial(carried, table, setting, asked.samples))
     over = {place: row["carried over"]["error"] / row["learned there"]["error"] for place, row in found.items()}
     save(
         "transfer",

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 import stepmask
-from results import save
+from results import gain, save
 from setting import Setting, timed
 from stepmask import MaskSchedule
 from stepmask.evaluation.compare import evaluate
+from stepmask.evaluation.report import Report
 from stepmask.schedule.baselines import deepcache
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.rectify import lower
@@ -28,15 +29,7 @@ def at_deepcaches_macs(setting: Setting, samples: int, repeats: int) -> dict[str
     rivals = {"DeepCache": rival}
     call = setting.call(samples, 1, held_out=True)
     report = evaluate(setting.pipe, table, rivals=rivals, repeats=repeats, **call)
-    learned, plain = (
-        {
-            "macs": row.macs_executed,
-            "error": fmean(row.latent_errors),
-            "speedup": report.speedup(row.name),
-            "of_the_planned": report.speedup(row.name)[0] * row.macs_executed,
-        }
-        for row in report.rows[1:]
-    )
+    learned, plain = (_told(report, row.name) for row in report.rows[1:])
     return {
         "table": table.provenance["table"],
         "reference_samplings_of_16": seconds / setting.reference_s,
@@ -44,6 +37,11 @@ def at_deepcaches_macs(setting: Setting, samples: int, repeats: int) -> dict[str
         "deepcache": plain,
         "error_ratio": learned["error"] / plain["error"],
     }
+
+
+def _told(report: Report, name: str) -> dict[str, float]:
+    row = report[name]
+    return {"macs": row.macs_executed, "error": fmean(row.latent_errors), **gain(report, name)}
 
 
 def liveness(full: MaskSchedule) -> dict[str, float]:
@@ -76,7 +74,7 @@ def main() -> None:
         "unets",
         {"what": f"DeepCache of interval {INTERVAL}, {asked.samples} held-out samples", "settings": found},
         goal="at most a third of DeepCache's error, and at least 0.8 of the planned speed-up",
-        met=all(s["error_ratio"] <= 1 / 3 and s["learned"]["of_the_planned"] >= 0.8 for s in found.values()),
+        met=all(s["error_ratio"] <= 1 / 3 and s["learned"]["over_promise"] >= 0.8 for s in found.values()),
     )
 
 

@@ -67,8 +67,9 @@ def set_sampler(pipe: Any, name: str, options: Mapping[str, Any]) -> None:
     """
     import diffusers
 
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    kind: Any = getattr(diffusers, name, None)
+    is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    if not is_scheduler:
         raise NoSuchSampler(
             given=f"sampler {name!r}", expected="the class name of a scheduler of diffusers", advice="Check the name"
         )
