@@ -78,6 +78,13 @@ def fetch(package: str, folder: Path) -> tarfile.TarFile:
     return tarfile.open(folder / packed.split()[-1])
 
 
+def read(package: tarfile.TarFile, path: str) -> bytes:
+    """A file of a package."""
+    file = package.extractfile(path)
+    assert file is not None  # a folder
+    return file.read()
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, default=Path("runs") / "emoji64.npz")
@@ -85,12 +92,12 @@ def main() -> None:
     images, labels, captions, styles = [], [], [], []
     with TemporaryDirectory() as folder:
         opened = {style: fetch(package, Path(folder)) for style, (package, _) in PACKAGES.items()}
-        listed = list(named(json.load(opened["noto"].extractfile("package/emoji.json"))))
+        listed = list(named(json.loads(read(opened["noto"], "package/emoji.json"))))
         for style, (_, place) in PACKAGES.items():
             there = set(opened[style].getnames())
             for emoji in listed:
                 if (path := place.format(emoji.file)) in there:
-                    images.append(on_white(opened[style].extractfile(path).read()))
+                    images.append(on_white(read(opened[style], path)))
                     labels.append(GROUPS.index(emoji.group))
                     captions.append(emoji.name)
                     styles.append(style)

@@ -131,6 +131,8 @@ class _Captioned(_Latent):
     The tokenizer is kept in a folder of the training's.
     """
 
+    text_encoder: Any
+
     def __init__(self, emoji: Emoji, vae: AutoencoderKL, tokenizer: Any) -> None:
         super().__init__(emoji, vae)
         self.tokenizer = tokenizer

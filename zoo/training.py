@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel, compute_snr
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from emoji import Emoji
 from stepmask.files import write_whole
 
 SNR_CAP = 5.0
@@ -24,6 +25,7 @@ KEEP_EVERY = 100
 class Family(Protocol):
     """A pipeline to train: what is trained, on what, and how it is put together; `modules` is all that has weights."""
 
+    emoji: Emoji
     modules: nn.ModuleDict
     scheduler: Any
     batch: int
@@ -123,16 +125,17 @@ class Training:
 
     def _wanted(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         scheduler = self.family.scheduler
-        return scheduler.get_velocity(clean, noise, timesteps) if self._velocity else noise
+        wanted: Tensor = scheduler.get_velocity(clean, noise, timesteps) if self._velocity else noise
+        return wanted
 
     def _weights(self, timesteps: Tensor) -> Tensor:
         """Of ε's squared error min(SNR, γ) / SNR; of v's, which is SNR + 1 times x₀'s, with SNR + 1 in place of SNR."""
-        snr = compute_snr(self.family.scheduler, timesteps) + self._velocity
+        snr: Tensor = compute_snr(self.family.scheduler, timesteps) + self._velocity
         return snr.clamp(max=SNR_CAP) / snr
 
     @property
     def _velocity(self) -> bool:
-        return self.family.scheduler.config.prediction_type == "v_prediction"
+        return bool(self.family.scheduler.config.prediction_type == "v_prediction")
 
     def _keep(self) -> None:
         mean = sum(self.losses) / len(self.losses)
