@@ -81,7 +81,7 @@ class Race(Setting):
         if method == SMOOTHCACHE:
             return self.smooth.table(float(setting))
         if method == LEARNING_TO_CACHE:
-            return learning_to_cache(self.reference, self.full, float(setting))
+            return self.router(float(setting))
         peer = next(peer for peer in PEERS if peer.name == method)
         knobs = next(knobs for knobs in peer.knobs if _spelled(knobs) == setting)
         return peer.put_on(zoo.load(self.pipeline), self.steps, **knobs)
@@ -113,8 +113,14 @@ class Race(Setting):
 
     def learning_to_cache(self) -> list[Tried]:
         """Learning-to-Cache's learner at several prices."""
-        tables = {price: learning_to_cache(self.reference, self.full, price) for price in PRICES}
-        return [self.table(f"{LEARNING_TO_CACHE}: {price:g}", table) for price, table in tables.items()]
+        return [self.table(f"{LEARNING_TO_CACHE}: {price:g}", self.router(price)) for price in PRICES]
+
+    def router(self, price: float) -> MaskSchedule:
+        """What Learning-to-Cache's learner makes of a price, from its folder if it was trained before."""
+        folder = RUNS / f"{name_of(self.pipeline)}-{self.steps}-router-{price:g}"
+        if not folder.exists():
+            learning_to_cache(self.reference, self.full, price).save_pretrained(folder)
+        return MaskSchedule.from_pretrained(folder)
 
     def table(self, name: str, table: MaskSchedule) -> Tried:
         """A table; its MACs stand for its time."""
