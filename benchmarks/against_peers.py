@@ -9,10 +9,24 @@ settings that were found before: new tables beside them, or more samples. Peers 
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from equal_cost import COSTS, GOAL, SHARES, at_equal, markdown, over_the_best, overview, plot, read, results
+from equal_cost import (
+    COSTS,
+    GOAL,
+    SHARES,
+    STEADY,
+    at_equal,
+    markdown,
+    over_the_best,
+    overview,
+    pace,
+    plot,
+    read,
+    results,
+)
 from peers import PEERS
 from race import LEARNED, Race, typical
 from results import FOLDER, Row, save, write_rows
@@ -69,8 +83,10 @@ def publish(race: Race, found: Sequence[Row], what: str) -> None:
 
 
 def compare(race: Race, rivals: Mapping[str, Any], batches: int, repeats: int) -> None:
-    """What was learned and all others, in one run."""
+    """What was learned and all others, in one run; nothing is published of a run that was disturbed."""
     found = list(rows(race, race.learned(), rivals, batches, repeats))
+    if abs(pace(found) - 1) > STEADY:
+        sys.exit(f"Fewer steps took {pace(found):.2f} of their share of the time: measure on a quieter machine")
     publish(race, found, f"{batches * BATCH} held-out samples, times of {BATCH} at once in {repeats} turns")
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
-from race import LEARNED, OURS, Race
+from race import FEWER, LEARNED, OURS, Race
 from results import FOLDER, Row, read_rows, table
 from setting import name_of
 from stepmask import zoo
@@ -17,6 +18,9 @@ SHARES = (0.6, 0.5, 0.42, 0.35, 0.3, 0.25)
 
 GOAL = 0.6
 """Our error over the best other's, at most."""
+
+STEADY = 0.05
+"""How far fewer steps may be from their share of the time; further off, the reference was disturbed."""
 
 MEAN, TYPICAL = "error", "geometric_error"
 """Columns of errors: one hard sample of a few makes a mean, and does not make a geometric mean."""
@@ -62,6 +66,11 @@ def at_equal(cost: str, found: Sequence[Row], error: str = MEAN) -> Errors:
     methods = sorted({row["method"] for row in found})
     curves = {name: [(row[cost], row[error]) for row in found if row["method"] == name] for name in methods}
     return {name: {share: at_cost(curve, share) for share in SHARES} for name, curve in curves.items()}
+
+
+def pace(found: Sequence[Row]) -> float:
+    """What fewer steps take over their share of the steps, the median: their evaluations are the reference's own."""
+    return median(float(row["time"] / row["macs"]) for row in found if row["method"] == FEWER)
 
 
 def best_other(errors: Errors, share: float) -> tuple[str, float] | None:

@@ -9,8 +9,8 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import equal_cost
 import quality
-from equal_cost import at_cost, at_equal, headlines, over_the_best
-from race import OURS, PAPER, Tried, best
+from equal_cost import STEADY, at_cost, at_equal, cases, headlines, over_the_best, pace, read
+from race import FEWER, OURS, PAPER, Tried, best
 from results import FOLDER, read_rows, write_rows
 
 
@@ -55,6 +55,16 @@ class TestAtEqualCost:
         assert ratios[0.6] == pytest.approx(0.5)
         assert ratios[0.3] == pytest.approx(0.25)
         assert 0.25 not in ratios
+
+
+class TestPace:
+    def test_the_median_of_what_fewer_steps_take_over_their_share(self) -> None:
+        found = [row(FEWER, time, 0.1) | {"macs": 0.5} for time in (0.5, 0.6, 0.55)]
+        assert pace([*found, row("a", 0.3, 0.1)]) == pytest.approx(1.1)
+
+    @pytest.mark.parametrize("case", cases(), ids=lambda case: "{}-{}".format(*case))
+    def test_no_published_run_was_disturbed(self, case: tuple[str, int]) -> None:
+        assert pace(read(*case)) == pytest.approx(1, abs=STEADY)
 
 
 def test_pictures_are_compared_at_the_best_setting_that_keeps_to_the_time() -> None:
