@@ -154,7 +154,7 @@ def plot(found: Sequence[Row], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method, **style)
         axis.set(yscale="log", xlabel=label, ylabel="latent error")
     axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
-    figure.suptitle(f"{found[0]['pipeline']}, {found[0]['steps']} steps")
+    figure.suptitle(f"{found[0]['pipeline']}, {found[0]['steps']:g} steps")
     save_figure(figure, path)
 
 
