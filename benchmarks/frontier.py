@@ -128,7 +128,7 @@ def rows(report: Report) -> dict[str, Any]:
 
 
 def measured(contest: Callable[[], Contest], share: float, samples: int) -> dict[str, Any]:
-    """A cell, of a contest that is made for it."""
+    """A cell, of a contest that is only made if a cell is missing."""
     return contest().measure(share, samples)
 
 

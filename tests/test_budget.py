@@ -68,7 +68,7 @@ class TestBudget:
     def test_exactly_one_currency_is_spent(self) -> None:
         for given in ({}, {"macs": 0.5, "time": 0.5}, {"store_bytes": 100}):
             with pytest.raises(InvalidBudget, match="either macs or time"):
-                Budget(**given)  # type: ignore[arg-type]
+                Budget(**given)
 
     @pytest.mark.parametrize("size", [0, -4, 1.5, float("nan"), True, "1 MiB"])
     def test_a_store_of_no_size_is_refused(self, size: Any) -> None:
