@@ -91,7 +91,8 @@ class Tape(Behaviour):
             raise detached(f"between the evaluations of step {step - 1} and step {step}")
         evaluation = Evaluation(self, step, branch, run)
         self.ran[step, branch] = evaluation, [tensor.detach() for tensor in inputs]
-        outputs = iter(_Again.apply(evaluation, self.anchor, *inputs))  # type: ignore[no-untyped-call]
+        node = _Again.apply(evaluation, self.anchor, *inputs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        outputs = iter(node)
         return each(lambda tensor: next(outputs) if tensor.is_floating_point() else tensor, evaluation.output)
 
     def forward(self, evaluation: "Evaluation", inputs: Sequence[Tensor]) -> Any:
