@@ -15,7 +15,7 @@ from stepmask.executors.local import LocalExecutor
 from stepmask.learning.placement import apart, later, movable, order_of, swapped
 from stepmask.learning.starts import Family
 from stepmask.learning.task import Task
-from stepmask.learning.trained import _moved, _Start, calibration_errors
+from stepmask.learning.trained import _moved, _placed, _Start, calibration_errors
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.budget import Budget
 from stepmask.schedule.fingerprint import DenoiserFingerprint
@@ -78,7 +78,9 @@ class TestSwapped:
         assert order_of(table.with_rows(table.rows, 0.9 * table.forecasts)) is None
 
 
-def test_an_evaluation_moves_to_where_the_denoiser_changes() -> None:
+@pytest.fixture(scope="module")
+def late() -> tuple[_Start, Task]:
+    """A start whose evaluations lie evenly, of a denoiser that changes late."""
     # D(1, t) = 3 + t, and t goes from 0 to 1 at step 6 of 8: what is computed at 4 is stale from there on, at 5 as well
     denoiser = Drift()
 
@@ -90,8 +92,19 @@ def test_an_evaluation_moves_to_where_the_denoiser_changes() -> None:
     reference = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
     task = Task([trajectory], reference, Budget(macs=0.4), LocalExecutor(), None)
     table = whole_step(reference, 0.4)  # steps 0, 2 and 5
-    start = _Start(table, Family([table]), calibration_errors(task, [table], [0])[0])
+    return _Start(table, Family([table]), calibration_errors(task, [table], [0])[0]), task
+
+
+def test_an_evaluation_moves_to_where_the_denoiser_changes(late: tuple[_Start, Task]) -> None:
+    start, task = late
     moved = _moved(start, task)
     assert start.error > 0.001
     assert moved.error == 0
     assert np.flatnonzero(moved.table.rows[:, -1]).tolist() == [0, 2, 6]
+
+
+def test_who_is_far_behind_the_best_start_stays_where_it_is(late: tuple[_Start, Task]) -> None:
+    start, task = late
+    [near], [far] = (_placed([start], best, task) for best in (0.6 * start.promise, 0.4 * start.promise))
+    assert near.error == 0
+    assert far is start

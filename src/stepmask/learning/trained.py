@@ -50,6 +50,10 @@ JUDGES = 4
 MOVES = 4
 """How often a start's rows change places at most, before it is trained."""
 
+NEAR = 2
+"""Rows of a start change places if it promises at most that many times what the best one does: moves hardly ever halve
+an error, and take a run for every pair of rows (measured: docs/experiments.md)."""
+
 RACERS, TRIAL = 3, 1 / 6
 """How many starts are trained on trial, and for what share of the iterations: what training takes off an error differs
 by more than starts do, and shows early (measured: docs/experiments.md)."""
@@ -60,14 +64,14 @@ class TrainedForecasts:
     """A table whose evaluations lie well, and then better forecasts than Taylor's.
 
     Fixed intervals, whole-step tables, intervals with partial evaluations between the whole ones or with one
-    partial evaluation, and uneven tables that sweeps propose are compared by true runs. Of three of them single
-    evaluations are moved a step earlier or later, as long as true runs come nearer by it: of whole steps that lie
-    and are forecast as a sweep of the denoiser's output tells (`WholeSteps`), of the best other uneven table, and
-    of the best of the rest. The weights of every reused cell, and of computed ones that may blend older values in,
-    are then trained on masked runs, by the gradient of the final latent's distance to the reference through the
-    pipeline's own sampler: of all three for a sixth of the way, and of the one that is then ahead to the end. Each
-    iteration takes the next trajectory: several trajectories of a few samples cost no more per iteration than one,
-    and overfit less.
+    partial evaluation, and uneven tables that sweeps propose are compared by true runs. Three of them go on: whole
+    steps that lie and are forecast as a sweep of the denoiser's output tells (`WholeSteps`), the best other uneven
+    table, and the best of the rest. Of those that are not far behind, single evaluations are moved a step earlier
+    or later, as long as true runs come nearer by it. The weights of every reused cell, and of computed ones that
+    may blend older values in, are then trained on masked runs, by the gradient of the final latent's distance to
+    the reference through the pipeline's own sampler: of all three for a sixth of the way, and of the one that is
+    then ahead to the end. Each iteration takes the next trajectory: several trajectories of a few samples cost no
+    more per iteration than one, and overfit less.
 
     Args:
         passes: What is spent on the table that is ahead: as many iterations of Adam as have the MACs of this many
@@ -95,7 +99,7 @@ class TrainedForecasts:
             LearningError: A run is not finite, or the pipeline detaches its latents.
         """
         starts = self._starts(task)
-        racers = [_moved(start, task) for start in _racers(starts)]
+        racers = _placed(_racers(starts), min(start.promise for start in starts), task)
         best, ahead = min([*starts, *racers], key=attrgetter("error")), self._ahead(racers, task)
         start = ahead.start
         regular = [start.table] if start is best else [start.table, best.table]
@@ -194,6 +198,11 @@ def _leader(before: Sequence[_Start], after: Sequence[_Start]) -> int:
 def _judges(task: Task) -> range:
     """Trajectories on which tables are compared, by their index."""
     return range(len(task.trajectories))[-JUDGES:]
+
+
+def _placed(racers: Sequence[_Start], best: float, task: Task) -> list[_Start]:
+    """Those that promise about as much as the best start, with their rows moved; the others as they are."""
+    return [_moved(racer, task) if racer.promise <= NEAR * best else racer for racer in racers]
 
 
 def _moved(start: _Start, task: Task) -> _Start:
