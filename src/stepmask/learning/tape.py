@@ -91,8 +91,8 @@ class Tape(Behaviour):
             raise detached(f"between the evaluations of step {step - 1} and step {step}")
         evaluation = Evaluation(self, step, branch, run)
         self.ran[step, branch] = evaluation, [tensor.detach() for tensor in inputs]
-        node = _Again.apply(evaluation, self.anchor, *inputs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        outputs = iter(node)
+        taped = _Again.apply(evaluation, self.anchor, *inputs)  # type: ignore[no-untyped-call]  # untyped in torch
+        outputs = iter(taped)
         return each(lambda tensor: next(outputs) if tensor.is_floating_point() else tensor, evaluation.output)
 
     def forward(self, evaluation: "Evaluation", inputs: Sequence[Tensor]) -> Any:
