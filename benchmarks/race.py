@@ -12,6 +12,7 @@ import numpy as np
 import stepmask
 from frontier import SCHEDULES, paper
 from peers import PEERS, CannotRun, Peer
+from results import kept_table
 from rules import SmoothCache, learning_to_cache
 from setting import Setting, by_sample, name_of, timed
 from stepmask import Budget, MaskSchedule, Trajectory, zoo
@@ -118,7 +119,7 @@ class Race(Setting):
     def router(self, price: float) -> MaskSchedule:
         """What Learning-to-Cache's learner makes of a price, from its folder if it was trained before."""
         folder = RUNS / f"{name_of(self.pipeline)}-{self.steps}-router-{price:g}"
-        return left(folder, lambda: learning_to_cache(self.reference, self.full, price))
+        return kept_table(folder, lambda: learning_to_cache(self.reference, self.full, price))
 
     def table(self, name: str, table: MaskSchedule) -> Tried:
         """A table; its MACs stand for its time."""
@@ -133,16 +134,14 @@ class Race(Setting):
     def learn(self, shares: Sequence[float]) -> None:
         """Tables of both learners at shares of the measured time, those that are not there yet."""
         for share in shares:
-            self.learned_at(share, f"time-{share:g}", TrainedForecasts(), lambda: self.runs)
-            self.learned_at(share, f"{PER_TIMESTEP}-time-{share:g}", paper(share), lambda: [self.record(4, 0)])
+            self.leave(share, f"time-{share:g}", TrainedForecasts(), lambda: self.runs)
+            self.leave(share, f"{PER_TIMESTEP}-time-{share:g}", paper(share), lambda: [self.record(4, 0)])
 
-    def learned_at(
-        self, share: float, name: str, learner: Learner, runs: Callable[[], list[Trajectory]]
-    ) -> MaskSchedule:
-        """A table at a share of the time, from results/schedules if it was learned before."""
+    def leave(self, share: float, name: str, learner: Learner, runs: Callable[[], list[Trajectory]]) -> None:
+        """A table at a share of the time in results/schedules, where it stays."""
         folder = SCHEDULES / name_of(self.pipeline) / f"{self.steps}-{name}"
         kept, budget = RUNS / f"{name_of(self.pipeline)}-{folder.name}", Budget(time=share)
-        return left(folder, lambda: stepmask.learn(self.pipe, runs(), budget, learner=learner, folder=kept))
+        kept_table(folder, lambda: stepmask.learn(self.pipe, runs(), budget, learner=learner, folder=kept))
 
     @cached_property
     def seconds(self) -> float:
@@ -158,13 +157,6 @@ class Race(Setting):
     def runs(self) -> list[Trajectory]:
         """What the default learner learns from."""
         return self.calibration(64)
-
-
-def left(folder: Path, learn: Callable[[], MaskSchedule]) -> MaskSchedule:
-    """The table in a folder; if there is none, what is then learned, which stays there."""
-    if not folder.exists():
-        learn().save_pretrained(folder)
-    return MaskSchedule.from_pretrained(folder)
 
 
 def typical(latent_errors: Sequence[float]) -> float:

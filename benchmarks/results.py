@@ -11,9 +11,11 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from stepmask import MaskSchedule
 from stepmask.evaluation.measure import machine
 from stepmask.evaluation.report import Report
 from stepmask.files import write_whole
+from stepmask.schedule.file import FILE_NAME
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -62,6 +64,13 @@ def kept(path: Path, measure: Callable[[], Any]) -> Any:
     if not path.exists():
         write_whole(path, json.dumps(measure()))
     return json.loads(path.read_text())
+
+
+def kept_table(folder: Path, learn: Callable[[], MaskSchedule]) -> MaskSchedule:
+    """The table in a folder; if there is none, what is then learned, which stays there."""
+    if not (folder / FILE_NAME).exists():
+        learn().save_pretrained(folder)
+    return MaskSchedule.from_pretrained(folder)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import stepmask
-from results import kept, save
+from results import kept, kept_table, save
 from setting import Setting, errors, name_of
 from stepmask import MaskSchedule
 from stepmask.schedule.baselines import fixed_interval
@@ -25,12 +25,10 @@ def learned(setting: Setting, budget: float) -> MaskSchedule:
     return stepmask.learn(setting.pipe, setting.calibration(64), budget)
 
 
-def at_home(pipeline: str, share: float, folder: Path) -> MaskSchedule:
-    """The table that is carried over; learned once."""
-    if not (folder / "stepmask.json").exists():
-        home = Setting(pipeline, LEARNED_AT)
-        learned(home, home.budget(share)).save_pretrained(folder)
-    return MaskSchedule.from_pretrained(folder)
+def at_home(pipeline: str, share: float) -> MaskSchedule:
+    """The table that is carried over."""
+    home = Setting(pipeline, LEARNED_AT)
+    return learned(home, home.budget(share))
 
 
 def carried(table: MaskSchedule, setting: Setting, samples: int) -> dict[str, Any]:
@@ -55,7 +53,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=32)
     asked = arguments.parse_args()
     folder = RUNS / f"{name_of(asked.pipeline)}-{asked.share:g}"
-    table = at_home(asked.pipeline, asked.share, folder)
+    table = kept_table(folder, lambda: at_home(asked.pipeline, asked.share))
     elsewhere = {f"{steps} steps": Setting(asked.pipeline, steps) for steps in asked.steps}
     elsewhere |= {f"{size} pixels": Setting(asked.pipeline, LEARNED_AT, size=size) for size in asked.sizes}
     found: dict[str, Any] = {}
