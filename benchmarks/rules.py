@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepmask import MaskSchedule, Trajectory
-from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.values import tensors
 from stepmask.learning.guidance import guidance_of
 from stepmask.learning.objective import Objective
@@ -58,7 +58,7 @@ def _changes(trajectory: Trajectory, graph: BlockGraph) -> npt.NDArray[np.float6
     return np.stack([np.array(ear.changes) for ear in ears], axis=1)
 
 
-class _Ear(Behaviour):
+class _Ear(Hook):
     """Hears how far what a block says is from what it said up to `LOOKAHEAD` steps before."""
 
     def __init__(self) -> None:

@@ -10,7 +10,6 @@ import stepmask
 from stepmask import MaskSchedule, Trajectory
 from stepmask.denoiser.families import Granularity, denoiser_of
 from stepmask.denoiser.runtime import Masked
-from stepmask.denoiser.values import tensors
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 
@@ -35,7 +34,7 @@ def without_feeders(table: MaskSchedule) -> MaskSchedule:
 
 def held(masked: Masked) -> int:
     """Bytes of memory that the store keeps alive, of a part of a tensor the whole."""
-    stored = [tensor.untyped_storage() for seat in masked.seats for value in seat.stored for tensor in tensors(value)]
+    stored = [tensor.untyped_storage() for tensor in masked.run.held_tensors()]
     return sum({storage._cdata: storage.nbytes() for storage in stored}.values())
 
 

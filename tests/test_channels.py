@@ -82,7 +82,7 @@ class TestByHand:
 
     def test_branches_share_the_vectors_and_not_the_values(self) -> None:
         one = chain_table((2,), "output", "11", "01", channels={(1, "layers.0"): [[1.0, 2.0], [0.0, 1.0]]})
-        two = replace(one, sampler=SamplerFingerprint("", (1.0, 0.0), (), branches=2))
+        two = replace(one, sampler=untimed(2, branches=2))
         # layer 0 says 2 on one branch, 8 on the other; forecasts (2, 5) and (8, 17)
         said = answers(two, (2,), 1, 4, 1, 4)
         assert [tensor.tolist() for tensor in said[2:]] == [[15.0, 30.0], [60.0, 105.0]]
@@ -113,8 +113,6 @@ class TestRealClasses:
         schedule = repeated.with_rows(repeated.rows, channels=noisy)
         with stepmask.apply(denoiser, schedule):
             said = evaluations(denoiser, example)
-        poison = lambda tensor: tensor.new_full((), torch.nan).expand(tensor.shape)  # noqa: E731
-        monkeypatch.setattr("stepmask.denoiser.runtime.placeholder", poison)
         with stepmask.apply(denoiser, rectify(schedule)):
             assert all(torch.equal(a, b) for a, b in zip(evaluations(denoiser, example), said, strict=True))
         assert len(rectify(schedule).channels) <= len(schedule.channels)
@@ -143,12 +141,12 @@ class TestVectorsInARun:
             assert masked.vector_bytes == 0
             denoiser(x, 0.0)
             assert masked.vector_bytes == masked.plans[0].vector_bytes == 2 * (2 * 2) * 4
-            places = [tensor.data_ptr() for vectors in masked.seats[0].vectors.values() for tensor in vectors]
+            places = [tensor.data_ptr() for vectors in masked.blocks[0].vectors.values() for tensor in vectors]
             denoiser(x, 0.0)
             masked.restart()
             for _ in range(3):
                 denoiser(x, 0.0)
-            assert places == [t.data_ptr() for vectors in masked.seats[0].vectors.values() for t in vectors]
+            assert places == [t.data_ptr() for vectors in masked.blocks[0].vectors.values() for t in vectors]
         assert masked.vector_bytes == 0
 
     def test_they_follow_the_values_to_another_dtype(self) -> None:

@@ -18,6 +18,7 @@ import stepmask
 from stepmask import MaskSchedule, Trajectory
 from stepmask.denoiser.families import fingerprint_of
 from stepmask.denoiser.trajectory import Call
+from stepmask.denoiser.seam import hooks_of
 from stepmask.errors import InvalidBudget, LearningError, RunError, UnwritablePath
 from stepmask.evaluation.metrics import latent_errors
 from stepmask.executors.local import LocalExecutor
@@ -350,7 +351,7 @@ class TestRecord:
         pipe.transformer.proj_out_2.bias.data[0] = torch.nan
         with pytest.raises(LearningError, match="not finite"):
             stepmask.record(pipe, class_labels=[1], num_inference_steps=2, output_type="pt")
-        assert not hasattr(type(pipe.transformer), "_seam_depth")
+        assert not hooks_of(pipe.transformer)
 
 
 class TestLatent:
@@ -436,7 +437,7 @@ class TestChain:
         weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
         distance, _ = loss_and_gradients(trajectory, schedule, weights, lambda latent: (latent - masked).abs().max())
         assert distance < 1e-4
-        assert not any(hasattr(type(module), "_seam_depth") for module in pipe.transformer.modules())
+        assert not any(hooks_of(module) for module in pipe.transformer.modules())
 
     def test_values_made_again_give_the_gradient_of_values_that_are_held(
         self, trajectory: Trajectory, reference: MaskSchedule, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import stepmask
 from stepmask import Budget, MaskSchedule, Profile, Trajectory
+from stepmask.denoiser.seam import hooks_of
 from stepmask.errors import (
     AlreadyApplied,
     InvalidBudget,
@@ -345,7 +346,7 @@ def record_guided(calls: int) -> Trajectory:
 
 def untouched(module: nn.Module) -> bool:
     """Whether nothing stands in front of a denoiser, and its weights can be trained as before."""
-    clean = not any(hasattr(type(part), "_seam_depth") for part in module.modules())
+    clean = not any(hooks_of(part) for part in module.modules())
     return clean and all(weight.requires_grad and weight.grad is None for weight in module.parameters())
 
 

@@ -62,6 +62,11 @@ def sampler(steps: int, class_name: str = "") -> SamplerFingerprint:
     )
 
 
+def untimed(steps: int, branches: int = 1) -> SamplerFingerprint:
+    """Of a loop whose denoiser is given no timestep, or always the same: they are not compared."""
+    return SamplerFingerprint("", (0.0,) * steps, branches=branches)
+
+
 def unet_graph() -> BlockGraph:
     """The graph of `Skips`, a MAC and four bytes a block."""
     reads = {"down0": (), "down1": ("down0",), "mid": ("down1",), "up1": ("down1", "mid"), "up0": ("down0", "up1")}
@@ -107,7 +112,7 @@ def table(graph: BlockGraph, *rows: str, weights: dict[tuple[int, str], tuple[fl
     full = np.tile((1.0, 0.0, 0.0), (*bits.shape, 1))
     for (step, name), cell in (weights or {}).items():
         full[step, graph.column(name)] = (*cell, *[0.0] * (3 - len(cell)))
-    return MaskSchedule(graph, bits, denoiser or DenoiserFingerprint("Toy"), sampler(len(rows)), full)
+    return MaskSchedule(graph, bits, denoiser or DenoiserFingerprint("Toy"), untimed(len(rows)), full)
 
 
 def per_channel(schedule: MaskSchedule) -> MaskSchedule:

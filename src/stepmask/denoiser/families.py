@@ -4,7 +4,7 @@ The only file that knows diffusers' class names. It imports none of them: a clas
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -95,6 +95,11 @@ FAMILIES: dict[str, dict[Granularity, Patterns]] = {
 }
 
 
+def is_known(denoiser: nn.Module) -> bool:
+    """Whether a denoiser's blocks are known by its class."""
+    return fingerprint_of(denoiser).class_name in FAMILIES
+
+
 def denoiser_of(pipe: Any) -> nn.Module:
     """The network that a pipeline's sampler calls; a plain module is its own denoiser.
 
@@ -132,11 +137,16 @@ def casts_weights(denoiser: nn.Module) -> bool:
 
 def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:
     """A denoiser's class and public configuration; a plain module is known by its number of parameters."""
-    class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not hasattr(cls, "_seam_depth"))
+    class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not _is_fsdp(cls))
     config = getattr(denoiser, "config", None)
     if not isinstance(config, Mapping):
         return DenoiserFingerprint(class_name, {"parameters": sum(p.numel() for p in denoiser.parameters())})
     return DenoiserFingerprint(class_name, {k: _plain(v) for k, v in config.items() if not k.startswith("_")})
+
+
+def _is_fsdp(cls: type[Any]) -> bool:
+    """Whether a class is one that `fully_shard` made of a module's own."""
+    return any(base.__name__ == "FSDPModule" for base in cls.__bases__)
 
 
 def _plain(value: Any) -> Any:
@@ -149,20 +159,20 @@ def _plain(value: Any) -> Any:
 
 
 def find_blocks(
-    denoiser: nn.Module, granularity: Granularity, blocks: str | Patterns | None
-) -> dict[str, tuple[nn.Module, Reuse | None]]:
-    """The modules to mask by name, each with the way it is reused.
+    denoiser: nn.Module, granularity: Granularity, blocks: str | Iterable[str] | Patterns | None
+) -> dict[str, Reuse | None]:
+    """The names of the modules to mask, each with the way it is reused.
 
     Raises:
         NoSuchBlock: A pattern matches no module.
         TraceError: The class is unknown and no pattern was given, or one block contains another.
     """
-    found: dict[str, tuple[nn.Module, Reuse | None]] = {}
+    found: dict[str, Reuse | None] = {}
     for pattern, reuse in _patterns(denoiser, granularity, blocks).items():
         names = [name for name, _ in denoiser.named_modules() if name and _matches(name, pattern)]
         if not names and blocks is not None:
             raise _no_match(denoiser, pattern)
-        found.update((name, (denoiser.get_submodule(name), reuse)) for name in names)
+        found.update(dict.fromkeys(names, reuse))
     for name in found:
         if outer := next((other for other in found if name.startswith(f"{other}.")), None):
             raise TraceError(
@@ -173,11 +183,13 @@ def find_blocks(
     return found
 
 
-def _patterns(denoiser: nn.Module, granularity: Granularity, blocks: str | Patterns | None) -> Patterns:
+def _patterns(denoiser: nn.Module, granularity: Granularity, blocks: str | Iterable[str] | Patterns | None) -> Patterns:
     if isinstance(blocks, str):
         return {blocks: None}
-    if blocks is not None:
+    if isinstance(blocks, Mapping):
         return blocks
+    if blocks is not None:
+        return dict.fromkeys(blocks)
     class_name = fingerprint_of(denoiser).class_name
     if class_name in FAMILIES:
         return FAMILIES[class_name][granularity]

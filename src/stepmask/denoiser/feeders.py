@@ -1,13 +1,24 @@
 """`Feeders`: which modules outside all blocks answer for blocks alone, as one traced evaluation shows it."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from stepmask.denoiser.seam import Behaviour
+from stepmask.denoiser.seam import Hook
 from stepmask.denoiser.unread import keeps_unread
 from stepmask.denoiser.values import tensors
+
+
+@dataclass
+class _Running:
+    """A module that is running, and the memory that was made since it began."""
+
+    name: str
+    own_memory: set[int] = field(default_factory=set)
 
 
 class Feeders:
@@ -15,36 +26,77 @@ class Feeders:
 
     def __init__(self) -> None:
         self.reached: dict[str, set[str]] = {}  # module -> the blocks that its output reaches
-        self.elsewhere: set[str] = set()  # modules whose numbers others need, or that are called twice
+        self.elsewhere: set[str] = set()  # modules that do more than that, or are called twice
         self.makers: dict[int, frozenset[str]] = {}  # id of a tensor -> the modules that it was made from
         self.alive: list[Tensor] = []  # keeps ids from being used again
+        self.running: list[_Running] = []
+        self.born: Any = WeakTensorKeyDictionary()  # tensor -> the modules inside which it was made
 
-    def seats(self, denoiser: nn.Module, blocks: Collection[str]) -> dict[str, Behaviour]:
+    def hooks(self, denoiser: nn.Module, blocks: Collection[str]) -> dict[str, Hook]:
         """What stands in front of every module that has no part in a block, by name."""
         names = (name for name, _ in denoiser.named_modules() if name)
-        return {name: _Seat(self, name) for name in names if not any(_related(name, block) for block in blocks)}
+        return {name: TracedFeeder(self, name) for name in names if not any(_related(name, block) for block in blocks)}
+
+    def enter(self, module: str) -> None:
+        """A module outside all blocks is called."""
+        self.running.append(_Running(module))
 
     def answer(self, module: str, output: Any) -> None:
-        """A module outside all blocks answers."""
+        """It answers."""
+        self.running.pop()
         if module in self.reached:
             self.elsewhere.add(module)
         self.reached.setdefault(module, set())
         self._mark(output, frozenset({module}))
 
-    def follow(self, operation: Any, arguments: Any, output: Any) -> None:
+    def follow(self, operation: Any, arguments: Any, output: Any, changed: list[Tensor]) -> None:
         """An operation outside all blocks."""
         makers = self._made_from(arguments)
         if not keeps_unread(operation):
             self.elsewhere |= makers
+        self._refuse_hidden(arguments)
+        self._note_effects(operation, changed)
+
+        if self.running:
+            self._note_birth(arguments, output)
         self._mark(output, makers)
+
+    def _note_birth(self, arguments: Any, output: Any) -> None:
+        """What an operation makes, it makes inside the modules that are running."""
+        given = {id(tensor) for tensor in tensors(arguments)}
+        given_memory = {tensor.untyped_storage()._cdata for tensor in tensors(arguments)}
+        running = frozenset(module.name for module in self.running)
+        for tensor in tensors(output):
+            if id(tensor) not in given:
+                self.born[tensor] = running
+            memory = tensor.untyped_storage()._cdata
+            if memory not in given_memory:
+                for module in self.running:
+                    module.own_memory.add(memory)
+
+    def _note_effects(self, operation: Any, changed: list[Tensor]) -> None:
+        """A module that draws random numbers, or writes into older memory, does more than to answer."""
+        draws = torch.Tag.nondeterministic_seeded in operation.tags and "scaled_dot_product" not in str(operation)
+        for module in self.running:
+            if draws or any(tensor.untyped_storage()._cdata not in module.own_memory for tensor in changed):
+                self.elsewhere.add(module.name)
+
+    def _refuse_hidden(self, value: Any) -> None:
+        """Modules that made a tensor without returning it do more than to answer."""
+        running = {module.name for module in self.running}
+        for tensor in tensors(value):
+            born_in: frozenset[str] = self.born.get(tensor, frozenset())
+            self.elsewhere |= born_in - running - self.makers.get(id(tensor), frozenset())
 
     def reach(self, block: str, arguments: Any) -> None:
         """A block is called that answers from the store without a look at its arguments."""
+        self._refuse_hidden(arguments)
         for module in self._made_from(arguments):
             self.reached[module].add(block)
 
     def need(self, value: Any) -> None:
         """The numbers of a value are needed, whatever is computed."""
+        self._refuse_hidden(value)
         self.elsewhere |= self._made_from(value)
 
     def of(self, block: str) -> tuple[str, ...]:
@@ -65,13 +117,16 @@ class Feeders:
             self.makers[id(tensor)] = self.makers.get(id(tensor), frozenset()) | makers
 
 
-class _Seat(Behaviour):
+class TracedFeeder(Hook):
     """Stands in front of a module outside all blocks."""
 
     def __init__(self, feeders: Feeders, name: str) -> None:
-        self.feeders, self.name = feeders, name
+        self.feeders = feeders
+        self.name = name
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the module, and note what it does."""
+        self.feeders.enter(self.name)
         output = call(*args, **kwargs)
         self.feeders.answer(self.name, output)
         return output

@@ -1,19 +1,26 @@
-"""Denoisers that cannot be masked as they are: something else skips their blocks, or has fused them."""
+"""Denoisers that cannot be masked as they are: something else skips, has fused, or stands for their blocks."""
+
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
+from stepmask.denoiser.families import denoiser_of
+from stepmask.denoiser.replay import MaskedDenoiser
+from stepmask.denoiser.seam import hooks_of, own_compiled_call
 from stepmask.errors import AlreadyApplied, RunError
 
 
 def refuse_if_taken(denoiser: nn.Module) -> None:
-    """Refuse a denoiser whose blocks have behaviours in front of them already, or that diffusers caches.
+    """Refuse a denoiser whose blocks have hooks in front of them already, or that diffusers caches.
 
     Raises:
         AlreadyApplied: It is taken.
     """
     refuse_if_cached(denoiser)
-    if any(hasattr(type(module), "_seam_depth") for name, module in denoiser.named_modules() if name):
-        raise _taken(denoiser, "masked", "Call .remove() on the first schedule")
+    is_masked = any(isinstance(hook, MaskedDenoiser) for hook in hooks_of(denoiser))
+    if is_masked or any(hooks_of(module) for name, module in denoiser.named_modules() if name):
+        raise _taken_error(denoiser, "masked", "Call .remove() on the first schedule")
 
 
 def refuse_if_cached(denoiser: nn.Module) -> None:
@@ -23,10 +30,10 @@ def refuse_if_cached(denoiser: nn.Module) -> None:
         AlreadyApplied: It does.
     """
     if getattr(denoiser, "is_cache_enabled", False):
-        raise _taken(denoiser, "cached by diffusers", "Call denoiser.disable_cache() first")
+        raise _taken_error(denoiser, "cached by diffusers", "Call denoiser.disable_cache() first")
 
 
-def _taken(denoiser: nn.Module, how: str, advice: str) -> AlreadyApplied:
+def _taken_error(denoiser: nn.Module, how: str, advice: str) -> AlreadyApplied:
     return AlreadyApplied(
         given=f"a {type(denoiser).__name__} that is {how} already",
         expected="a denoiser that nothing else skips",
@@ -41,9 +48,42 @@ def refuse_if_compiled(denoiser: nn.Module) -> None:
         RunError: It is.
     """
     wrapped = hasattr(denoiser, "_orig_mod")  # by torch.compile(denoiser); denoiser.compile() leaves its class alone
-    if wrapped or getattr(denoiser, "_compiled_call_impl", None) is not None:
+    if wrapped or own_compiled_call(denoiser) is not None:
         raise RunError(
             given=f"a {type(denoiser).__name__} that is compiled as a whole",
             expected="blocks that are compiled each on its own",
             advice="Leave the denoiser as it is, and call masked.compile()",
         )
+
+
+def refuse_if_inside_compiled(denoiser: nn.Module, names: Iterable[str]) -> None:
+    """Refuse blocks and feeders inside compiled modules, whose graphs would not see what stands in front of them.
+
+    Raises:
+        RunError: There is one.
+    """
+    compiled = [name for name, module in denoiser.named_modules() if name and own_compiled_call(module) is not None]
+    for name in names:
+        if around := next((outer for outer in compiled if name.startswith(f"{outer}.")), None):
+            raise RunError(
+                given=f"block {name!r}, inside {around!r}, which is compiled",
+                expected="blocks that are compiled each on its own, or not at all",
+                advice="Mask whole blocks (granularity='block'), or leave them as they are and call masked.compile()",
+            )
+
+
+def refuse_if_replaced(pipe: Any, denoiser: nn.Module) -> None:
+    """Refuse a pipeline whose denoiser is not the one that is masked.
+
+    Raises:
+        RunError: It is another one, or a compiled wrapper around it.
+    """
+    now = denoiser_of(pipe)
+    if now is denoiser:
+        return
+    refuse_if_compiled(now)
+    raise RunError(
+        given=f"a {type(now).__name__} in the pipeline that is not the one which is masked",
+        expected=f"the {type(denoiser).__name__} that the schedule was applied to",
+        advice="Call .remove(), and apply the schedule to the pipeline as it is now",
+    )

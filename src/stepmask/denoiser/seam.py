@@ -1,87 +1,118 @@
-"""The seam: a behaviour in front of a module's `__call__`, put on the instance by a class swap and taken off again.
+"""The seam: hooks in front of a module's `__call__`, put on the instance and taken off again in any order.
 
-`nn.Module.__call__` is what chooses the compiled path, so a decision that stands in front of it adds no graph to
-torch.compile, and `forward`, parameters, names and `isinstance` stay as they were. Nothing else in this package
-changes a module.
+`nn.Module.__call__` first looks for `_compiled_call_impl` on the instance, which `module.compile()` fills, and only
+then runs the module's forward hooks and `forward`. A hook stands in that place. So it is in front of everything that
+others put on a module (compiled calls, forward hooks, the replaced `forward` of accelerate, diffusers and peft), adds
+no graph to a compiled block, and changes neither the class nor `forward`, parameters or names. torch leaves the place
+out of copies and pickles: those are bare. Nothing else in this package changes a module.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
 
-from stepmask.errors import RunError
+_PLACE = "_compiled_call_impl"
 
 
-class Behaviour(Protocol):
+class Hook(Protocol):
     """What stands in front of a module: gets the module's own call and its arguments, and answers for it."""
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the module."""
 
 
-@cache
-def _seamed(cls: type[Any]) -> type[Any]:
-    """`cls` with a behaviour before its call: one subclass per class, so that equal blocks share compiled graphs."""
-    depth = getattr(cls, "_seam_depth", 0) + 1
-    slot = f"_seam_{depth}"
+class _Hooked:
+    """All hooks of one module, in the place that its `__call__` looks at first.
 
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return self.__dict__[slot](partial(cls.__call__, self), args, kwargs)
-
-    names = {"__call__": __call__, "__reduce_ex__": _refuse_to_copy, "_seam_depth": depth}
-    return type(cls.__name__, (cls,), {**names, "__module__": cls.__module__, "__doc__": cls.__doc__})
-
-
-def _refuse_to_copy(module: nn.Module, protocol: int) -> Any:
-    raise RunError(
-        given=f"a copy or a pickle of a masked {type(module).__name__}",
-        expected="a denoiser without a schedule",
-        advice="Call .remove() first, and apply the schedule to the copy",
-    )
-
-
-def attach(module: nn.Module, behaviour: Behaviour) -> None:
-    """Put a behaviour in front of a module, outside of those that are there already."""
-    cls: Any = type(module)
-    seamed = _seamed(cls)
-    module.__dict__[f"_seam_{seamed._seam_depth}"] = behaviour
-    module.__class__ = seamed
-
-
-def detach(module: nn.Module, behaviour: Behaviour) -> None:
-    """Take the outermost behaviour off a module.
-
-    Raises:
-        RunError: Another behaviour was attached later and is still there.
+    Args:
+        module: The module.
+        bare: What the place held before: the module's compiled call, or `None`.
     """
-    depth = getattr(type(module), "_seam_depth", 0)
-    if module.__dict__.get(f"_seam_{depth}") is not behaviour:
-        raise RunError(
-            given=f"a {type(module).__name__} from which something else must be removed first",
-            expected="removal in reverse order of attachment",
-            advice="Remove what was applied last, then this",
-        )
-    del module.__dict__[f"_seam_{depth}"]
-    module.__class__ = type(module).__mro__[1]
+
+    __slots__ = ("bare", "call", "hooks", "module", "outermost")
+
+    def __init__(self, module: nn.Module, bare: Callable[..., Any] | None) -> None:
+        self.module = module
+        self.bare = bare
+        self.hooks: list[Hook] = []  # outermost last
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.outermost(self.call, args, kwargs)
+
+    def line_up(self) -> None:
+        """Have each hook call the one behind it, and the last the module's own call."""
+        *behind, self.outermost = self.hooks
+        self.call = self.bare or self.module._call_impl
+        for hook in behind:
+            self.call = partial(_pass_on, hook, self.call)
+
+
+def _pass_on(hook: Hook, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return hook(call, args, kwargs)
+
+
+def hooks_of(module: nn.Module) -> tuple[Hook, ...]:
+    """The hooks in front of a module, outermost last."""
+    hooked = _hooked(module)
+    return () if hooked is None else tuple(hooked.hooks)
+
+
+def attach(module: nn.Module, hook: Hook) -> None:
+    """Put a hook in front of a module, outside of those that are there already; once, however often it is asked for.
+
+    A module that was compiled since its hooks were attached has lost them, and keeps its compiled call behind the hook.
+    """
+    hooked = _hooked(module)
+    if hooked is None:
+        hooked = _Hooked(module, vars(module).get(_PLACE))
+    if any(own is hook for own in hooked.hooks):
+        return
+    hooked.hooks.append(hook)
+    hooked.line_up()
+    vars(module)[_PLACE] = hooked
+
+
+def detach(module: nn.Module, hook: Hook) -> None:
+    """Take a hook off a module, wherever it stands among others; one that is not there is no error."""
+    hooked = _hooked(module)
+    if hooked is None:
+        return
+    hooked.hooks = [own for own in hooked.hooks if own is not hook]
+    if hooked.hooks:
+        hooked.line_up()
+    elif hooked.bare is None:
+        del vars(module)[_PLACE]
+    else:
+        vars(module)[_PLACE] = hooked.bare
+
+
+def own_compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """A module's compiled call, behind its hooks; `None` if it was not compiled on its own."""
+    hooked = _hooked(module)
+    call: Callable[..., Any] | None = vars(module).get(_PLACE) if hooked is None else hooked.bare
+    return call
 
 
 @contextmanager
-def attached(behaviours: dict[nn.Module, Behaviour]) -> Iterator[None]:
-    """Put a behaviour in front of each module for as long as the context lasts."""
+def attached(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
+    """Put a hook in front of each module for as long as the context lasts."""
     with ExitStack() as stack:
-        for module, behaviour in behaviours.items():
-            attach(module, behaviour)
-            stack.callback(detach, module, behaviour)
+        for module, hook in hooks.items():
+            attach(module, hook)
+            stack.callback(detach, module, hook)
         yield
 
 
 @contextmanager
-def seated(denoiser: nn.Module, behaviours: Mapping[str, Behaviour]) -> Iterator[None]:
-    """Put a behaviour in front of each block, by its fully qualified name, for as long as the context lasts."""
-    with attached({denoiser.get_submodule(name): behaviour for name, behaviour in behaviours.items()}):
+def attached_by_name(denoiser: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
+    """Put a hook in front of each module of a denoiser, by its fully qualified name, for as long as the context lasts.
+
+    The denoiser's own name is "".
+    """
+    with attached({denoiser.get_submodule(name): hook for name, hook in hooks.items()}):
         yield
 
 
@@ -99,3 +130,8 @@ def frozen(pipe: Any) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(True)
+
+
+def _hooked(module: nn.Module) -> _Hooked | None:
+    place = vars(module).get(_PLACE)
+    return place if isinstance(place, _Hooked) else None

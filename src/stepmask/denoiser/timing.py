@@ -13,7 +13,7 @@ from stepmask.denoiser.clock import now
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.runtime import apply
-from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import NoSuchBlock, RunError, TraceError
 from stepmask.progress import progress
@@ -79,7 +79,7 @@ def _own_times(denoiser: nn.Module, trajectory: Trajectory, graph: BlockGraph, r
 def _reused_time(denoiser: nn.Module, trajectory: Trajectory, graph: BlockGraph, repeats: int) -> float:
     """Milliseconds of an evaluation that reuses all blocks."""
     steps = WARM_UPS + repeats
-    sampler = SamplerFingerprint("", tuple(float(step) for step in reversed(range(steps))))
+    sampler = SamplerFingerprint("", (0.0,) * steps)
     table = all_reused(MaskSchedule.all_compute(graph, trajectory.denoiser, sampler), order=WARM_UPS - 1)
     watch = _Watch([])
     with apply(denoiser, table), attached({denoiser: watch}):
@@ -101,7 +101,7 @@ def _shared_out(graph: BlockGraph, own: Sequence[float], *, reused: float) -> Bl
 
 
 @dataclass(eq=False)
-class _Watch(Behaviour):
+class _Watch(Hook):
     """Stands in front of a module and writes down its own time, that of watched modules inside it taken off.
 
     Args:

@@ -1,26 +1,34 @@
-"""`trace`: one evaluation, on fake tensors, tells a denoiser's blocks, their order, who reads whom, and their cost."""
+"""`trace`: a denoiser's blocks, their order, who reads whom, and their cost, from evaluations on fake tensors."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils import _pytree as pytree
 
+from stepmask.denoiser.dataflow import Flow, Recorder, TracedBlock
 from stepmask.denoiser.fakes import on_fakes
-from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks
-from stepmask.denoiser.feeders import Feeders
+from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, is_known
+from stepmask.denoiser.proof import AnotherPath, check_against_record
 from stepmask.denoiser.refusals import refuse_if_taken
-from stepmask.denoiser.seam import Behaviour, frozen, seated
+from stepmask.denoiser.seam import Hook, attached_by_name, frozen
 from stepmask.denoiser.trajectory import Call, Trajectory
-from stepmask.denoiser.values import size, stream, tensors
+from stepmask.denoiser.values import tensors
 from stepmask.errors import TraceError
-from stepmask.schedule.graph import DENOISER, Block, BlockGraph, Reuse
+from stepmask.schedule.graph import Block, BlockGraph, Reuse
+
+log = logging.getLogger(__name__)
+
+MOST_GLUE = 1 / 3
+"""The share of the MACs outside of blocks, from which on it is told what to name instead."""
+
+MOST_PATHS = 12
+"""The number of recorded calls that are traced at most."""
 
 
 def trace(
@@ -28,24 +36,31 @@ def trace(
     example: Trajectory | Call | tuple[Any, ...] | Mapping[str, Any],
     *,
     granularity: Granularity = "sublayer",
-    blocks: str | Patterns | None = None,
+    blocks: str | Iterable[str] | Patterns | None = None,
+    prove: bool = True,
 ) -> BlockGraph:
-    """Find a denoiser's blocks and how they hang together, without computing anything.
-
-    Where fake tensors do not do, it is evaluated once for real: if weights are offloaded or cast layer by layer, or
-    shapes depend on the values of a mask (Mochi, Lumina 2), or the denoiser cannot be copied.
+    """Find a denoiser's blocks and how they hang together, and prove it on the recorded run.
 
         graph = stepmask.trace(pipe, trajectory)
         graph = stepmask.trace(network, (x, t), blocks="layers.*")
 
+    Tracing computes nothing. Where fake tensors do not do, the denoiser is evaluated for real: if weights are offloaded
+    or cast layer by layer, if numbers decide about shapes or paths (Mochi, Lumina 2), or if it cannot be copied. Of a
+    trajectory, one call of every form is traced, and those that turn out to take another path.
+
+    What a trace may miss, the proof finds: the recorded sampling is run once with all blocks computed, but for those
+    that nobody reads, and under a random table, with what nobody reads left out and without. The numbers must be the
+    same, evaluation by evaluation. It costs about two samplings.
+
     Args:
         pipe: A pipeline, or the denoiser itself.
-        example: What the denoiser is called with: a trajectory (its first call), positional or keyword arguments.
+        example: What the denoiser is called with: a trajectory, or positional or keyword arguments.
         granularity: "sublayer" masks attention and feed-forward modules, "block" whole transformer blocks; of a
             U-Net, "block" masks whole attentions where "sublayer" masks what is inside them. For known families.
-        blocks: A name pattern, or patterns with the way of reuse. `None` = the family's own; of a class that has none,
-            the elements of its module lists (at "sublayer" their attention and feed-forward modules), as far as this
-            evaluation calls them.
+        blocks: A name pattern, several, or patterns with the way of reuse. `None` = the family's own; of a class that
+            has none, the elements of its module lists (at "sublayer" their attention and feed-forward modules), as far
+            as these evaluations call them.
+        prove: Whether a trajectory's graph is proven; `False` for who knows that it holds.
 
     Returns:
         The graph, the denoiser itself as its last block. MACs are half of `torch.utils.flop_counter`'s FLOPs, with
@@ -54,24 +69,241 @@ def trace(
     Raises:
         NoSuchBlock: A pattern matches no module.
         AlreadyApplied: The denoiser is under a schedule.
-        TraceError: A named block is not called; a block is called twice, without tensors, or changed in place by the
-            code after it; or the denoiser uses flex attention.
+        TraceError: A named block is not called; a block is called twice, without tensors, at some steps only or in
+            another order; a value reaches others past a block's arguments and answer; a block draws random numbers,
+            keeps state, or is changed in place by the code after it; the denoiser uses flex attention; or the run does
+            not give the same numbers.
     """
     denoiser = denoiser_of(pipe)
     refuse_if_taken(denoiser)
     found = find_blocks(denoiser, granularity, blocks)
-    call = _first_call(example)
+    _refuse_fused(denoiser, found)
+    run = example if isinstance(example, Trajectory) else None
+    calls = (_call(example),) if run is None else run.calls
+    branches = 1 if run is None else run.sampler.branches
+    tracer = _Tracer(denoiser, found, branches, are_named=blocks is not None)
+    for index in _forms(calls):
+        tracer.trace(calls[index], index)
+    if run is not None and prove:
+        _prove(run, tracer)
+    if blocks is None and not is_known(denoiser):
+        tracer.tell_glue()
+    return tracer.graph
+
+
+def _prove(trajectory: Trajectory, tracer: "_Tracer") -> None:
+    """Prove the graph, and trace calls that take another path than those before.
+
+    Raises:
+        TraceError: It does not hold.
+    """
+    while True:
+        try:
+            return check_against_record(trajectory, tracer.graph)
+        except AnotherPath as error:
+            if error.evaluation in tracer.traced or len(tracer.traced) >= MOST_PATHS:
+                raise
+            tracer.trace(trajectory.calls[error.evaluation], error.evaluation)
+
+
+class _Tracer:
+    """Traces one call after the other, and puts what they show together.
+
+    Args:
+        denoiser: The denoiser.
+        found: Its blocks, with the way that each is to be reused.
+        branches: How many calls a step has.
+        are_named: Whether somebody asked for just these blocks.
+    """
+
+    def __init__(self, denoiser: nn.Module, found: dict[str, Reuse | None], branches: int, *, are_named: bool) -> None:
+        self.denoiser = denoiser
+        self.found = found
+        self.branches = branches
+        self.are_named = are_named
+        self.traced: dict[int, BlockGraph] = {}
+        self.flops: Mapping[str, int] = {}  # of modules, by torch's counter
+
+    @property
+    def graph(self) -> BlockGraph:
+        """What all traced calls show together."""
+        for branch in range(self.branches):
+            _check_shapes({index: graph for index, graph in self.traced.items() if index % self.branches == branch})
+        return _together(self.traced)
+
+    def trace(self, call: Call, index: int) -> None:
+        """Trace one call.
+
+        Args:
+            call: The call.
+            index: Which of the recorded ones it is.
+        """
+        try:
+            recorder, output = on_fakes(self.denoiser, call, self._watch) or self._watch(self.denoiser, call)
+        except NotImplementedError as error:
+            raise _not_followed_error(self.denoiser, error) from error
+        missing = [name for name in self.found if name not in recorder.blocks]
+        if missing and self.are_named:
+            raise TraceError(
+                given=f"block {missing[0]!r}, which evaluation {index} did not call",
+                expected="every block called once per evaluation",
+                advice="Leave it out of the pattern, or trace with inputs that use it",
+            )
+        self.traced[index] = recorder.graph(output)
+        self.flops = self.flops or {
+            name.partition(".")[2]: sum(counts.values()) for name, counts in recorder.flops.get_flop_counts().items()
+        }
+
+    def _watch(self, denoiser: nn.Module, call: Call) -> tuple[Recorder, Any]:
+        """One evaluation: what it showed, and its output."""
+        recorder = Recorder(self.found, list(tensors((call.args, call.kwargs))))
+        hooks: dict[str, Hook] = {name: TracedBlock(recorder, name) for name in self.found}
+        hooks |= recorder.feeders.hooks(denoiser, self.found)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(frozen(denoiser))
+            stack.enter_context(attached_by_name(denoiser, hooks))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_unfused_attention())
+            stack.enter_context(recorder.flops)
+            stack.enter_context(Flow(recorder))
+            output = denoiser(*call.args, **call.kwargs)
+        return recorder, output
+
+    def tell_glue(self) -> None:
+        """Tell who found blocks by themselves that much of the denoiser lies outside of them, and what to name."""
+        share = self.graph.costs[-1]
+        if share <= MOST_GLUE:
+            return
+        outside = {
+            name: flops
+            for name, flops in self.flops.items()
+            if name and not any(name.startswith(f"{block}.") or block.startswith(f"{name}.") for block in self.found)
+            and name not in self.found
+        }  # fmt: skip
+        largest = [name for name in outside if not any(name.startswith(f"{other}.") for other in outside)]
+        largest.sort(key=lambda name: -outside[name])
+        log.warning(
+            "%.0f %% of the MACs of this %s lie outside the %d blocks that were found by themselves. Name more, by "
+            "blocks=[...]: the largest modules outside are %s.",
+            100 * share,
+            type(self.denoiser).__name__,
+            len(self.found),
+            ", ".join(map(repr, largest[:5])) or "none of its own",
+        )
+
+
+def _forms(calls: Sequence[Call]) -> list[int]:
+    """One call of every form, and of calls that differ in numbers the first, the middle and the last."""
+    forms: dict[Any, list[int]] = {}
+    for index, call in enumerate(calls):
+        leaves, structure = pytree.tree_flatten((call.args, call.kwargs))
+        forms.setdefault((str(structure), *map(_form, leaves)), []).append(index)
+    chosen: set[int] = set()
+    for indices in forms.values():
+        chosen.add(indices[0])
+        if any(_numbers(calls[index]) != _numbers(calls[indices[0]]) for index in indices):
+            chosen |= {indices[len(indices) // 2], indices[-1]}
+    return sorted(chosen)[:MOST_PATHS]
+
+
+def _form(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    if isinstance(leaf, bool | str | None):
+        return leaf
+    return type(leaf)
+
+
+def _numbers(call: Call) -> list[Any]:
+    return [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, int | float)]
+
+
+def _check_shapes(traced: Mapping[int, BlockGraph]) -> None:
+    """Refuse blocks whose outputs change their shape from step to step.
+
+    Raises:
+        TraceError: There is one.
+    """
+    if not traced:
+        return
+    first_index, first = next(iter(traced.items()))
+    for index, other in traced.items():
+        for one, two in zip(first.blocks, other.blocks, strict=False):
+            if one.name == two.name and one.shapes != two.shapes:
+                raise TraceError(
+                    given=f"block {one.label!r}, which answers with shape {two.shapes} at evaluation {index}, and with "
+                    f"{one.shapes} at evaluation {first_index}",
+                    expected="one shape at all steps, for what is stored must fit later ones",
+                    advice="A prefix cache makes the first step unlike the others: sample without it "
+                    "(use_kv_cache=False); keep guidance on or off for the whole run",
+                )
+
+
+def _together(traced: Mapping[int, BlockGraph]) -> BlockGraph:
+    """One graph from those of several calls: what any of them reads is read.
+
+    Raises:
+        TraceError: They call other blocks, or in another order.
+    """
+    first, *others = traced.values()
+    for index, other in traced.items():
+        if other.names != first.names:
+            raise _other_order_error(first, other, index)
+    feeders = set(first.fed).intersection(*(other.fed for other in others))
+    columns = zip(*(graph.blocks for graph in traced.values()), strict=True)
+    return BlockGraph(tuple(_one_block(blocks, first.names, feeders) for blocks in columns))
+
+
+def _one_block(blocks: Sequence[Block], order: Sequence[str], feeders: set[str]) -> Block:
+    """A block as several calls showed it."""
+    reads = {name for block in blocks for name in block.reads}
+    fed_by = dict.fromkeys(name for block in blocks for name in block.feeders if name in feeders)
+    is_delta = all(block.reuse == "delta" for block in blocks)
+    return replace(
+        blocks[0],
+        reads=tuple(name for name in order if name in reads),
+        reuse="delta" if is_delta else "output",
+        feeders=tuple(fed_by),
+    )
+
+
+def _other_order_error(first: BlockGraph, other: BlockGraph, index: int) -> TraceError:
+    pairs = zip((*first.names, "nothing"), (*other.names, "nothing"), strict=False)
+    expected, given = next((one, two) for one, two in pairs if one != two)
+    return TraceError(
+        given=f"evaluation {index}, which calls block {given!r} where the first one calls {expected!r}",
+        expected="the same blocks in the same order at every step",
+        advice="Mask only blocks that every step calls, by blocks=[...], or the module around them",
+    )
+
+
+def _refuse_fused(denoiser: nn.Module, found: Iterable[str]) -> None:
+    """Refuse blocks inside torch's encoder layers, which skip them where they are fused into one operation."""
+    if not torch.backends.mha.get_fastpath_enabled():
+        return
+    fused = [name for name, module in denoiser.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    for block in found:
+        if layer := next((name for name in fused if block.startswith(f"{name}.")), None):
+            raise TraceError(
+                given=f"block {block!r}, inside {layer!r}, which torch runs as one fused operation",
+                expected="blocks that are called",
+                advice="Call torch.backends.mha.set_fastpath_enabled(False) before you record, or mask the whole layer",
+            )
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """Attention and encoder layers of torch as single operations, which can be counted, while the context lasts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        watch = partial(_watch, found)
-        seen, output = on_fakes(denoiser, call, watch) or watch(denoiser, call)
-    except NotImplementedError as error:
-        raise _not_followed(denoiser, error) from error
-    if blocks is not None:
-        seen.check_all_called()
-    return seen.graph(output)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _not_followed(denoiser: nn.Module, error: NotImplementedError) -> TraceError:
+def _not_followed_error(denoiser: nn.Module, error: NotImplementedError) -> TraceError:
     what = str(error).split(" and mode")[0]
     return TraceError(
         given=f"a {type(denoiser).__name__} with an operation that cannot be followed ({what})",
@@ -80,164 +312,9 @@ def _not_followed(denoiser: nn.Module, error: NotImplementedError) -> TraceError
     )
 
 
-def _watch(
-    found: dict[str, tuple[nn.Module, Reuse | None]], denoiser: nn.Module, call: Call
-) -> "tuple[_Recorder, Any]":
-    """One evaluation: what it showed, and its output."""
-    recorder = _Recorder(found)
-    seats: dict[str, Behaviour] = {name: _Seat(recorder, name) for name in found}
-    seats |= recorder.feeders.seats(denoiser, found)
-    with ExitStack() as stack:
-        for context in (torch.no_grad(), frozen(denoiser), seated(denoiser, seats), sdpa_kernel(SDPBackend.MATH)):
-            stack.enter_context(context)
-        stack.enter_context(recorder.flops)
-        stack.enter_context(_Flow(recorder))
-        output = denoiser(*call.args, **call.kwargs)
-    return recorder, output
-
-
-def _first_call(example: Trajectory | Call | tuple[Any, ...] | Mapping[str, Any]) -> Call:
-    if isinstance(example, Trajectory):
-        return example.calls[0]
+def _call(example: Any) -> Call:
     if isinstance(example, Call):
         return example
     if isinstance(example, Mapping):
         return Call((), dict(example))
     return Call(tuple(example), {})
-
-
-def _shapes(output: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(tensor.shape) for tensor in tensors(output))
-
-
-class _Recorder:
-    """What the evaluation has shown so far."""
-
-    def __init__(self, found: dict[str, tuple[nn.Module, Reuse | None]]) -> None:
-        self.found = found
-        self.blocks: dict[str, Block] = {}
-        self.inside: str | None = None
-        self.flops = FlopCounterMode(display=False)
-        self.sources: dict[int, frozenset[str]] = {}  # id of a tensor -> the blocks it was made from
-        self.storages: dict[int, str] = {}  # storage of a block's output -> the block
-        self.written: dict[int, frozenset[str]] = {}  # storage -> the blocks of what was written into it
-        self.alive: list[Tensor] = []  # keeps ids from being used again
-        self.feeders = Feeders()
-
-    def macs(self) -> int:
-        return self.flops.get_total_flops() // 2
-
-    def read(self, value: Any) -> tuple[str, ...]:
-        sources = frozenset[str]().union(*map(self.sources_of, tensors(value)))
-        return tuple(name for name in self.blocks if name in sources)
-
-    def sources_of(self, tensor: Tensor) -> frozenset[str]:
-        written = self.written.get(tensor.untyped_storage()._cdata, frozenset())
-        return self.sources.get(id(tensor), frozenset()) | written
-
-    def tag(self, tensor: Tensor, sources: frozenset[str]) -> None:
-        self.alive.append(tensor)
-        self.sources[id(tensor)] = sources
-
-    def add(self, name: str, reads: tuple[str, ...], macs: int, output: Any, reuse: Reuse) -> None:
-        self.blocks[name] = Block(name, reads, reuse, macs, _shapes(output), size(output))
-        for tensor in tensors(output):
-            self.tag(tensor, frozenset({name}))
-            self.storages[tensor.untyped_storage()._cdata] = name
-
-    def check_all_called(self) -> None:
-        if missing := [name for name in self.found if name not in self.blocks]:
-            raise TraceError(
-                given=f"block {missing[0]!r}, which this evaluation did not call",
-                expected="every block called once per evaluation",
-                advice="Leave it out of the pattern, or trace with inputs that use it",
-            )
-
-    def graph(self, output: Any) -> BlockGraph:
-        glue = self.macs() - sum(block.macs for block in self.blocks.values())
-        self.feeders.need(output)
-        reads = self.read(output)
-        blocks = [replace(block, feeders=self.feeders.of(block.name)) for block in self.blocks.values()]
-        return BlockGraph((*blocks, Block(DENOISER, reads, "output", glue, _shapes(output), size(output))))
-
-
-class _Seat:
-    """Stands in front of one block and writes down its call."""
-
-    def __init__(self, recorder: _Recorder, name: str) -> None:
-        self.recorder, self.name = recorder, name
-
-    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        recorder = self.recorder
-        if self.name in recorder.blocks:
-            raise TraceError(
-                given=f"block {self.name!r}, which is called twice in one evaluation",
-                expected="every block called once per evaluation",
-                advice="Mask the module that calls it instead",
-            )
-        reads, before = recorder.read((args, kwargs)), recorder.macs()
-        recorder.inside = self.name
-        output = call(*args, **kwargs)
-        recorder.inside = None
-        if not any(True for _ in tensors(output)):
-            raise TraceError(
-                given=f"block {self.name!r}, which returns no tensor",
-                expected="a tensor, or tensors in a tuple or output class",
-                advice="Mask another module",
-            )
-        reuse = self._reuse(output, args, kwargs)
-        recorder.feeders.reach(self.name, (args, kwargs))
-        if reuse == "delta":  # what is reused so reads its stream
-            recorder.feeders.need((args, kwargs))
-        recorder.add(self.name, reads, recorder.macs() - before, output, reuse)
-        return output
-
-    def _reuse(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reuse:
-        asked = self.recorder.found[self.name][1]
-        fits = isinstance(output, Tensor) and output.shape == stream(args, kwargs).shape
-        if asked == "delta" and not fits:
-            raise TraceError(
-                given=f"block {self.name!r}, whose output has not the shape of its input",
-                expected="one tensor in, one tensor of the same shape out, for reuse by delta",
-                advice="Reuse it by its output",
-            )
-        return asked or ("delta" if fits else "output")
-
-
-class _Flow(TorchDispatchMode):
-    """Carries along, from operation to operation, which blocks a tensor was made from, and which feeders."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without types
-        self.recorder = recorder
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if self.recorder.inside is None:
-            sources = frozenset(self.recorder.read((args, kwargs)))
-            for tensor in self._written(func, args):
-                self._check_in_place(func, tensor)
-                storage = tensor.untyped_storage()._cdata
-                self.recorder.written[storage] = self.recorder.written.get(storage, frozenset()) | sources
-            for tensor in tensors(output):
-                self.recorder.tag(tensor, sources | self.recorder.sources_of(tensor))
-            self.recorder.feeders.follow(func, (args, kwargs), output)
-        return output
-
-    def _written(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
-        """What an operation changes in place; the tensors that it is a view of change with it."""
-        return [
-            value
-            for argument, value in zip(func._schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor)
-        ]
-
-    def _check_in_place(self, func: Any, tensor: Tensor) -> None:
-        if name := self.recorder.storages.get(tensor.untyped_storage()._cdata):
-            raise TraceError(
-                given=f"block {name!r}, whose output the denoiser changes in place ({func})",
-                expected="outputs that stay as they are, for they may be stored",
-                advice="Mask the module around it instead",
-            )

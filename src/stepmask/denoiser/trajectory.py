@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from stepmask.denoiser.families import fingerprint_of, scheduler_of
 from stepmask.denoiser.sampler import describe, timestep_of, watched
 from stepmask.denoiser.sampling import Sampled, Sampling
-from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError, RunError
 from stepmask.executors.local import Executor, LocalExecutor
@@ -154,7 +154,7 @@ def record_sampling(sampling: Sampling) -> Trajectory:
 def _sampler(sequence: list[SamplerFingerprint], stepped: list[float], calls: list[Call]) -> SamplerFingerprint:
     """The sampler's fingerprint with its branches counted; for a plain loop, the timesteps it handed over."""
     if not sequence:
-        return SamplerFingerprint("", tuple(_timestep(call, step) for step, call in enumerate(calls)))
+        return SamplerFingerprint("", tuple(timestep_of_call(call, step) for step, call in enumerate(calls)))
     branches, rest = divmod(len(calls), len(stepped))
     if rest or not branches:
         raise RunError(
@@ -165,7 +165,7 @@ def _sampler(sequence: list[SamplerFingerprint], stepped: list[float], calls: li
     return replace(sequence[-1].part(stepped[0], len(stepped)), branches=branches)
 
 
-def _timestep(call: Call, step: int) -> float:
+def timestep_of_call(call: Call, step: int) -> float:
     """The timestep of a plain call: `timestep`, `t` or `sigma`, else its second argument, else the step's index."""
     given = next((call.kwargs[name] for name in ("timestep", "t", "sigma") if name in call.kwargs), None)
     if given is None and len(call.args) > 1:
@@ -175,7 +175,7 @@ def _timestep(call: Call, step: int) -> float:
     return float(given) if isinstance(given, int | float) else float(step)
 
 
-class _Listener(Behaviour):
+class _Listener(Hook):
     """Stands in front of the denoiser and keeps what it is given and says."""
 
     def __init__(self) -> None:

@@ -1,17 +1,18 @@
-"""`Unread`: what stands for a tensor that nobody reads, so that what would be made of it is not computed either."""
+"""`Unread`: a poison value, which stands for a tensor that nobody is to read. What is made of it is not computed."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from stepmask.denoiser.values import each, tensors
+from stepmask.denoiser.values import tensors
 from stepmask.errors import RunError
 
 
 def keeps_unread(operation: Any) -> bool:
-    """Whether an operation's result is read by nobody if its argument is not: it is pointwise, a cast, or a view.
+    """Whether an operation is cheap to leave out with its argument: it is pointwise, a cast, or a view.
 
     Pointwise: each number of the result comes from one number of each argument, and no argument changes.
     """
@@ -21,56 +22,143 @@ def keeps_unread(operation: Any) -> bool:
 
 
 class Unread(Tensor):
-    """A tensor's shape without its numbers; pointwise operations, casts and views compute nothing and give another.
+    """A tensor's shape without its numbers: operations on it compute nothing and answer with another one.
 
     Raises:
-        RunError: By every other operation.
+        RunError: By an operation that tells its numbers, draws random ones, or writes them into a real tensor.
     """
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl  # straight to the dispatch: half of the time
 
     @classmethod
-    def of(cls, tensor: Tensor, shape: Sequence[int] | None = None) -> Any:
-        """What stands for a tensor, or for one like it of another shape."""
-        shape = tensor.shape if shape is None else shape
-        make: Any = Tensor._make_wrapper_subclass
-        return make(cls, shape, dtype=tensor.dtype, device=tensor.device)
+    def of(cls, tensor: Tensor) -> Any:
+        """What stands for a tensor."""
+        return _unread(_Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's own takes the contents
+        return f"Unread(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # of a class, and without keyword arguments too, as torch calls it
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answer for an operation."""
-        if not keeps_unread(func):
-            raise _read(str(func))
-        if func.is_view:
-            shaped = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
-            return each(lambda view: cls.of(args[0], view.shape), func(shaped, *args[1:], **(kwargs or {})))
-        operands = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
-        like = next(value for value in operands if isinstance(value, Unread))
-        return cls.of(like, _broadcast([value.shape for value in operands]))
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            return _written(func, args, kwargs)
+
+        key: Any = (func, *map(_key, args), *((name, _key(value)) for name, value in kwargs.items()))
+        try:
+            layouts = _LAYOUTS.get(key)
+        except TypeError:  # something among the arguments has no hash
+            key = layouts = None
+        if layouts is None:
+            layouts = _layouts(func, args, kwargs)
+        if key is not None and len(_LAYOUTS) < MOST_LAYOUTS:
+            _LAYOUTS[key] = layouts
+        return _unread(layouts) if isinstance(layouts, _Layout) else pytree.tree_map(_unread, layouts)
 
 
-def refuse_unread(output: Any) -> None:
-    """Refuse a denoiser's output that was made from what nobody was to read.
+MOST_LAYOUTS = 10_000
+"""The number of operations, with shapes and plain arguments, whose result's layout is kept for the next time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """All that is known of a tensor but its numbers."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+_LAYOUTS: dict[Any, Any] = {}
+
+
+def _unread(layout: _Layout | None) -> Any:
+    if layout is None:
+        return None
+    make: Any = Tensor._make_wrapper_subclass
+    return make(Unread, layout.shape, strides=layout.stride, dtype=layout.dtype, device=layout.device)
+
+
+def _key(value: Any) -> Any:
+    """What the layout of a result depends on, of an argument."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return type(value), value
+
+
+def _layouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The layout of each tensor that an operation answers with, by running it on tensors without numbers.
+
+    Raises:
+        RunError: The answer, or its shape, depends on the numbers.
+    """
+    draws = torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in str(func)
+    if draws:
+        raise _read(str(func))
+    device = torch.device(kwargs.get("device") or _device_of(args, kwargs))
+    try:
+        args, kwargs = pytree.tree_map_only(Tensor, _without_numbers, (args, kwargs))
+        answer = func(*args, **({**kwargs, "device": "meta"} if "device" in kwargs else kwargs))
+    except (NotImplementedError, RuntimeError) as error:
+        raise _read(str(func)) from error
+    if not all(isinstance(leaf, Tensor | None) for leaf in pytree.tree_leaves(answer)):
+        raise _read(str(func))
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: _Layout(tensor.shape, tensor.stride(), tensor.dtype, device), answer
+    )
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    return next(tensor.device for tensor in tensors((args, kwargs)) if isinstance(tensor, Unread))
+
+
+def _without_numbers(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answer for an operation that changes its arguments: what nobody reads stays what it is.
+
+    Raises:
+        RunError: A real tensor is among what would change, or the change is one of shape.
+    """
+    changed = changed_by(func, args, kwargs)
+    if torch.Tag.inplace_view in func.tags or not all(isinstance(tensor, Unread) for tensor in changed):
+        raise _read(str(func))
+    if not func._schema.returns:
+        return None
+    return changed[0] if len(func._schema.returns) == 1 else tuple(changed)
+
+
+def changed_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation changes in place, `out=` and lists of tensors among them."""
+    changed: list[Tensor] = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            changed += tensors(value)
+    return changed
+
+
+def refuse_unread(value: Any, by: str) -> None:
+    """Refuse a value that was made from what nobody was to read.
 
     Raises:
         RunError: It was.
     """
-    if any(isinstance(tensor, Unread) for tensor in tensors(output)):
-        raise _read("the denoiser's output")
+    if isinstance(value, Unread) or any(isinstance(tensor, Unread) for tensor in tensors(value)):
+        raise _read(by)
 
 
 def _read(by: str) -> RunError:
     return RunError(
-        given=f"a value read by {by} that nothing but masked blocks read when the denoiser was traced",
+        given=f"a value, read by {by}, that nothing but masked blocks read when the denoiser was traced",
         expected="the same operations as then",
         advice="The denoiser takes another path than when it was traced: trace and learn with these inputs",
     )
-
-
-def _broadcast(shapes: list[torch.Size]) -> tuple[int, ...]:
-    """The shape of shapes that fit; `torch.broadcast_shapes` takes ten times as long."""
-    most = max(map(len, shapes))
-    padded = [(1,) * (most - len(shape)) + tuple(shape) for shape in shapes]
-    return tuple(max(sizes) if 0 not in sizes else 0 for sizes in zip(*padded, strict=True))

@@ -23,6 +23,8 @@ def each(function: Callable[..., Tensor], value: Any, *others: Any) -> Any:
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in a value."""
+    if isinstance(value, Tensor):
+        return iter((value,))
     return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
 
 
@@ -60,29 +62,18 @@ def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     return next(filter(None, (tuple(tensors(value)) for value in (*args, *kwargs.values()))), ())
 
 
-def placeholder(tensor: Tensor) -> Tensor:
-    """A zero of the tensor's shape that takes no memory: the answer that nobody reads."""
-    return tensor.new_zeros(()).expand(tensor.shape)
+def to_stored_form(reuse: Reuse, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is stored of a block's output: the output itself, or what it adds to the stream."""
+    return output - stream(args, kwargs) if reuse == "delta" else output
 
 
-def to_store(reuse: Reuse, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the store holds of a block's output: the output itself, or what it adds to the stream."""
-    return output - stream(args, kwargs) if reuse == "delta" else _alone(output)
-
-
-def _alone(value: Any) -> Any:
-    """The value, copied if it is a part of a tensor that would be kept alive with it."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors(value)}
-    return value if sum(storages.values()) <= size(value) else each(torch.clone, value)
-
-
-def from_store(reuse: Reuse, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def to_output(reuse: Reuse, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output that a stored value stands for, at the block's present input."""
     return stream(args, kwargs) + value if reuse == "delta" else value
 
 
 def forecast(weights: Sequence[float], stored: Sequence[Any]) -> Any:
-    """Σ_i weights[i] · stored[i], newest first.
+    """Σ_i weights[i] · stored[i], newest first; of tensors that are not of floating point, the newest.
 
     Plain reuse hands the stored value out as it is; a first-order forecast is one fused operation, a second-order
     one is two.
@@ -93,11 +84,15 @@ def forecast(weights: Sequence[float], stored: Sequence[Any]) -> Any:
 
 
 def _mix(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    if not (values[0].is_floating_point() or values[0].is_complex()):
+        return values[0]
+
     total = sum(weights)
     if len(weights) == 1:
         return values[0] * weights[0]
     if abs(total - 1) < 1e-9 and len(weights) == 2:
         return torch.lerp(values[0], values[1], weights[1])
+
     older = weights[1] + sum(weights[2:])
     if abs(total - 1) < 1e-9 and abs(older) > 1e-9:
         return torch.lerp(values[1], values[2], weights[2] / older).lerp_(values[0], 1 - older)  # one new tensor

@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepmask.denoiser.clock import now
-from stepmask.denoiser.seam import Behaviour
+from stepmask.denoiser.seam import Hook
 
 
 @dataclass(eq=False)
-class Stopwatch(Behaviour):
+class Stopwatch(Hook):
     """Stands in front of the denoiser and adds up the time spent in it, the runtime's own work included.
 
     Args:
@@ -38,7 +38,7 @@ class Stopwatch(Behaviour):
 
 
 @dataclass(eq=False)
-class MacCounter(Behaviour):
+class MacCounter(Hook):
     """Stands in front of the denoiser and counts what it computes, whoever decides that.
 
     Args:

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from stepmask.denoiser.seam import Behaviour, seated
+from stepmask.denoiser.seam import Hook, attached_by_name
 from stepmask.denoiser.trajectory import Call
-from stepmask.denoiser.values import each, from_store, to_store
+from stepmask.denoiser.values import each, to_output, to_stored_form
 from stepmask.learning.objective import relative_error
 from stepmask.schedule.graph import Block, BlockGraph
 
@@ -32,7 +32,7 @@ class Bench:
     @contextmanager
     def attached(self) -> Iterator["Bench"]:
         """The seats in place for as long as the context lasts."""
-        with seated(self.denoiser, {seat.block.name: seat for seat in self.seats}):
+        with attached_by_name(self.denoiser, {seat.block.name: seat for seat in self.seats}):
             yield self
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class Bench:
         return output, [seat.error for seat in self.seats]
 
 
-class _Seat(Behaviour):
+class _Seat(Hook):
     """In front of one block: what it stored, what it should say, and how much of it is computed."""
 
     def __init__(self, block: Block) -> None:
@@ -77,12 +77,12 @@ class _Seat(Behaviour):
 
 def _compute(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     output = call(*args, **kwargs)
-    seat.stored = to_store(seat.block.reuse, output, args, kwargs)
+    seat.stored = to_stored_form(seat.block.reuse, output, args, kwargs)
     return output
 
 
 def _reuse(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return from_store(seat.block.reuse, seat.stored, args, kwargs)
+    return to_output(seat.block.reuse, seat.stored, args, kwargs)
 
 
 def _observe(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,8 +92,8 @@ def _observe(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 def _blend(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Answer s · F(h) + (1 − s) · C (after Learning-to-Cache, arXiv 2406.01733, eq. 8), in terms of stored values."""
-    fresh = to_store(seat.block.reuse, call(*args, **kwargs), args, kwargs)
-    output = from_store(seat.block.reuse, _mix(seat.stored, fresh, seat.score), args, kwargs)
+    fresh = to_stored_form(seat.block.reuse, call(*args, **kwargs), args, kwargs)
+    output = to_output(seat.block.reuse, _mix(seat.stored, fresh, seat.score), args, kwargs)
     seat.error = relative_error(output, seat.target)
     return output
 

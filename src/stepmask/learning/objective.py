@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stepmask.denoiser.seam import Behaviour, attached
+from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError
@@ -130,7 +130,7 @@ class MeasuredGain:
         return moved / max(nudge.relative_move, 1e-20)
 
 
-class _Nudge(Behaviour):
+class _Nudge(Hook):
     """Answers from the trajectory before a step, moves the output at it, and stands aside afterwards."""
 
     def __init__(self, trajectory: Trajectory, step: int, fraction: float) -> None:

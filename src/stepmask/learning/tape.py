@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from stepmask.denoiser.families import casts_weights
-from stepmask.denoiser.seam import Behaviour, seated
+from stepmask.denoiser.seam import Hook, attached_by_name
 from stepmask.denoiser.trajectory import Trajectory
-from stepmask.denoiser.values import each, forecast, from_store, placeholder, tensors, to_store
+from stepmask.denoiser.values import each, forecast, tensors, to_output, to_stored_form
 from stepmask.errors import LearningError
 from stepmask.schedule.graph import Block, BlockGraph
 
@@ -39,7 +39,7 @@ class Reader(Protocol):
         """Take in one evaluation."""
 
 
-class Tape(Behaviour):
+class Tape(Hook):
     """In front of the denoiser: runs a table without gradients, and gives gradients back by recomputing.
 
     Gradients flow through the store: a reused answer hands its gradient on to the evaluations whose values
@@ -185,7 +185,7 @@ class Tape(Behaviour):
             del self.stored[key]
 
     def _seated(self) -> AbstractContextManager[None]:
-        return seated(self.denoiser, {seat.block.name: seat for seat in self.seats[:-1]})
+        return attached_by_name(self.denoiser, {seat.block.name: seat for seat in self.seats[:-1]})
 
     def _finish(self, output: Any) -> Any:
         """What the evaluation answers: its output, a blend of it, or what the denoiser's own cell is told."""
@@ -317,7 +317,7 @@ class _Again(torch.autograd.Function):
         return None, torch.zeros(()), *(next(gradients) if need else None for need in needed)
 
 
-class _Seat(Behaviour):
+class _Seat(Hook):
     """In front of one block: computes, with or without older values mixed in, or answers what it is told."""
 
     def __init__(self, block: Block, *, checkpointed: bool) -> None:
@@ -343,14 +343,14 @@ class _Seat(Behaviour):
             output = self.like
         elif self.told is None:
             output = checkpoint(run, use_reentrant=False) if self.checkpointed and torch.is_grad_enabled() else run()
-            self.like = each(placeholder, output) if self.like is None else self.like
-            self.value = to_store(self.block.reuse, output, args, kwargs)
+            self.like = each(_zero, output) if self.like is None else self.like
+            self.value = to_stored_form(self.block.reuse, output, args, kwargs)
             if self.blend is not None:
-                output = from_store(self.block.reuse, self.blend(self.value), args, kwargs)
+                output = to_output(self.block.reuse, self.blend(self.value), args, kwargs)
         else:
             if self.value is None:
-                self.again = lambda: to_store(self.block.reuse, run(), args, kwargs)
-            output = from_store(self.block.reuse, self.told, args, kwargs)
+                self.again = lambda: to_stored_form(self.block.reuse, run(), args, kwargs)
+            output = to_output(self.block.reuse, self.told, args, kwargs)
         self.said = each(_apart, output) if torch.is_grad_enabled() else output
         return self.said
 
@@ -360,6 +360,11 @@ class _Seat(Behaviour):
         if self.value is None:
             self.value = self.again()
         return self.value
+
+
+def _zero(tensor: Tensor) -> Tensor:
+    """A zero of the tensor's shape that takes no memory: the answer that nobody reads."""
+    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def _blend(own: float, older: Any, value: Any) -> Any:

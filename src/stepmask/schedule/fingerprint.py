@@ -101,6 +101,20 @@ class SamplerFingerprint:
         if not _close(self.timesteps[0], timestep):
             raise _mismatch(f"a run that begins at timestep {timestep:g}", f"one that begins at {self.timesteps[0]:g}")
 
+    @property
+    def tells_timesteps(self) -> bool:
+        """Whether its timesteps can be compared: those of a loop whose denoiser is given none are all alike."""
+        return len(set(self.timesteps)) > 1
+
+    def check_step(self, step: int, timestep: float) -> None:
+        """Refuse an evaluation at another timestep than the step's own.
+
+        Raises:
+            ScheduleMismatch: It is at another one.
+        """
+        if not _close(self.timesteps[step], timestep):
+            raise _mismatch(f"timestep {timestep:g} at step {step}", f"timestep {self.timesteps[step]:g}")
+
     def _is_part_of(self, given: "SamplerFingerprint") -> bool:
         return any(
             all(map(_close, self.timesteps, given.timesteps[start : start + self.steps]))

@@ -1,0 +1,265 @@
+"""The proof of a graph: the recorded sampling, run again under plans that must change nothing.
+
+A trace sees one evaluation, and only what flows as tensors. What it missed shows when the recorded run is repeated:
+under the plan that computes everything, blocks that nobody reads left out, it must give the recorded numbers; and a
+random table must give the same numbers whether what nobody reads is left out or computed, whether the store holds what
+blocks answered or private copies of it.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from stepmask.denoiser.runtime import apply
+from stepmask.denoiser.seam import Hook, attached
+from stepmask.denoiser.store import Store
+from stepmask.denoiser.trajectory import Call, Trajectory
+from stepmask.denoiser.values import each, tensors
+from stepmask.errors import RunError, StepmaskError, TraceError
+from stepmask.schedule.graph import BlockGraph
+from stepmask.schedule.rectify import lower
+from stepmask.schedule.schedule import MaskSchedule
+
+log = logging.getLogger(__name__)
+
+SEED = 20260319
+"""The random table of every proof is drawn with this seed."""
+
+SHARE = 0.4
+"""The share of the random table's cells that are computed."""
+
+
+class AnotherPath(TraceError):
+    """An evaluation that does not go the way of those that were traced.
+
+    Args:
+        given: What was given.
+        expected: What was expected.
+        advice: What to do.
+        evaluation: Which one of the recorded ones.
+    """
+
+    def __init__(self, *, given: str, expected: str, advice: str, evaluation: int = -1) -> None:
+        super().__init__(given=given, expected=expected, advice=advice)
+        self.evaluation = evaluation
+
+
+def check_against_record(trajectory: Trajectory, graph: BlockGraph) -> None:
+    """Prove that a graph tells all that flows along a recorded run.
+
+    Args:
+        trajectory: The run; it is repeated once as it is, and once or twice under a random table.
+        graph: The blocks of its denoiser.
+
+    Raises:
+        AnotherPath: An evaluation reads or calls blocks that the graph does not tell of.
+        TraceError: The denoiser or its sampling loop does not repeat itself; or values reach others past the graph: the
+            first step where numbers differ is named, and a block that was left out before it.
+    """
+    log.info("proving the graph of a %s on about two samplings", trajectory.denoiser.class_name)
+    full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+    _check_repeated(trajectory, full)
+    if trajectory.steps < 2:
+        return
+
+    table = _random_table(full)
+    expected = _outputs(trajectory, _nothing_dropped(table), _PrivateStore())
+    given = _outputs(trajectory, table, Store())
+    for evaluation, (one, other) in enumerate(zip(given, expected, strict=True)):
+        if not _equal(one, other):
+            raise _difference_error(table, evaluation // trajectory.sampler.branches)
+
+
+def _check_repeated(trajectory: Trajectory, full: MaskSchedule) -> None:
+    """Repeat the recorded run with everything computed that is read, and compare."""
+    comparison = _Comparison(trajectory)
+    _sample(trajectory, full, Store(), comparison)
+    if comparison.differs_in is None:
+        return
+
+    evaluation = comparison.evaluation
+    step = evaluation // trajectory.sampler.branches
+    denoiser = trajectory.sampling.denoiser
+    if comparison.differs_in == "input":
+        raise _loop_error(step)
+    if not _repeats_itself(denoiser, trajectory.calls[evaluation], trajectory.outputs[evaluation]):
+        raise _unsteady_error(denoiser, step)
+    raise _difference_error(full, step)
+
+
+class _Comparison(Hook):
+    """Stands in front of the denoiser, and compares what it is given and says with the record."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self.trajectory = trajectory
+        self.evaluation = -1
+        self.differs_in: str | None = None
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.evaluation += 1
+        if self.evaluation >= len(self.trajectory.calls):
+            raise _loop_error(self.trajectory.steps)
+        recorded = self.trajectory.calls[self.evaluation]
+        if not _equal((args, kwargs), (recorded.args, recorded.kwargs)):
+            self.differs_in = "input"
+            raise _Differs
+
+        output = call(*args, **kwargs)
+        if not _equal(output, self.trajectory.outputs[self.evaluation]):
+            self.differs_in = "output"
+            raise _Differs
+        return output
+
+
+class _Listener(Hook):
+    """Stands in front of the denoiser, and keeps what it says."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Any] = []
+
+    @property
+    def evaluation(self) -> int:
+        """The one that is going on."""
+        return len(self.outputs)
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = call(*args, **kwargs)
+        self.outputs.append(each(lambda tensor: tensor.detach().clone(), output))
+        return output
+
+
+class _Differs(BaseException):
+    """The run is not the recorded one: the rest of it need not be seen."""
+
+
+def _outputs(trajectory: Trajectory, table: MaskSchedule, store: Store) -> Sequence[Any]:
+    """What the denoiser says along the recorded run under a table."""
+    listener = _Listener()
+    _sample(trajectory, table, store, listener)
+    return listener.outputs
+
+
+def _sample(trajectory: Trajectory, table: MaskSchedule, store: Store, hook: _Comparison | _Listener) -> None:
+    """Repeat the recorded sampling under a table, up to the last latent.
+
+    Raises:
+        AnotherPath: A masked run refuses what the denoiser does.
+        TraceError: It fails in another way.
+    """
+    sampling = trajectory.sampling
+    try:
+        with apply(sampling.pipe, table, store=store), attached({sampling.denoiser: hook}), torch.no_grad():
+            sampling.latent()
+    except _Differs:
+        return
+    except RunError as error:
+        parts = error.parts
+        raise AnotherPath(
+            given=f"evaluation {hook.evaluation} of the recorded run, repeated under a plan: {parts['given']}",
+            expected=parts["expected"],
+            advice=parts["advice"],
+            evaluation=hook.evaluation,
+        ) from error
+    except StepmaskError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            given=f"evaluation {hook.evaluation} of the recorded run, which fails under a plan that reuses blocks: "
+            f"{type(error).__name__}: {error}",
+            expected="a run that goes on as it did",
+            advice="Mask other blocks, by blocks=[...]",
+        ) from error
+
+
+class _PrivateStore(Store):
+    """A store that nobody shares memory with, neither what goes in nor what comes out."""
+
+    def put(self, value: Any) -> Any:
+        """A copy."""
+        return each(torch.clone, value)
+
+    def take(self, held: Any) -> Any:
+        """A copy."""
+        return each(torch.clone, held)
+
+
+def _random_table(full: MaskSchedule) -> MaskSchedule:
+    """Cells computed at random, and reused plainly or as a forecast from two values; the denoiser always computed."""
+    generator = np.random.default_rng(SEED)
+    rows = generator.random(full.rows.shape) < SHARE
+    rows[0] = True
+    rows[:, -1] = True
+
+    computed_before: npt.NDArray[np.int64] = np.cumsum(rows, axis=0) - rows
+    weights = np.tile((1.0, 0.0, 0.0), (*rows.shape, 1))
+    weights[~rows & (computed_before > 1) & (generator.random(rows.shape) < 0.5)] = (1.5, -0.5, 0.0)
+    return full.with_rows(rows, weights)
+
+
+def _nothing_dropped(table: MaskSchedule) -> MaskSchedule:
+    """The table over a graph whose denoiser reads every block: all that it computes is computed."""
+    *blocks, own = table.graph.blocks
+    graph = BlockGraph((*blocks, replace(own, reads=tuple(block.name for block in blocks))))
+    return MaskSchedule(graph, table.rows, table.denoiser, table.sampler, table.forecasts)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values have the same tensors, bit by bit; other things in them are not compared."""
+    pairs = list(zip(tensors(one), tensors(other), strict=False))
+    same_count = len(pairs) == sum(1 for _ in tensors(one)) == sum(1 for _ in tensors(other))
+    return same_count and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def _repeats_itself(denoiser: nn.Module, call: Call, recorded: Any) -> bool:
+    """Whether the bare denoiser answers a recorded call twice as it did then."""
+    with torch.no_grad(), torch.random.fork_rng():
+        return all(_equal(denoiser(*call.args, **call.kwargs), recorded) for _ in range(2))
+
+
+def _dropped(table: MaskSchedule, step: int) -> str | None:
+    """A block that was left out at a step or before it, the latest of them; `None` if there is none."""
+    cells = lower(table).cells
+    for earlier in reversed(range(step + 1)):
+        for block, cell in zip(table.graph.blocks, cells[earlier], strict=True):
+            if cell.action == "dead":
+                return block.label
+    return None
+
+
+def _difference_error(table: MaskSchedule, step: int) -> TraceError:
+    dropped = _dropped(table, step)
+    what = f"block {dropped!r} left out, which nothing was seen to read" if dropped else "its blocks masked"
+    return TraceError(
+        given=f"a denoiser that answers otherwise at step {step} with {what}",
+        expected="blocks whose outputs reach others as tensors, in arguments and return values alone",
+        advice="Mask others, by blocks=[...]: a value goes past these, in a number, the state of a module, or memory "
+        "that is written to",
+    )
+
+
+def _loop_error(step: int) -> TraceError:
+    return TraceError(
+        given=f"a sampling loop that does not repeat itself: at step {step} the denoiser is given something else than "
+        "in the recorded run",
+        expected="the same inputs, as long as the denoiser answers the same",
+        advice="Look for random numbers without a generator, a function that is bound late (lambda: sample(seed) in a "
+        "loop), and what has changed since: arguments, weights, the scheduler",
+    )
+
+
+def _unsteady_error(denoiser: nn.Module, step: int) -> TraceError:
+    trained = [name or "the denoiser itself" for name, module in denoiser.named_modules() if module.training]
+    why = f"{trained[0]} is in training mode (dropout, batch norm)" if trained else "it draws noise or keeps state"
+    return TraceError(
+        given=f"a {type(denoiser).__name__} that does not repeat itself: at step {step} it answers the recorded call "
+        f"otherwise, bare as it is; {why}",
+        expected="the same answer to the same input",
+        advice="Call .eval() on it; use deterministic kernels (torch.use_deterministic_algorithms), or pass "
+        "prove=False to stepmask.trace if it differs by rounding alone",
+    )

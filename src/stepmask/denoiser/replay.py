@@ -1,0 +1,183 @@
+"""The hooks of a masked run: in front of each block, of what feeds blocks alone, and of the denoiser itself."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepmask.denoiser.held import counted
+from stepmask.denoiser.run import Run
+from stepmask.denoiser.seam import Hook
+from stepmask.denoiser.trajectory import Call, timestep_of_call
+from stepmask.denoiser.unread import Unread, refuse_unread
+from stepmask.denoiser.values import (
+    each,
+    first,
+    forecast,
+    forecast_channels,
+    on_channels,
+    tensors,
+    to_output,
+    to_stored_form,
+)
+from stepmask.schedule.channels import reads_of
+from stepmask.schedule.graph import Block
+from stepmask.schedule.rectify import Cell
+
+
+class Values:
+    """What one block answers with: what it computes, what the run has stored of it, or a blend of both."""
+
+    def __init__(self, run: Run, column: int, block: Block) -> None:
+        self.run = run
+        self.column = column
+        self.block = block
+        self.computed = 0
+        self.may_be_dead = any(row[column].action == "dead" for plan in run.plans for row in plan.cells)
+        self.vectors: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by plan and step, where the values are
+
+    def compute(self, cell: Cell, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer with what was computed, or a blend of it; store it, if a later step reads it."""
+        run, column = self.run, self.column
+        refuse_unread(output, self.block.label)
+        if self.may_be_dead and run.unread[run.branch][column] is None:
+            run.unread[run.branch][column] = each(Unread.of, output)
+        if not (cell.keeps or cell.weights):
+            run.free(column, 0)
+            return output
+
+        value = to_stored_form(self.block.reuse, output, args, kwargs)
+        if cell.weights:
+            blend = forecast(cell.weights, [value, *run.newest(column, len(cell.weights) - 1)])
+            output = to_output(self.block.reuse, blend, args, kwargs)
+        run.free(column, max(cell.keeps - 1, 0))
+        if cell.keeps:
+            run.put(column, self.own(value))
+        return output
+
+    def own(self, value: Any) -> Any:
+        """A value that nobody else can write to unseen; what is added to the stream was made here."""
+        return counted(value) if self.block.reuse == "delta" else self.run.owners[self.column].own(value)
+
+    def reuse(self, cell: Cell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer from the store; what is read for the last time leaves it."""
+        if cell.vectors is None:
+            answer = forecast(cell.weights, self.run.newest(self.column, len(cell.weights)))
+        else:
+            stored = self.run.newest(self.column, reads_of(cell.vectors))
+            answer = forecast_channels(self.vectors_for(stored[0]), stored)
+        self.run.free(self.column, cell.keeps)
+        return to_output(self.block.reuse, answer, args, kwargs)
+
+    def skip(self, cell: Cell) -> Any:
+        """Answer with what nobody reads."""
+        self.run.free(self.column, cell.keeps)
+        return self.run.unread[self.run.branch][self.column]
+
+    def vectors_for(self, value: Any) -> tuple[Tensor, ...]:
+        """The vectors of this step; those of all steps are brought to the value when the first is needed."""
+        key = self.run.plan, self.run.step
+        like = next(tensors(value))
+        held = self.vectors.get(key)
+        if held is None or (held[0].device, held[0].dtype) != (like.device, like.dtype):
+            arrays = {
+                (number, step): vectors
+                for number, plan in enumerate(self.run.plans)
+                for step, row in enumerate(plan.cells)
+                if (vectors := row[self.column].vectors) is not None
+            }
+            self.vectors = dict(zip(arrays, on_channels(list(arrays.values()), like), strict=True))
+        return self.vectors[key]
+
+
+class MaskedBlock(Values, Hook):
+    """Stands in front of one block: computes, answers from the store, or answers with what nobody reads."""
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer for the block."""
+        cell = self.run.answer(self.column)
+        if cell.action == "reuse":
+            return self.reuse(cell, args, kwargs)
+        if cell.action == "dead":
+            return self.skip(cell)
+        self.computed += 1
+        return self.compute(cell, call(*args, **kwargs), args, kwargs)
+
+
+class MaskedFeeder(Hook):
+    """Stands in front of a module that only blocks read: lets it be called where one of them is computed."""
+
+    def __init__(self, run: Run, columns: Sequence[int]) -> None:
+        self.run = run
+        self.columns = columns
+        self.unread: dict[int, Any] = {}  # by branch: what stands for the output
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer for the module."""
+        run = self.run
+        if run.row and not any(run.row[column].action == "compute" for column in self.columns):
+            return self.unread[run.branch]
+        output = call(*args, **kwargs)
+        if run.step == 0:  # where everything is computed
+            self.unread[run.branch] = each(Unread.of, output)
+        return output
+
+
+class MaskedDenoiser(Values, Hook):
+    """Stands in front of the denoiser: turns to the next row, and answers a whole step from the store where told to.
+
+    Args:
+        run: The run.
+        blocks: The hooks of its blocks, by column.
+        own: The denoiser as the last block of its own graph.
+    """
+
+    def __init__(self, run: Run, blocks: Sequence[MaskedBlock], own: Block) -> None:
+        super().__init__(run, len(blocks), own)
+        self.blocks = blocks
+        self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer for the denoiser."""
+        run = self.run
+        run.check_thread()
+        try:
+            run.begin(tuple(tuple(tensor.shape) for tensor in first(args, kwargs)), self._timestep(args, kwargs))
+            output = self._answer(run.row[-1], call, args, kwargs)
+            run.end()
+        except BaseException:
+            run.stop()
+            raise
+        return output
+
+    def _answer(self, cell: Cell, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = None
+        if self.run.runs_forward:
+            self.computed += 1
+            output = call(*args, **kwargs)
+        else:
+            for block, own in zip(self.blocks, self.run.row, strict=False):
+                block.skip(own)  # not called: what nobody reads any more goes here
+
+        if cell.action == "compute":
+            return self.compute(cell, output, args, kwargs)
+        return self.reuse(cell, args, kwargs)
+
+    def own(self, value: Any) -> Any:
+        """A copy: the sampler may write into what it was given, into a stored value it must not."""
+        return each(torch.clone, counted(value))
+
+    def reuse(self, cell: Cell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer from the store, with a copy where the stored value itself would be handed out."""
+        kept = [held.value for held in self.run.stored[self.run.branch][self.column][:1]]
+        output = super().reuse(cell, args, kwargs)
+        return each(torch.clone, output) if any(output is value for value in kept) else output
+
+    def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+        """The timestep of a plain loop's evaluation, where it is compared; to look at it, a device is waited for."""
+        if not self.compares_timesteps:
+            return None
+        if self.run.evaluation and any(tensor.device.type != "cpu" for tensor in tensors((args, kwargs))):
+            return None
+        return timestep_of_call(Call(args, kwargs), self.run.evaluation // self.run.branches)

@@ -1,0 +1,248 @@
+"""`Run`: where a masked run is, which row it follows, and what it holds. Hooks read it and write to it."""
+
+from collections.abc import Sequence
+from threading import get_ident
+from typing import Any
+
+from torch import Tensor
+
+from stepmask.denoiser.held import Held, Owner
+from stepmask.denoiser.store import Store
+from stepmask.denoiser.values import tensors
+from stepmask.errors import RunError, RunNotStarted
+from stepmask.schedule.fingerprint import SamplerFingerprint
+from stepmask.schedule.rectify import Cell, Plan
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Run:
+    """One run after the other of a masked denoiser.
+
+    Args:
+        plans: What each branch follows; one for all, or one each.
+        sampler: How many steps and branches a run has, and at which timesteps.
+        store: Where stored values lie.
+        is_stepped: Whether a scheduler tells when a step ends.
+    """
+
+    def __init__(
+        self, plans: Sequence[Plan], sampler: SamplerFingerprint, store: Store, *, is_stepped: bool = False
+    ) -> None:
+        self.plans = plans
+        self.sampler = sampler
+        self.store = store
+        self.is_stepped = is_stepped
+        self.names = [block.label for block in plans[0].graph.blocks]
+        self.branches = sampler.branches
+        self.evaluations = sampler.steps * sampler.branches
+        self.forwards = [[any(cell.action == "compute" for cell in row) for row in plan.cells] for plan in plans]
+
+        # Where the run is.
+        self.running = False
+        self.evaluation = 0
+        self.step = 0
+        self.branch = 0
+        self.since_step = 0  # evaluations since the scheduler's last step
+        self.thread: int | None = None  # whose run it is
+
+        # The present evaluation.
+        self.row: tuple[Cell, ...] = ()  # empty between evaluations
+        self.answered: list[bool] = []  # by column
+
+        # What is held, by branch and column, and what is known of it.
+        self.stored: list[list[list[Held]]] = []  # newest first
+        self.unread: list[list[Any]] = []  # what stands for an output that nobody reads
+        self.shapes: list[list[Shapes | None]] = []  # of the outputs
+        self.latents: list[Shapes] = []  # by branch
+        self.owners: list[Owner] = []  # by column
+        self.bytes = 0
+        self.peak_bytes = 0
+        self.clear()
+
+    def start(self) -> None:
+        """Begin a new run at step 0 with an empty store."""
+        self.clear()
+        self.running = True
+        self.evaluation = 0
+        self.since_step = 0
+        self.thread = None
+
+    def stop(self) -> None:
+        """End the run where it is, and free the store."""
+        self.clear()
+        self.running = False
+        self.row = ()
+
+    def clear(self) -> None:
+        """Let go of all that is held."""
+        columns = range(len(self.names))
+        self.stored = [[[] for _ in columns] for _ in range(self.branches)]
+        self.unread = [[None for _ in columns] for _ in range(self.branches)]
+        self.shapes = [[None for _ in columns] for _ in range(self.branches)]
+        self.latents = [()] * self.branches
+        self.owners = [Owner() for _ in columns]
+        self.bytes = 0
+
+    @property
+    def plan(self) -> int:
+        """Which of the plans the present branch follows."""
+        return self.branch % len(self.plans)
+
+    @property
+    def runs_forward(self) -> bool:
+        """Whether the present row computes anything at all."""
+        return self.forwards[self.plan][self.step]
+
+    def begin(self, latents: Shapes, timestep: float | None) -> None:
+        """Turn to the row of the next evaluation.
+
+        Args:
+            latents: Shapes of what it is given.
+            timestep: Of this evaluation, where it is to be compared.
+
+        Raises:
+            RunNotStarted: There is no run, or it has had all its evaluations.
+            RunError: Its latents have changed their shape, or the scheduler should have made a step before it.
+            ScheduleMismatch: The timestep is not the schedule's.
+        """
+        if not self.running:
+            raise RunNotStarted(
+                given="an evaluation of the masked denoiser outside a run",
+                expected=f"a run of {self.evaluations} evaluations that starts with the scheduler's set_timesteps, "
+                "or with masked.restart()",
+                advice="Call restart() before each run of a plain denoiser; apply the schedule again after you "
+                "replace the scheduler",
+            )
+        self.thread = get_ident()
+        if self.is_stepped and self.since_step == self.branches:
+            raise self._uneven(f"evaluation {self.since_step + 1} of the denoiser within step {self.step}")
+        self.step, self.branch = divmod(self.evaluation, self.branches)
+        if timestep is not None:
+            self.sampler.check_step(self.step, timestep)
+        if self.step and latents != self.latents[self.branch]:
+            raise RunError(
+                given=f"a latent of shape {latents} at step {self.step}",
+                expected=f"the shape that the run began with, {self.latents[self.branch]}, batch size included",
+                advice="Keep guidance on or off for the whole run",
+            )
+        self.latents[self.branch] = latents
+        self.row = self.plans[self.plan].cells[self.step]
+        self.answered = [False] * len(self.row)
+
+    def check_thread(self) -> None:
+        """Refuse an evaluation from another thread than the one that began the run, which goes on.
+
+        Raises:
+            RunError: It is.
+        """
+        if self.running and self.thread not in (None, get_ident()):
+            raise RunError(
+                given="an evaluation from another thread than the one that began the run",
+                expected="one run at a time, for it has one store",
+                advice="Give each thread a pipeline and a denoiser of its own, or let them take turns",
+            )
+
+    def end(self) -> None:
+        """Check that every block has answered where forward ran, and go on to the next evaluation."""
+        if self.runs_forward and not all(self.answered[:-1]):
+            missing = [name for name, answered in zip(self.names, self.answered[:-1], strict=False) if not answered]
+            raise RunError(
+                given=f"block {missing[0]!r}, which was not called at step {self.step}"
+                + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""),
+                expected=f"{len(self.row) - 1} blocks, each called once, as the plan has it",
+                advice="The denoiser takes another path than when it was traced: trace and learn with these inputs",
+            )
+        self.row = ()
+        self.evaluation += 1
+        self.since_step += 1
+        self.running = self.evaluation < self.evaluations
+
+    def end_step(self) -> None:
+        """Check that the scheduler's step comes after as many evaluations as a step has.
+
+        Raises:
+            RunError: It comes after others.
+        """
+        if self.since_step != self.branches and (self.since_step or self.running):
+            raise self._uneven(f"a step of the scheduler after {self.since_step} evaluations of the denoiser")
+        self.since_step = 0
+
+    def _uneven(self, given: str) -> RunError:
+        return RunError(
+            given=given,
+            expected=f"{self.branches} at every step, as the schedule has it",
+            advice="Switch guidance on or off as in the runs that the schedule was learned from",
+        )
+
+    def answer(self, column: int) -> Cell:
+        """Note that a block is called, and tell what it does.
+
+        Raises:
+            RunError: It was called before in this evaluation, or outside of one.
+        """
+        if not self.row:
+            raise RunNotStarted(
+                given=f"a call of block {self.names[column]!r} outside an evaluation of the masked denoiser",
+                expected="blocks that are called by the denoiser, in the thread that runs it",
+                advice="Remove the schedule before you call blocks yourself, and let runs take turns",
+            )
+        if self.answered[column]:
+            raise RunError(
+                given=f"block {self.names[column]!r}, which is called twice at step {self.step}",
+                expected=f"{len(self.row) - 1} blocks, each called once, as the plan has it",
+                advice="The denoiser takes another path than when it was traced: trace and learn with these inputs",
+            )
+        self.answered[column] = True
+        return self.row[column]
+
+    def put(self, column: int, value: Any) -> None:
+        """Hold a block's newest value.
+
+        Raises:
+            RunError: It has other shapes than the block's values before.
+        """
+        self._check_shapes(column, value)
+        held = Held.of(self.store.put(value))
+        self.stored[self.branch][column].insert(0, held)
+        self.bytes += held.bytes
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+    def _check_shapes(self, column: int, value: Any) -> None:
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors(value))
+        before = self.shapes[self.branch][column]
+        if before is not None and shapes != before:
+            raise RunError(
+                given=f"block {self.names[column]!r}, which answers with shape {shapes} at step {self.step}",
+                expected=f"the shape that it answered with before, {before}",
+                advice="A prefix cache (use_kv_cache) makes the first step unlike the others: sample without it, or "
+                "use a schedule of whole steps",
+            )
+        self.shapes[self.branch][column] = shapes
+
+    def newest(self, column: int, count: int) -> list[Any]:
+        """The newest stored values of a block, newest first.
+
+        Raises:
+            RunError: One was written to since it was stored, or the run has been restarted by somebody else.
+        """
+        held = self.stored[self.branch][column][:count]
+        if len(held) < count:
+            raise RunError(
+                given=f"block {self.names[column]!r} at step {self.step}, whose values are gone",
+                expected="one run at a time, for it has one store",
+                advice="Let runs take turns, and begin no other one inside a run",
+            )
+        for value in held:
+            value.check(self.names[column])
+        return [self.store.take(value.value) for value in held]
+
+    def free(self, column: int, keeps: int) -> None:
+        """Let go of all but the newest `keeps` values of a block."""
+        held = self.stored[self.branch][column]
+        while len(held) > keeps:
+            self.bytes -= held.pop().bytes
+
+    def held_tensors(self) -> list[Tensor]:
+        """All that is stored now."""
+        return [part for branch in self.stored for column in branch for held in column for part in held.parts]

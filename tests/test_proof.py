@@ -1,0 +1,144 @@
+"""A graph is proven on the recorded run: what a trace cannot see, the numbers show."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stepmask
+from pipelines import make
+from stepmask import MaskSchedule
+from stepmask.denoiser.proof import AnotherPath, check_against_record
+from stepmask.errors import TraceError
+from test_dataflow import STEPS, Network, loop, traced
+
+
+class Counting(nn.Linear):
+    """Says something else at every call, by a Python number that no trace can see."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+def test_what_was_not_traced_is_refused_with_step_and_block() -> None:
+    class Loud(nn.Linear):
+        def forward(self, x: Tensor, net: Any) -> Tensor:
+            y = super().forward(x)
+            net.loudness = y.detach().numpy().max()
+            return y
+
+    # Nothing reads what layer 0 answers, but layer 2 is scaled by a number that it left in the network.
+    def forward(net: Network, x: Tensor, t: float) -> Tensor:
+        net.layers[0](x + t, net)
+        return net.layers[2](net.layers[1](x)) * float(net.loudness)
+
+    network = Network(forward)
+    network.layers[0] = Loud(4, 4)
+    network.loudness = 1.0
+    with pytest.raises(TraceError, match=r"at step 1 with block 'layers\.0' left out"):
+        traced(network)
+
+
+def test_a_block_with_a_counter_is_no_denoiser_that_repeats_itself() -> None:
+    with pytest.raises(TraceError, match=r"does not repeat itself: at step 0.*draws noise or keeps state"):
+        traced(Network(lambda net, x, t: net.layers[0](x + t), Counting), "layers.0")
+
+
+def test_training_mode_is_named() -> None:
+    def forward(net: Network, x: Tensor, t: float) -> Tensor:
+        return net.layers[0](torch.nn.functional.dropout(x, 0.5, net.training) + t)
+
+    network = Network(forward)
+    network.train()
+    with pytest.raises(TraceError, match=r"training mode.*Call \.eval\(\)"):
+        traced(network, "layers.0")
+
+
+def test_a_loop_that_draws_other_noise_is_named() -> None:
+    network = Network(lambda net, x, t: net.layers[0](x + t))
+    generator = torch.Generator().manual_seed(0)
+
+    def sample() -> Tensor:
+        x = torch.randn(2, 4, generator=generator)
+        for step in range(STEPS):
+            x = x - 0.1 * network(x, 1 - step / STEPS)
+        return x
+
+    trajectory = stepmask.record(network, run=sample)
+    with pytest.raises(TraceError, match="loop that does not repeat itself: at step 0"):
+        stepmask.trace(network, trajectory, blocks={"layers.0": "output"})
+
+
+def test_a_function_that_is_bound_late_is_named() -> None:
+    network = Network(lambda net, x, t: net.layers[0](x + t))
+
+    def sample(seed: int) -> Tensor:
+        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
+        for step in range(STEPS):
+            x = x - 0.1 * network(x, 1 - step / STEPS)
+        return x
+
+    trajectories = []
+    for number in range(2):
+        trajectories.append(stepmask.record(network, run=lambda: sample(number)))  # noqa: B023
+    with pytest.raises(TraceError, match="bound late"):
+        stepmask.trace(network, trajectories[0], blocks={"layers.0": "output"})
+    stepmask.trace(network, trajectories[1], blocks={"layers.0": "output"})
+
+
+def test_a_step_that_goes_another_way_is_told_by_its_number() -> None:
+    def forward(net: Network, x: Tensor, t: float) -> Tensor:
+        a, b = net.layers[0](x + t), net.layers[1](x)
+        return net.layers[2](b) + (3 * a if t < 0.4 else 0)
+
+    network = Network(forward)
+    trajectory = stepmask.record(network, run=loop(network))
+    first = stepmask.trace(network, trajectory.calls[0], blocks={"layers.*": "output"})
+    with pytest.raises(AnotherPath, match="read by") as caught:
+        check_against_record(trajectory, first)
+    assert caught.value.evaluation == 4  # t = 1 − 4/6 is the first below .4
+    check_against_record(trajectory, stepmask.trace(network, trajectory, blocks={"layers.*": "output"}))
+
+
+def test_it_may_be_left_out_and_costs_two_samplings_of_evaluations() -> None:
+    network = Network(lambda net, x, t: net.layers[1](net.layers[0](x + t)))
+    trajectory = stepmask.record(network, run=loop(network))
+    calls: list[int] = []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    stepmask.trace(network, trajectory, blocks={"layers.0": "output", "layers.1": "output"}, prove=False)
+    traced_alone = len(calls)
+    stepmask.trace(network, trajectory, blocks={"layers.0": "output", "layers.1": "output"})
+    assert len(calls) == 2 * traced_alone + 3 * STEPS  # two of them compute two fifths of the blocks
+
+
+@pytest.mark.parametrize("kind", ["learn", "sweep"])
+def test_learning_begins_with_it(kind: str) -> None:
+    network = Network(lambda net, x, t: net.layers[1](net.layers[0](x + t)), Counting)
+    trajectory = stepmask.record(network, run=loop(network))
+    with pytest.raises(TraceError, match="does not repeat itself"):
+        stepmask.learn(network, trajectory, budget=0.6) if kind == "learn" else stepmask.sweep(network, trajectory)
+
+
+def test_nothing_is_left_on_a_denoiser_that_is_refused() -> None:
+    network = Network(lambda net, x, t: net.layers[0](x + t), Counting)
+    trajectory = stepmask.record(network, run=loop(network))
+    before = [dict(vars(module)) for module in network.modules()]
+    with pytest.raises(TraceError):
+        stepmask.trace(network, trajectory, blocks={"layers.0": "output"})
+    assert [vars(module).keys() for module in network.modules()] == [old.keys() for old in before]
+
+
+@pytest.mark.parametrize("name", ["DiTPipeline", "QwenImagePipeline"])
+def test_a_pipeline_that_samples_the_same_is_proven(name: str) -> None:
+    pipe, call = make(name)
+    trajectory = stepmask.record(pipe, **call)
+    graph = stepmask.trace(pipe, trajectory)
+    full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+    with stepmask.apply(pipe, full):
+        assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
