@@ -24,13 +24,12 @@ from stepmask.errors import (
 )
 from stepmask.schedule.baselines import fixed_interval
 from stepmask.schedule.channels import channel_axis
-from stepmask.schedule.fingerprint import SamplerFingerprint
 from stepmask.schedule.graph import DENOISER, Block, BlockGraph
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.show import show
 from test_runtime import evaluations, on_real_classes, random_table
 
-from toys import Chain, per_channel, sampler, table, unet_graph
+from toys import Chain, per_channel, sampler, table, unet_graph, untimed
 
 LINE = [[1.5, 2.0], [-0.5, 0.0], [1.0, -3.0]]  # weights of the newest value, of the one before, and biases
 
@@ -232,6 +231,7 @@ class TestTable:
 
     def test_vectors_cannot_be_resampled_unless_they_are_dropped_by_name(self) -> None:
         schedule = example_table()
+        schedule = replace(schedule, sampler=sampler(schedule.steps))
         with pytest.raises(ScheduleMismatch, match=r"3 per-channel forecasts.*Learn a schedule for this sampler"):
             schedule.resample(sampler(8))
         assert schedule.with_rows(schedule.rows, schedule.forecasts).resample(sampler(4)).steps == 4

@@ -18,8 +18,8 @@ T = TypeVar("T")
 def on_fakes(denoiser: nn.Module, call: Call, watch: Callable[[nn.Module, Call], T]) -> T | None:
     """What `watch` sees of a copy and a call of fake tensors; what the copy keeps for later is fake, too.
 
-    `None` where fake tensors do not do: weights are offloaded, sharded or cast layer by layer, shapes or paths depend on
-    numbers, they go to numpy, or the denoiser holds what cannot be copied, as a lock.
+    `None` where fake tensors do not do: weights are offloaded, sharded or cast layer by layer, shapes or paths depend
+    on numbers, these go to numpy, or the denoiser holds what cannot be copied, as a lock.
     """
     if moves_weights(denoiser):
         return None

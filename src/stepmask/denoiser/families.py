@@ -145,8 +145,8 @@ def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:
 
 
 def _is_fsdp(cls: type[Any]) -> bool:
-    """Whether a class is one that `fully_shard` made of a module's own."""
-    return any(base.__name__ == "FSDPModule" for base in cls.__bases__)
+    """Whether a class is FSDP's, or one that `fully_shard` made of a module's own."""
+    return "FSDPModule" in (cls.__name__, *(base.__name__ for base in cls.__bases__))
 
 
 def _plain(value: Any) -> Any:

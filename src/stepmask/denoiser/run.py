@@ -161,10 +161,13 @@ class Run:
     def end_step(self) -> None:
         """Check that the scheduler's step comes after as many evaluations as a step has.
 
+        Before the first evaluation of a run it may be the step of another pipeline that shares the scheduler.
+
         Raises:
             RunError: It comes after others.
         """
-        if self.since_step != self.branches and (self.since_step or self.running):
+        is_ours = self.running and self.evaluation > 0
+        if self.since_step != self.branches and (self.since_step or is_ours):
             raise self._uneven(f"a step of the scheduler after {self.since_step} evaluations of the denoiser")
         self.since_step = 0
 

@@ -138,9 +138,20 @@ class Masked:
             raise
 
     def _end_call(self) -> None:
-        """The pipeline's call is over: what a cancelled run has stored is freed."""
+        """The pipeline's call is over: what a cancelled run has stored is freed.
+
+        Raises:
+            RunError: The run has not called the denoiser.
+        """
         if _is_interrupted(self.pipe):
             self.run.stop()
+        if self.run.running and self.run.evaluation == 0:
+            self.run.stop()
+            raise RunError(
+                given=f"a run of a {type(self.pipe).__name__} that did not call its {type(self.denoiser).__name__}",
+                expected=f"{self.run.evaluations} evaluations, through the denoiser's own call",
+                advice="Let the pipeline call the module itself, not its forward or a wrapper of it",
+            )
 
     def restart(self) -> None:
         """Begin a new run at step 0 with an empty store. A pipeline's scheduler does this by itself.

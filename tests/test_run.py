@@ -1,0 +1,373 @@
+"""What a plan takes for granted is checked while it runs: a wrong sample is refused, a right one is the oracle's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stepmask
+from pipelines import make
+from promises import all_compute, random_table
+from stepmask import MaskSchedule
+from stepmask.denoiser.families import fingerprint_of
+from stepmask.denoiser.seam import hooks_of
+from stepmask.errors import AlreadyApplied, RunError, RunNotStarted, ScheduleMismatch
+from stepmask.schedule.baselines import fixed_interval
+from stepmask.schedule.fingerprint import SamplerFingerprint
+
+from toys import Chain, Scale, Skips, table, tiny_dit, untimed
+
+ONE, TWO = torch.ones(2), torch.full((2,), 2.0)
+
+
+class Two(nn.Module):
+    """x ↦ 2x + 5x, or what `forward` is told to make of the layers instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Scale(2.0), Scale(5.0)])
+        self.wiring: Callable[[Any, Tensor], Tensor] = lambda net, x: net.layers[0](x) + net.layers[1](x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wiring(self, x)
+
+
+def two_table(*rows: str) -> MaskSchedule:
+    graph = stepmask.trace(Two(), (ONE,), blocks={"layers.*": "output"})
+    return table(graph, *rows, denoiser=fingerprint_of(Two()))
+
+
+class TestBlocks:
+    """A block answers once per evaluation, each by its own bit."""
+
+    def test_one_called_twice_for_one_not_called(self) -> None:
+        denoiser = Two()
+        with stepmask.apply(denoiser, two_table("11", "11")):
+            denoiser(ONE)
+            denoiser.wiring = lambda net, x: net.layers[1](x) + net.layers[1](x)
+            with pytest.raises(RunError, match=r"'layers\.1', which is called twice at step 1"):
+                denoiser(ONE)
+
+    def test_one_not_called(self) -> None:
+        denoiser = Two()
+        with stepmask.apply(denoiser, two_table("11", "11")):
+            denoiser.wiring = lambda net, x: net.layers[1](x)
+            with pytest.raises(RunError, match=r"'layers\.0', which was not called at step 0"):
+                denoiser(ONE)
+
+    def test_outside_of_an_evaluation(self) -> None:
+        denoiser = Two()
+        with stepmask.apply(denoiser, two_table("11", "11")), pytest.raises(RunNotStarted, match=r"call of block"):
+            denoiser.layers[0](ONE)
+
+    @pytest.mark.parametrize(
+        "read",
+        [
+            lambda dead, live: live + dead,
+            lambda dead, live: live + torch.cat([dead, dead]).sum(),
+            lambda dead, live: live * float(dead[0]),
+            lambda dead, live: live if dead.max() > 3 else -live,
+            lambda dead, live: live.index_copy(0, torch.tensor([0]), dead[:1]),
+            lambda dead, live: torch.stack([live, dead])[0],
+            lambda dead, live: live.clone().copy_(dead),
+        ],
+        ids=["pointwise", "reduced", "number", "condition", "index", "stack", "copy"],
+    )
+    def test_a_dead_value_raises_when_it_is_read(self, read: Callable[[Tensor, Tensor], Tensor]) -> None:
+        denoiser = Skips()
+        graph = stepmask.trace(Skips(), (ONE,), blocks=dict.fromkeys(Skips.names, "output"))
+        with stepmask.apply(denoiser, table(graph, "11111", "11101", denoiser=fingerprint_of(denoiser))):
+            denoiser(ONE)
+            seen: list[Tensor] = []
+
+            def forward_that_reads(x: Tensor) -> Tensor:
+                top = denoiser.down0(x)
+                seen.append(denoiser.down1(top))
+                deep = denoiser.up1(denoiser.mid(seen[-1]) + seen[-1])
+                return denoiser.up0(read(seen[-1], deep + top))
+
+            denoiser.forward = forward_that_reads
+            with pytest.raises(RunError, match="nothing but masked blocks read"):
+                denoiser(TWO)
+
+
+class TestStored:
+    """Stored values are the run's own, or nobody changed them."""
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_what_was_changed_in_place_is_refused_when_it_is_read(self, mode: Any) -> None:
+        denoiser = Two()
+
+        def scaled(net: Two, x: Tensor) -> Tensor:
+            y = net.layers[0](x)
+            y *= 10
+            return y + net.layers[1](x)
+
+        schedule = two_table("11", "01", "01", "01")
+        with stepmask.apply(denoiser, schedule), mode():
+            denoiser(ONE)
+            denoiser.wiring = scaled  # FreeU, an adapter that is loaded later
+            assert denoiser(ONE)[0] == 25.0
+            with pytest.raises(RunError, match=r"'layers\.0' that was changed in place"):
+                denoiser(ONE)
+
+    @pytest.mark.parametrize("way", ["itself", "detached", "first later"])
+    def test_memory_that_a_block_answers_in_again_is_copied(self, way: str) -> None:
+        class Static(Scale):
+            buffer: Tensor | None = None
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = super().forward(x)
+                if self.buffer is None:
+                    self.buffer = y.clone()
+                self.buffer.copy_(y)
+                return self.buffer.detach() if way == "detached" else self.buffer
+
+        denoiser = Two()
+        if way != "first later":
+            denoiser.layers[0] = Static(2.0)
+        graph = stepmask.trace(Two(), (ONE,), blocks={"layers.*": "output"})
+        weights = {(2, "layers.0"): (2.0, -1.0)}
+        schedule = table(graph, "11", "11", "01", weights=weights, denoiser=fingerprint_of(Two()))
+        with torch.no_grad(), stepmask.apply(denoiser, schedule) as masked:
+            denoiser(ONE), denoiser(TWO)
+            assert denoiser(ONE)[0] == 2 * 4 - 2 + 5  # layer 0 said 2, then 4
+            if way == "first later":
+                denoiser.layers[0].__class__ = Static
+                masked.restart()
+                denoiser(ONE), denoiser(TWO)
+                assert denoiser(ONE)[0] == 2 * 4 - 2 + 5
+
+    def test_the_denoisers_own_answer_is_safe_from_the_sampler(self) -> None:
+        denoiser = Two()
+        graph = two_table("11").graph
+        schedule = table(graph, "111", "110", "110", denoiser=fingerprint_of(denoiser))
+        with stepmask.apply(denoiser, schedule), torch.no_grad():
+            for _ in range(3):
+                answer = denoiser(ONE)
+                assert answer[0] == 7.0
+                answer *= -0.1
+
+    def test_shapes_that_change_are_refused(self) -> None:
+        denoiser = Two()
+
+        def cached(net: Two, x: Tensor) -> Tensor:
+            return net.layers[0](x[:1]) + net.layers[1](x)
+
+        with stepmask.apply(denoiser, two_table("11", "01", "11", "01")):
+            denoiser(ONE)
+            denoiser(ONE)
+            denoiser.wiring = cached
+            with pytest.raises(RunError, match=r"prefix cache"):
+                denoiser(ONE)
+
+
+class TestBranches:
+    def test_placeholders_are_each_branchs_own(self) -> None:
+        # Two calls a step, of two and of three numbers; the last row leaves a dead block on either branch.
+        denoiser = Skips()
+        graph = stepmask.trace(Skips(), (ONE,), blocks=dict.fromkeys(Skips.names, "output"))
+        schedule = MaskSchedule(graph, table(graph, "11111", "11101").rows, fingerprint_of(denoiser), untimed(2, 2))
+        three = torch.ones(3)
+        with stepmask.apply(denoiser, schedule):
+            first = [denoiser(ONE), denoiser(three)]
+            again = [denoiser(ONE), denoiser(three)]
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+    def test_evaluations_are_counted_between_steps(self) -> None:
+        pipe, call = make("StableDiffusionPipeline")
+        schedule = random_table(pipe, stepmask.record(pipe, **call))
+        with stepmask.apply(pipe, schedule):
+            pipe.scheduler.set_timesteps(call["num_inference_steps"])
+            latent, words = torch.zeros(4, 4, 8, 8), torch.zeros(4, 6, 8)
+            pipe.unet(latent, pipe.scheduler.timesteps[0], words)
+            with pytest.raises(RunError, match="evaluation 2 of the denoiser within step"):
+                pipe.unet(latent, pipe.scheduler.timesteps[0], words)
+
+    def test_a_step_without_an_evaluation_is_refused(self) -> None:
+        pipe, call = make("StableDiffusionPipeline")
+        schedule = random_table(pipe, stepmask.record(pipe, **call))
+        with stepmask.apply(pipe, schedule):
+            pipe.scheduler.set_timesteps(call["num_inference_steps"])
+            first, second = pipe.scheduler.timesteps[:2]
+            latent = torch.zeros(2, 4, 8, 8)
+            pipe.unet(torch.zeros(4, 4, 8, 8), first, torch.zeros(4, 6, 8))
+            pipe.scheduler.step(latent, first, latent)
+            with pytest.raises(RunError, match="after 0 evaluations"):
+                pipe.scheduler.step(latent, second, latent)
+
+    def test_a_run_that_goes_past_the_hooks_is_refused(self) -> None:
+        pipe, call = make("StableDiffusionPipeline")
+        schedule = random_table(pipe, stepmask.record(pipe, **call))
+        with stepmask.apply(pipe, schedule):
+            pipe.scheduler.set_timesteps(call["num_inference_steps"])
+            with pytest.raises(RunNotStarted, match="outside an evaluation"):
+                pipe.unet.forward(torch.zeros(4, 4, 8, 8), pipe.scheduler.timesteps[0], torch.zeros(4, 6, 8))
+            with pytest.raises(RunError, match="did not call its UNet2DConditionModel"):
+                pipe.maybe_free_model_hooks()
+
+
+class TestTimesteps:
+    def schedule(self, denoiser: Chain) -> MaskSchedule:
+        graph = stepmask.trace(denoiser, (ONE, 0.0), blocks={"layers.*": "output"})
+        plain = table(graph, "11", "01", "01", denoiser=fingerprint_of(denoiser))
+        return MaskSchedule(graph, plain.rows, plain.denoiser, SamplerFingerprint("", (0.9, 0.6, 0.3)))
+
+    @pytest.mark.parametrize("kind", [float, torch.tensor, lambda t: torch.full((2,), t)], ids=["float", "0-d", "1-d"])
+    def test_of_a_plain_loop_are_compared_at_every_evaluation(self, kind: Callable[[float], Any]) -> None:
+        denoiser = Chain()
+        with torch.no_grad(), stepmask.apply(denoiser, self.schedule(denoiser)) as masked:
+            for t in (0.9, 0.6, 0.3):
+                denoiser(ONE, kind(t))
+            masked.restart()
+            denoiser(ONE, kind(0.9))
+            with pytest.raises(ScheduleMismatch, match=r"timestep 0\.5 at step 1"):
+                denoiser(ONE, kind(0.5))
+
+    def test_two_runs_without_a_restart_are_refused(self) -> None:
+        denoiser = Chain()
+        with stepmask.apply(denoiser, self.schedule(denoiser)):
+            denoiser(ONE, 0.9)
+            denoiser(ONE, 0.6)
+            with pytest.raises(ScheduleMismatch, match=r"timestep 0\.9 at step 2"):
+                denoiser(ONE, 0.9)
+
+
+class TestPipelines:
+    """What happens to a pipeline while a schedule is on it."""
+
+    def test_another_denoiser_is_noticed(self) -> None:
+        pipe, call = make("StableDiffusionPipeline")
+        schedule = random_table(pipe, stepmask.record(pipe, **call))
+        other, _ = make("StableDiffusionPipeline")
+        with stepmask.apply(pipe, schedule):
+            pipe.unet = other.unet
+            with pytest.raises(RunError, match="not the one which is masked"):
+                pipe(**call)
+
+    def test_a_compiled_wrapper_is_noticed(self) -> None:
+        pipe, call = make("StableDiffusionPipeline")
+        schedule = random_table(pipe, stepmask.record(pipe, **call))
+        with stepmask.apply(pipe, schedule):
+            pipe.unet = torch.compile(pipe.unet, backend="eager")
+            with pytest.raises(RunError, match=r"compiled as a whole.*masked\.compile"):
+                pipe(**call)
+
+    def test_masks_inside_compiled_blocks_are_refused(self) -> None:
+        pipe, call = make("DiTPipeline")
+        schedule = random_table(pipe, stepmask.record(pipe, **call))
+        whole_blocks = random_table(pipe, stepmask.record(pipe, **call), "block")
+        masked = stepmask.apply(pipe, schedule)
+        pipe.transformer.transformer_blocks[0].compile(backend="eager")
+        with pytest.raises(RunError, match=r"attn1', inside 'transformer_blocks\.0', which is compiled"):
+            pipe(**call)
+        masked.remove()
+        with pytest.raises(RunError, match="inside 'transformer_blocks"):
+            stepmask.apply(pipe, schedule)
+        with stepmask.apply(pipe, whole_blocks):
+            pipe(**call)
+
+    def test_a_cancelled_run_keeps_its_picture_and_frees_the_store(self) -> None:
+        pipe, call = make("StableDiffusionPipeline")
+        schedule = fixed_interval(all_compute(pipe, stepmask.record(pipe, **call)), 0.6, order=1)
+
+        def cancel(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            pipe._interrupt = step == 1
+            return kwargs
+
+        with stepmask.apply(pipe, schedule) as masked:
+            whole = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+            cancelled = pipe(**call, callback_on_step_end=cancel).images
+            assert cancelled.shape == whole.shape
+            assert masked.store_bytes == 0
+            assert not masked.run.held_tensors()
+            assert torch.equal(pipe(**call, generator=torch.Generator().manual_seed(0)).images, whole)
+            pipe(**call, callback_on_step_end=cancel)
+        assert "maybe_free_model_hooks" not in vars(pipe)
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_two_masks_on_one_scheduler_come_off_in_any_order(self, first: int) -> None:
+        (one, call), (two, _) = make("StableDiffusionPipeline"), make("StableDiffusionPipeline")
+        two.scheduler = one.scheduler
+        schedule = random_table(one, stepmask.record(one, **call))
+        pipes = [one, two]
+        masks = [stepmask.apply(pipe, schedule) for pipe in pipes]
+        left, gone = pipes[1 - first], pipes[first]
+        masks[first].remove()
+        masks[first].remove()
+        before = masks[1 - first].computed_macs
+        left(**call)
+        assert masks[1 - first].computed_macs > before
+        gone(**call)
+        masks[1 - first].remove()
+        assert "step" not in vars(one.scheduler)
+        assert "set_timesteps" not in vars(one.scheduler)
+
+    def test_a_denoiser_masked_as_a_whole_is_not_masked_twice(self) -> None:
+        denoiser = Chain()
+        graph = stepmask.trace(denoiser, (ONE, 0.0), blocks={"layers.0": "output"})
+        alone = type(graph)((graph.blocks[-1].__class__("", (), "output", 1, ((2,),), 8),))
+        schedule = table(alone, "1", "0", denoiser=fingerprint_of(denoiser))
+        with stepmask.apply(denoiser, schedule), pytest.raises(AlreadyApplied):
+            stepmask.apply(denoiser, schedule)
+
+    def test_types_stay_so_pipelines_are_built_from_its_parts(self) -> None:
+        pipe, call = make("StableDiffusionPipeline")
+        schedule = random_table(pipe, stepmask.record(pipe, **call))
+        types = [type(module) for module in pipe.unet.modules()]
+        with stepmask.apply(pipe, schedule):
+            assert [type(module) for module in pipe.unet.modules()] == types
+            other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+            assert other.unet is pipe.unet
+
+
+def lora(pipe: Any, *, targets: list[str]) -> None:
+    from peft import LoraConfig
+
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "late")
+
+
+@pytest.mark.parametrize("targets", [["proj_in", "proj_out"], ["to_q", "to_k"], ["conv1"]])
+def test_an_adapter_on_masked_modules_that_comes_and_goes(targets: list[str]) -> None:
+    pipe, call = make("StableDiffusionPipeline")
+    schedule = random_table(pipe, stepmask.record(pipe, **call))
+    generator = lambda: {"generator": torch.Generator().manual_seed(0)}  # noqa: E731
+
+    lora(pipe, targets=targets)
+    with stepmask.apply(pipe, schedule):
+        adapted = pipe(**call, **generator()).images
+    pipe.unet.delete_adapters("late")
+
+    with stepmask.apply(pipe, schedule):
+        plain = pipe(**call, **generator()).images
+        lora(pipe, targets=targets)
+        assert torch.equal(pipe(**call, **generator()).images, adapted) or not torch.equal(adapted, plain)
+        pipe.unet.delete_adapters("late")
+        pipe(**call, **generator())
+    assert not any(hooks_of(module) for module in pipe.unet.modules())
+
+
+def test_hooks_go_where_a_name_leads_when_a_run_begins() -> None:
+    denoiser = Two()
+    with stepmask.apply(denoiser, two_table("11", "01")) as masked:
+        denoiser(ONE)
+        old = denoiser.layers[0]
+        denoiser.layers[0] = Scale(3.0)
+        masked.restart()
+        assert hooks_of(old) == ()
+        assert denoiser(ONE)[0] == 8.0
+        assert denoiser(TWO)[0] == 3 + 10
+        assert denoiser.layers[0].calls == 1
+
+
+def test_a_denoiser_that_fsdp_has_given_another_class_is_the_same() -> None:
+    class FSDPModule:
+        pass
+
+    denoiser = tiny_dit()
+    before = fingerprint_of(denoiser)
+    denoiser.__class__ = type("FSDPDiTTransformer2DModel", (FSDPModule, type(denoiser)), {})
+    assert fingerprint_of(denoiser) == before
