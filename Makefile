@@ -12,7 +12,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto
 
 slow: $(VENV)/ready
-	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=slow -n auto
+	$(BIN)/python -m pytest tests/test_fuzz.py tests/test_law.py --hypothesis-profile=slow -n auto
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .
