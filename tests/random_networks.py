@@ -150,8 +150,8 @@ def _(block: "Layer", given: Given, y: Any, how: str) -> None:
 
 @trait(BEFORE, "writes a keyword argument", *WRITES)
 def _(block: "Layer", given: Given, y: Any, how: str) -> None:
-    assert given.extra is not None
-    WRITES[how](given.extra)
+    if given.extra is not None:  # a block that another one calls gets none
+        WRITES[how](given.extra)
 
 
 @trait(BEFORE, "writes shared state", "mul_", "add_", "foreach", "out", "setitem")
@@ -174,8 +174,7 @@ def _(block: "Layer", given: Given, y: Tensor, how: str) -> Tensor:
 
 @trait(MIDDLE, "reads a keyword argument")
 def _(block: "Layer", given: Given, y: Tensor, how: str) -> Tensor:
-    assert given.extra is not None
-    return y + 0.5 * given.extra
+    return y if given.extra is None else y + 0.5 * given.extra
 
 
 @trait(MIDDLE, "draws noise", "randn_like", "normal_", "dropout", "rand")

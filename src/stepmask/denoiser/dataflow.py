@@ -104,6 +104,7 @@ class Recorder:
 
     def follow(self, operation: Any, arguments: Any, output: Any, changed: list[Tensor]) -> None:
         """An operation of the code around the blocks."""
+        self._refuse_noise(operation, "the code around the blocks")
         given = list(tensors(arguments))
         for tensor in given:
             self._refuse_hidden(tensor, "the code around the blocks")
@@ -145,7 +146,7 @@ class Recorder:
 
     def follow_inside(self, operation: Any, arguments: Any, output: Any, changed: list[Tensor]) -> None:
         """An operation of a block."""
-        self._refuse_noise(operation)
+        self._refuse_noise(operation, f"block {self.inside!r}")
         if _tells_numbers(operation):
             self.read_by_denoiser.add(self.inside)  # a number may leave it unseen
 
@@ -205,17 +206,27 @@ class Recorder:
         if memory.writer and not (memory.users <= {memory.writer} and memory.is_overwritten):
             raise _state_error(memory.writer)
 
-    def _refuse_noise(self, operation: Any) -> None:
+    def _refuse_noise(self, operation: Any, who: str) -> None:
         is_attention = "scaled_dot_product" in str(operation) or "flash_attention" in str(operation)
         if torch.Tag.nondeterministic_seeded in operation.tags and not is_attention:
             raise TraceError(
-                given=f"block {self.inside!r}, which draws random numbers ({operation})",
-                expected="blocks that answer the same to the same input: to leave one out would shift all later draws",
-                advice="Call .eval() if it is dropout; draw noise outside of blocks, or mask others",
+                given=f"a denoiser whose {who.removeprefix('the ')} draws random numbers ({operation})",
+                expected="the same answer to the same input: to leave one draw out would shift all later ones",
+                advice="Call .eval() if it is dropout; draw noise in the sampler",
             )
 
     def enter(self, name: str, args: Any) -> None:
-        """A block is called."""
+        """A block is called.
+
+        Raises:
+            TraceError: It was called before, or another block calls it, or it is given what another one hid.
+        """
+        if self.inside:
+            raise TraceError(
+                given=f"block {name!r}, which is called inside block {self.inside!r}",
+                expected="blocks that do not contain each other",
+                advice="Mask either the one or the other",
+            )
         if name in self.blocks:
             raise TraceError(
                 given=f"block {name!r}, which is called twice in one evaluation",

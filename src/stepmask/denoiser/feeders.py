@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -54,8 +53,8 @@ class Feeders:
         makers = self._made_from(arguments)
         if not keeps_unread(operation):
             self.elsewhere |= makers
-        self._refuse_hidden(arguments)
-        self._note_effects(operation, changed)
+        self._need_hidden(arguments)
+        self._note_writes(changed)
 
         if self.running:
             self._note_birth(arguments, output)
@@ -74,14 +73,13 @@ class Feeders:
                 for module in self.running:
                     module.own_memory.add(memory)
 
-    def _note_effects(self, operation: Any, changed: list[Tensor]) -> None:
-        """A module that draws random numbers, or writes into older memory, does more than to answer."""
-        draws = torch.Tag.nondeterministic_seeded in operation.tags and "scaled_dot_product" not in str(operation)
+    def _note_writes(self, changed: list[Tensor]) -> None:
+        """A module that writes into older memory does more than to answer."""
         for module in self.running:
-            if draws or any(tensor.untyped_storage()._cdata not in module.own_memory for tensor in changed):
+            if any(tensor.untyped_storage()._cdata not in module.own_memory for tensor in changed):
                 self.elsewhere.add(module.name)
 
-    def _refuse_hidden(self, value: Any) -> None:
+    def _need_hidden(self, value: Any) -> None:
         """Modules that made a tensor without returning it do more than to answer."""
         running = {module.name for module in self.running}
         for tensor in tensors(value):
@@ -90,13 +88,13 @@ class Feeders:
 
     def reach(self, block: str, arguments: Any) -> None:
         """A block is called that answers from the store without a look at its arguments."""
-        self._refuse_hidden(arguments)
+        self._need_hidden(arguments)
         for module in self._made_from(arguments):
             self.reached[module].add(block)
 
     def need(self, value: Any) -> None:
         """The numbers of a value are needed, whatever is computed."""
-        self._refuse_hidden(value)
+        self._need_hidden(value)
         self.elsewhere |= self._made_from(value)
 
     def of(self, block: str) -> tuple[str, ...]:
