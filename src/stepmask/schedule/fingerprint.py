@@ -101,6 +101,10 @@ class SamplerFingerprint:
         if not _close(self.timesteps[0], timestep):
             raise _mismatch(f"a run that begins at timestep {timestep:g}", f"one that begins at {self.timesteps[0]:g}")
 
+    def is_at(self, step: int, timestep: float) -> bool:
+        """Whether a step has that timestep."""
+        return step < self.steps and _close(self.timesteps[step], timestep)
+
     def _is_part_of(self, given: "SamplerFingerprint") -> bool:
         return any(
             all(map(_close, self.timesteps, given.timesteps[start : start + self.steps]))
