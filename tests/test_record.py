@@ -17,7 +17,7 @@ from stepmask.denoiser.modes import Autocast, autocast_now
 from stepmask.denoiser.steps import branches_counted
 from stepmask.denoiser.trajectory import Call, timestep_of_call
 from stepmask.denoiser.values import tensors
-from stepmask.errors import AlreadyApplied, RunError
+from stepmask.errors import AlreadyApplied, LearningError, RunError
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.baselines import fixed_interval
@@ -95,6 +95,18 @@ class TestPlainLoops:
         report = stepmask.evaluate(network, schedule, run=run, repeats=1)
         assert report.rows[1].macs_executed == pytest.approx(report.rows[1].macs_planned)
         assert 0 < report.rows[1].latent_errors[0] < 1
+
+    def test_a_pipeline_s_call_may_be_the_loop(self) -> None:
+        """As for Wan 2.2, which has two denoisers and is guided in two calls."""
+        pipe, call = make("WanPipeline")
+
+        def run(seed: int) -> Tensor:
+            latent: Tensor = pipe(**call, generator=torch.Generator().manual_seed(seed)).frames
+            return latent
+
+        whole, plain = stepmask.record(pipe, **call), stepmask.record(pipe.transformer, run=run)
+        assert (plain.sampler.timesteps, plain.sampler.branches) == (whole.sampler.timesteps, 2)
+        assert torch.equal(plain.sampled.latent, whole.sampled.latent)
 
     @pytest.mark.parametrize(
         ("calls", "told"),
@@ -524,6 +536,15 @@ class TestModes:
         with mode():
             assert stepmask.learn(network, trajectory, 0.6, graph=graph, learner=learner) == plain
 
+    def test_a_pipeline_that_was_loaded_in_inference_mode_is_refused_by_learners(self) -> None:
+        with torch.inference_mode():
+            pipe, call = make("DiTPipeline")
+        trajectory = stepmask.record(pipe, **call)
+        with pytest.raises(LearningError, match=r"loaded under torch\.inference_mode"):
+            stepmask.learn(pipe, trajectory)
+        with pytest.raises(LearningError, match=r"loaded under torch\.inference_mode"):
+            stepmask.sweep(pipe, trajectory)
+
     @pytest.mark.parametrize("mode", MODES)
     def test_the_latent_is_in_the_caller_s_gradient_mode(self, mode: Callable[[], AbstractContextManager[Any]]) -> None:
         pipe, call = dit()
@@ -556,17 +577,26 @@ class TestAutocast:
                 assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
                 assert autocast_now() == (("cpu", torch.float16),)
 
-    @pytest.mark.parametrize("name", ["DiTPipeline", "SanaPipeline"])
-    @pytest.mark.parametrize("learner", [TrainedForecasts(passes=1.2), PerTimestep(iterations=2, rounds=1)])
+    @pytest.mark.parametrize(
+        ("name", "learner"),
+        [("SanaPipeline", PerTimestep(iterations=2, rounds=1)), ("DiTPipeline", TrainedForecasts(passes=1.2))],
+    )
     def test_learning_does_not_depend_on_the_one_around_it(self, name: str, learner: Any) -> None:
         pipe, call = make(name)
-        plain = stepmask.record(pipe, **call)
         with cast():
-            inside = stepmask.record(pipe, **call)
-        for trajectory in (inside, plain):
-            outside = stepmask.learn(pipe, trajectory, 0.7, learner=learner)
-            with cast():
-                assert stepmask.learn(pipe, trajectory, 0.7, learner=learner) == outside
+            trajectory = stepmask.record(pipe, **call)
+        outside = stepmask.learn(pipe, trajectory, 0.7, learner=learner)
+        with cast(torch.float16):
+            assert stepmask.learn(pipe, trajectory, 0.7, learner=learner) == outside
+
+    def test_nor_does_a_sweep_of_a_run_without_any(self) -> None:
+        pipe, call = make("SanaPipeline")
+        trajectory = stepmask.record(pipe, **call)
+        outside = stepmask.sweep(pipe, trajectory, probes=1)
+        with cast():
+            inside = stepmask.sweep(pipe, trajectory, probes=1)
+        assert (inside.inner == outside.inner).all()
+        assert inside.graph == outside.graph
 
     def test_gradients_come_back_through_what_was_cast(self, network: Network) -> None:
         with cast():

@@ -8,7 +8,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.families import denoiser_of, scheduler_of
 from stepmask.denoiser.values import each, tensors
+from stepmask.errors import LearningError
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
@@ -73,3 +75,19 @@ def usable(value: Any) -> Any:
     if not any(tensor.is_inference() for tensor in tensors(value)):
         return value
     return each(lambda tensor: copied(tensor) if tensor.is_inference() else tensor, value)
+
+
+def refuse_made_in_inference_mode(pipe: Any) -> None:
+    """Refuse a pipeline that can have no gradients, for its weights or its sampler's tables were made without.
+
+    Raises:
+        LearningError: It was loaded in inference mode.
+    """
+    denoiser, scheduler = denoiser_of(pipe), scheduler_of(pipe)
+    held = [*denoiser.parameters(), *denoiser.buffers(), *tensors({} if scheduler is None else dict(vars(scheduler)))]
+    if any(tensor.is_inference() for tensor in held):
+        raise LearningError(
+            given=f"a {type(pipe).__name__} that was loaded under torch.inference_mode",
+            expected="weights and a sampler that may take part in gradients",
+            advice="Load the pipeline outside of it; sampling may be inside",
+        )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.families import fingerprint_of, scheduler_of
-from stepmask.denoiser.modes import autocast_now, copied, usable, without_inference_mode
+from stepmask.denoiser.modes import Autocast, autocast_as, autocast_now, copied, usable, without_inference_mode
 from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.other_caches import refuse_other_caches
 from stepmask.denoiser.sampler import describe, timestep_of, watched
@@ -139,15 +139,16 @@ def recorded(
         ClusterError: The executor cannot hand out jobs.
     """
     executor = executor or LocalExecutor()
-    jobs = list(calls.items())
+    jobs = [(seed, call, autocast_now()) for seed, call in calls.items()]
     runs = dict(executor.map(_recorded, executor.share(pipe), jobs, title="recording"))
     return [replace(runs[job], sampling=replace(runs[job].sampling, pipe=pipe)) for job in range(len(jobs))]
 
 
-def _recorded(pipe: Any, job: tuple[int, Mapping[str, Any]]) -> Trajectory:
+def _recorded(pipe: Any, job: tuple[int, Mapping[str, Any], Autocast]) -> Trajectory:
     """A trajectory without its pipeline, which is not for sending."""
-    seed, call = job
-    run = record(pipe, seed=seed, **call)
+    seed, call, autocast = job
+    with autocast_as(autocast):
+        run = record(pipe, seed=seed, **call)
     return replace(run, sampling=replace(run.sampling, pipe=None))
 
 

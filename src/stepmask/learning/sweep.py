@@ -17,7 +17,7 @@ from torch import Tensor
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.memory import peak_memory
-from stepmask.denoiser.modes import autocast_as, own_modes
+from stepmask.denoiser.modes import autocast_as, own_modes, refuse_made_in_inference_mode
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.denoiser.trace import trace
@@ -299,6 +299,7 @@ def _check(pipe: Any, trajectories: Sequence[Trajectory], probes: int, ages: int
         )
     for trajectory in trajectories:
         trajectory.check_pipe(pipe)
+    refuse_made_in_inference_mode(pipe)
     denoiser = denoiser_of(pipe)
     refuse_if_taken(denoiser)
     if any(weight.dtype == torch.float16 and weight.device.type == "cpu" for weight in denoiser.parameters()):
