@@ -1,5 +1,6 @@
 """What `record` takes for a run, how it repeats it, and what it refuses, for the reason that is the true one."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -323,6 +324,31 @@ class TestPipelines:
         with pytest.raises(RunError, match="interrupted after 2 steps"):
             stepmask.record(pipe, **call, callback_on_step_end=stop)
         assert stepmask.record(pipe, **call).steps == STEPS
+
+    def test_a_pipeline_that_only_steps_a_copy_is_refused(self) -> None:
+        class Copying(Uneven):
+            def __call__(self, generator: torch.Generator) -> tuple[Tensor]:
+                self.scheduler.set_timesteps(3)
+                own = copy.deepcopy(self.scheduler)
+                x = torch.randn(2, 4, generator=generator)
+                for t in own.timesteps:
+                    x = own.step(self.transformer(x), t, x, return_dict=False)[0]
+                return (x,)
+
+        with pytest.raises(RunError, match=r"no steps with pipe.scheduler.*not on a copy of it"):
+            stepmask.record(Copying([]))
+
+    def test_timesteps_in_another_order_are_refused(self) -> None:
+        class Back(Uneven):
+            def __call__(self, generator: torch.Generator) -> tuple[Tensor]:
+                self.scheduler.set_timesteps(3)
+                x = torch.randn(2, 4, generator=generator)
+                for t in self.scheduler.timesteps[[0, 2, 1]]:
+                    x = self.scheduler.step(self.transformer(x), t, x, return_dict=False)[0]
+                return (x,)
+
+        with pytest.raises(RunError, match="timestep 0 at step 1"):
+            stepmask.record(Back([]))
 
     def test_a_prefix_whose_keys_and_values_are_cached_is_refused(self) -> None:
         class Prefixed(Uneven):

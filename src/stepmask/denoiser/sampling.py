@@ -185,7 +185,7 @@ def _not_repeatable(given: str) -> RunError:
 
 def _no_step(steps: int) -> RunError:
     return RunError(
-        given=f"a pipeline that took {steps} steps with its scheduler and did not reach its last one",
-        expected="pipe.scheduler.step called once per timestep, on that scheduler and not on a copy of it",
+        given=f"a pipeline that took {steps or 'no'} steps with pipe.scheduler, and not its last one",
+        expected="scheduler.step called once per timestep, on that scheduler and not on a copy of it",
         advice="Ask for more steps, and do not interrupt the run",
     )
