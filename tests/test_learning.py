@@ -342,8 +342,6 @@ class TestRecord:
         assert (len(labels), len(latents)) == (1, 5)
 
     def test_what_cannot_be_repeated_is_refused(self, pipe: Any) -> None:
-        with pytest.raises(RunError, match="generator"):
-            stepmask.record(pipe, class_labels=[1], generator=torch.Generator(), num_inference_steps=2)
         with pytest.raises(RunError, match="without run="):
             stepmask.record(pipe.transformer)
 

@@ -120,8 +120,10 @@ def test_guidance_that_is_switched_off_part_way_is_refused() -> None:
         return tensors
 
     pipe, call = make("StableDiffusionPipeline")
-    call = {**call, "callback_on_step_end": off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     trajectory = stepmask.record(pipe, **call)
+    call = {**call, "callback_on_step_end": off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with pytest.raises(RunError, match=r"'sample' of shape \(2, 4, 8, 8\) at step 2"):
+        stepmask.record(pipe, **call)
     with stepmask.apply(pipe, random_table(pipe, trajectory)), pytest.raises(RunError, match="batch"):
         pipe(**call)
 

@@ -87,7 +87,7 @@ def late() -> tuple[_Start, Task]:
     def run() -> Tensor:
         return sum((denoiser(torch.ones(1, 3), float(step >= 6)) for step in range(8)), torch.zeros(1, 3))
 
-    trajectory = stepmask.record(denoiser, run=run)
+    trajectory = stepmask.record(denoiser, run=run, branches=1)  # evaluations that do not depend on each other
     graph = stepmask.trace(denoiser, trajectory, blocks="*")
     reference = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
     task = Task([trajectory], reference, Budget(macs=0.4), LocalExecutor(), None)

@@ -12,33 +12,18 @@ from stepmask.errors import AlreadyApplied, RunError
 
 
 def refuse_if_taken(denoiser: nn.Module) -> None:
-    """Refuse a denoiser whose blocks have hooks in front of them already, or that diffusers caches.
+    """Refuse a denoiser whose blocks have hooks in front of them already, or that something else caches.
 
     Raises:
         AlreadyApplied: It is taken.
     """
-    refuse_if_cached(denoiser)
     is_masked = any(isinstance(hook, MaskedDenoiser) for hook in hooks_of(denoiser))
     if is_masked or any(hooks_of(module) for name, module in denoiser.named_modules() if name):
-        raise _taken_error(denoiser, "masked", "Call .remove() on the first schedule")
-
-
-def refuse_if_cached(denoiser: nn.Module) -> None:
-    """Refuse a denoiser that diffusers caches.
-
-    Raises:
-        AlreadyApplied: It does.
-    """
-    if getattr(denoiser, "is_cache_enabled", False):
-        raise _taken_error(denoiser, "cached by diffusers", "Call denoiser.disable_cache() first")
-
-
-def _taken_error(denoiser: nn.Module, how: str, advice: str) -> AlreadyApplied:
-    return AlreadyApplied(
-        given=f"a {type(denoiser).__name__} that is {how} already",
-        expected="a denoiser that nothing else skips",
-        advice=advice,
-    )
+        raise AlreadyApplied(
+            given=f"a {type(denoiser).__name__} that is masked already",
+            expected="a denoiser that nothing else skips",
+            advice="Call .remove() on the first schedule",
+        )
 
 
 def refuse_if_compiled(denoiser: nn.Module) -> None:

@@ -8,8 +8,8 @@ from typing import Any, Self
 from torch import nn
 
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
+from stepmask.denoiser.other_caches import refuse_other_caches
 from stepmask.denoiser.refusals import (
-    refuse_if_cached,
     refuse_if_compiled,
     refuse_if_inside_compiled,
     refuse_if_replaced,
@@ -49,7 +49,7 @@ def apply(pipe: Any, schedule: MaskSchedule | Sequence[MaskSchedule], *, store: 
     Raises:
         ScheduleMismatch: The schedule is for another denoiser, or names blocks that are not there; or several are not
             one for each branch, over the same blocks and sampler.
-        AlreadyApplied: The denoiser is masked, or cached by diffusers, already.
+        AlreadyApplied: The denoiser is masked, or cached by something else, already.
         RunError: The denoiser is compiled as a whole, or a block lies inside a module that is compiled.
         InvalidStore: What the denoiser's device holds cannot be put into the store.
     """
@@ -68,6 +68,7 @@ class Masked:
         self.denoiser = denoiser_of(pipe)
         self.scheduler = scheduler_of(pipe)
         self.store = store
+        refuse_other_caches(pipe)
         refuse_if_taken(self.denoiser)
         refuse_if_compiled(self.denoiser)
         _check_branches(schedules)
@@ -157,12 +158,12 @@ class Masked:
         """Begin a new run at step 0 with an empty store. A pipeline's scheduler does this by itself.
 
         Raises:
-            AlreadyApplied: diffusers caches the denoiser by now.
+            AlreadyApplied: Something else caches the denoiser by now.
             RunError: The denoiser, or a module around a block, was compiled.
             ScheduleMismatch: A block is not there any more.
         """
         self.run.stop()
-        refuse_if_cached(self.denoiser)
+        refuse_other_caches(self.pipe)
         refuse_if_compiled(self.denoiser)
         self._attach()
         self.run.start()

@@ -8,7 +8,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 import numpy as np
@@ -17,31 +17,95 @@ from torch import Tensor
 
 from stepmask.schedule.fingerprint import SamplerFingerprint
 
+_OWN_STATE = "__getstate__"
+"""What `copy` and `pickle` ask an object for; on the instance it is found before the class's."""
+
 
 @contextmanager
 def watched(scheduler: Any, method: str, after: Callable[..., None]) -> Iterator[None]:
-    """Call `after(result, *args, **kwargs)` after every `scheduler.method(*args, **kwargs)` while the context lasts."""
-    original, own = getattr(scheduler, method), vars(scheduler).get(method)
+    """Call `after(result, *args, **kwargs)` after every `scheduler.method(*args, **kwargs)` while the context lasts.
 
-    @wraps(original)
-    def watch(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        after(result, *args, **kwargs)
-        return result
-
-    setattr(scheduler, method, watch)
+    Any number of contexts may watch one scheduler, and end in any order. A copy or a pickle of a watched scheduler is
+    watched by nobody.
+    """
+    watch = _Watch.of(scheduler, method)
+    listener = object()  # so that one function may listen twice
+    watch.listeners[listener] = after
     try:
         yield
     finally:
-        delattr(scheduler, method)
-        if own is not None:
-            setattr(scheduler, method, own)
+        del watch.listeners[listener]
+        if not watch.listeners:
+            watch.leave()
+
+
+class _Watch:
+    """Stands on a scheduler in place of one of its methods, and tells whoever listens of every call.
+
+    Args:
+        scheduler: The scheduler.
+        method: The method's name.
+    """
+
+    def __init__(self, scheduler: Any, method: str) -> None:
+        self.scheduler = scheduler
+        self.method = method
+        self.own = {name: value for name, value in vars(scheduler).items() if name == method}
+        self.original = getattr(scheduler, method)
+        self.listeners: dict[object, Callable[..., None]] = {}
+        update_wrapper(self, self.original)  # pipelines look at the signature
+
+    @classmethod
+    def of(cls, scheduler: Any, method: str) -> "_Watch":
+        """The watch that stands there already, or a new one."""
+        there = vars(scheduler).get(method)
+        if isinstance(there, cls) and there.scheduler is scheduler:
+            return there
+        watch = cls(scheduler, method)
+        setattr(scheduler, method, watch)
+        vars(scheduler).setdefault(_OWN_STATE, _Unwatched(scheduler))
+        return watch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.original(*args, **kwargs)
+        for after in tuple(self.listeners.values()):
+            after(result, *args, **kwargs)
+        return result
+
+    def leave(self) -> None:
+        """Put back what stood there. What somebody put in front meanwhile stays."""
+        held = vars(self.scheduler)
+        if held.get(self.method) is self:
+            del held[self.method]
+            held.update(self.own)
+        last = not any(isinstance(value, _Watch) for value in held.values())
+        if last and isinstance(held.get(_OWN_STATE), _Unwatched):
+            del held[_OWN_STATE]
+
+
+class _Unwatched:
+    """Stands on a watched scheduler: a copy or a pickle is made of what it has besides its watches."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def __call__(self) -> Any:
+        kind: Any = type(self.scheduler)
+        state = kind.__getstate__(self.scheduler)
+        if not isinstance(state, dict):
+            return state
+        bare = {name: value for name, value in state.items() if not isinstance(value, _Watch | _Unwatched)}
+        for value in state.values():
+            if isinstance(value, _Watch):
+                bare.update(value.own)
+        return bare
 
 
 def timestep_of(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """The timestep among the arguments of a call of `scheduler.step`: mostly the second, but not of all."""
     names = list(inspect.signature(type(scheduler).step).parameters)[1:]
-    return float({**dict(zip(names, args, strict=False)), **kwargs}["timestep"])
+    given = {**dict(zip(names, args, strict=False)), **kwargs}["timestep"]
+    return float(given.max() if isinstance(given, Tensor) else given)  # some hand over one per sample
 
 
 def describe(scheduler: Any, branches: int = 1) -> SamplerFingerprint:

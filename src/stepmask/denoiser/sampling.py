@@ -1,15 +1,18 @@
 """`Sampling`: one run of a sampler that can be repeated exactly."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepmask.denoiser.families import denoiser_of, scheduler_of
+from stepmask.denoiser.modes import Autocast, autocast_as, copied, usable, without_inference_mode
+from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.sampler import watched
 from stepmask.errors import RunError
 
@@ -37,45 +40,51 @@ class Sampling:
 
     Args:
         pipe: A pipeline; or a plain denoiser, with `run`.
-        call: Keyword arguments of the pipeline, without a generator.
-        seed: Of the generator, made anew for every run.
-        run: For a plain denoiser: a function without arguments that samples and returns the final latent.
+        call: Keyword arguments of the pipeline, without a generator; for `run` those that it names.
+        seed: Of the generator, made anew for every run, and of torch's own, which is put back afterwards. `None` = 0,
+            and what `run` has as its own default.
+        run: For a plain denoiser: a function that samples and returns the final latent.
         steps: How often the scheduler steps; `None` = as often as it has timesteps. img2img skips some.
+        branches: Evaluations per step; `None` = not known before the run.
+        noise: Of the caller's own generators; `None` = one of the seed.
+        autocast: Where autocast is on in the run; `None` = where it is around the caller.
     """
 
     pipe: Any
     call: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    run: Callable[[], Tensor] | None = None
+    seed: int | None = None
+    run: Callable[..., Tensor] | None = None
     steps: int | None = None
+    branches: int | None = None
+    noise: Noise | None = None
+    autocast: Autocast | None = None
 
     @property
     def denoiser(self) -> nn.Module:
         """The network that the sampler calls."""
         return denoiser_of(self.pipe)
 
-    @torch.no_grad()
     def __call__(self) -> Sampled:
         """Run once, without gradients.
 
         Raises:
-            RunError: A plain denoiser without `run`, a generator among the arguments, or a run without a step.
+            RunError: A plain denoiser without `run`, arguments that `run` does not name, a generator among the
+                arguments, a run without a step, or one that was interrupted.
         """
-        if self.run is not None:
-            return Sampled(latent := self.run(), latent)
-        self._check_repeatable()
-        latents: list[Tensor] = []
-        handed: list[Tensor] = []
+        with self._repeated(), torch.no_grad():
+            if self.run is not None:
+                latent = usable(self.run(**self._told(self.run)))
+                return Sampled(latent, latent)
+            latents: list[Tensor] = []
+            handed: list[Tensor] = []
 
-        def keep(result: Any, model_output: Tensor, *_: Any, **__: Any) -> None:
-            latents.append(result[0].detach())
-            handed.append(model_output.detach().clone())
+            def keep(result: Any, model_output: Tensor, *_: Any, **__: Any) -> None:
+                latents.append(usable(result[0].detach()))
+                handed.append(copied(model_output))
 
-        with watched(scheduler_of(self.pipe), "step", keep), torch.random.fork_rng():
-            torch.manual_seed(self.seed)  # for what takes no generator
-            output = self.pipe(**self.call, **self._generator())
-        if not latents:
-            raise _no_step()
+            with watched(scheduler_of(self.pipe), "step", keep):
+                output = self.pipe(**self.call, **self._generator())
+        self._check_ended(len(latents))
         return Sampled(latents[-1], output, tuple(handed), tuple(latents))
 
     def latent(self) -> Tensor:
@@ -84,9 +93,10 @@ class Sampling:
         Raises:
             RunError: As for a whole run.
         """
-        if self.run is not None:
-            return self.run()
-        self._check_repeatable()
+        with self._repeated():
+            return self._latent_of_steps() if self.run is None else self.run(**self._told(self.run))
+
+    def _latent_of_steps(self) -> Tensor:
         scheduler: Any = scheduler_of(self.pipe)
         undecorated = inspect.unwrap(type(self.pipe).__call__)
         done: list[Tensor] = []
@@ -96,33 +106,86 @@ class Sampling:
             if len(done) == (self.steps or len(scheduler.timesteps)):
                 raise _LastStep
 
-        with watched(scheduler, "step", stop_after_the_last), torch.random.fork_rng(), suppress(_LastStep):
-            torch.manual_seed(self.seed)
+        with watched(scheduler, "step", stop_after_the_last), suppress(_LastStep):
             undecorated(self.pipe, **self.call, **self._generator())
-            raise _no_step()
+            self._check_ended(len(done))
+            raise _no_step(len(done))
         return done[-1]
 
+    @contextmanager
+    def _repeated(self) -> Iterator[None]:
+        """The generators of torch, inference mode and autocast as in every other run of this sampling."""
+        self._check_repeatable()
+        with torch.random.fork_rng(), without_inference_mode(), autocast_as(self.autocast):
+            torch.manual_seed(self.seed or 0)  # for what takes no generator
+            yield
+
     def _check_repeatable(self) -> None:
-        if isinstance(self.pipe, nn.Module) or "generator" in self.call:
+        if self.run is None and isinstance(self.pipe, nn.Module):
+            raise _not_repeatable("a plain module without run=")
+        if "generator" in self.call:
+            raise _not_repeatable("a generator")
+
+    def _check_ended(self, steps: int) -> None:
+        """Refuse a run that took no step, or that somebody stopped: diffusers' loops go on without evaluating."""
+        if getattr(self.pipe, "_interrupt", False) is True:
             raise RunError(
-                given="a plain module without run=" if isinstance(self.pipe, nn.Module) else "a generator",
-                expected="a run that can be repeated exactly",
-                advice="Pass run=function for a plain module, and seed= instead of a generator for a pipeline",
+                given=f"a run that was interrupted after {steps} steps (pipe._interrupt)",
+                expected="a run to the end",
+                advice="Do not interrupt it, or ask for fewer steps",
             )
+        if not steps:
+            raise _no_step(steps)
 
     def _generator(self) -> dict[str, Any]:
+        """The generator, or generators, for a pipeline that takes one."""
+        if self.noise is not None:
+            return {"generator": self.noise.fresh()}
         if "generator" not in inspect.signature(self.pipe.__call__).parameters:
             return {}
-        return {"generator": torch.Generator("cpu").manual_seed(self.seed)}
+        return {"generator": torch.Generator("cpu").manual_seed(self.seed or 0)}
+
+    def _told(self, run: Callable[..., Tensor]) -> dict[str, Any]:
+        """What `run` is called with: the arguments, and the seed if it names one.
+
+        Raises:
+            RunError: It does not name one of the arguments.
+        """
+        given = dict(self.call) if self.noise is None else {**self.call, "generator": self.noise.fresh()}
+        parameters = inspect.signature(run).parameters
+        named = {name for name, parameter in parameters.items() if parameter.kind in _BY_NAME}
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        if not takes_any and (unknown := sorted(given.keys() - named)):
+            raise RunError(
+                given=f"{', '.join(unknown)} for a run= that does not name {'it' if len(unknown) == 1 else 'them'}",
+                expected=f"arguments that it names: {', '.join(sorted(named)) or 'it has none'}",
+                advice="Give the function such a parameter, or leave the argument out",
+            )
+        seed = self.seed
+        if "seed" in named and seed is None and parameters["seed"].default is inspect.Parameter.empty:
+            seed = 0
+        bound = run.keywords if isinstance(run, partial) else {}
+        return given if "seed" not in named or "seed" in bound or seed is None else {**given, "seed": seed}
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class _LastStep(BaseException):
     """The last step is done."""
 
 
-def _no_step() -> RunError:
+def _not_repeatable(given: str) -> RunError:
     return RunError(
-        given="a pipeline that did not reach its last step",
-        expected="scheduler.step called once per timestep",
+        given=given,
+        expected="a run that can be repeated exactly",
+        advice="Pass run=function for a plain module, and seed= instead of a generator for a pipeline",
+    )
+
+
+def _no_step(steps: int) -> RunError:
+    return RunError(
+        given=f"a pipeline that took {steps or 'no'} steps with pipe.scheduler, and not its last one",
+        expected="scheduler.step called once per timestep, on that scheduler and not on a copy of it",
         advice="Ask for more steps, and do not interrupt the run",
     )

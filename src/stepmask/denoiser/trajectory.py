@@ -1,19 +1,31 @@
 """`record`: run a pipeline as it is and keep what its denoiser was given; never its features."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.families import fingerprint_of, scheduler_of
+from stepmask.denoiser.modes import Autocast, autocast_as, autocast_now, copied, usable, without_inference_mode
+from stepmask.denoiser.noise import Noise
+from stepmask.denoiser.other_caches import refuse_other_caches
 from stepmask.denoiser.sampler import describe, timestep_of, watched
 from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import Hook, attached
-from stepmask.denoiser.values import each, tensors
+from stepmask.denoiser.steps import (
+    branches_counted,
+    branches_of_a_loop,
+    check_branches,
+    check_one_pass,
+    check_shapes,
+    check_told,
+)
+from stepmask.denoiser.values import each, first, tensors
 from stepmask.errors import LearningError, RunError
 from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
@@ -71,22 +83,42 @@ class Trajectory:
         return self.calls[where], self.outputs[where]
 
 
-def record(pipe: Any, *, seed: int = 0, run: Callable[[], Tensor] | None = None, **call: Any) -> Trajectory:
+def record(
+    pipe: Any,
+    *,
+    seed: int | None = None,
+    run: Callable[..., Tensor] | None = None,
+    branches: int | None = None,
+    **call: Any,
+) -> Trajectory:
     """Run a pipeline once as it is and keep what its denoiser was given.
 
         trajectory = stepmask.record(pipe, class_labels=[207, 360], num_inference_steps=20)
 
+    Gradients and inference mode are as `record` needs them, whatever they are around it. Autocast is kept with the
+    trajectory: the run is repeated under it, and the schedule learned for it.
+
     Args:
         pipe: A diffusers pipeline, or a plain denoiser together with `run`.
-        seed: Of the generator handed to the pipeline.
-        run: For a plain denoiser: a function without arguments that samples with it and returns the final latent.
-        **call: Arguments of the pipeline.
+        seed: Of the generator handed to the pipeline, and of torch's own generator while the run lasts; `None` = 0.
+        run: For a plain denoiser: a function that samples with it and returns the final latent. It is called with
+            those of the arguments that it names, and with the seed if it names that and one is given.
+        branches: Evaluations of a plain denoiser per step; `None` = as many as there are at each timestep, where one
+            does not depend on the other's answer. A pipeline's are counted.
+        **call: Arguments of the pipeline, or of `run`. A generator, or a list of them, is left untouched: every
+            repetition draws what it would have drawn now.
 
     Raises:
-        RunError: The run cannot be repeated exactly, or its evaluations do not divide into steps.
+        RunError: The run cannot be repeated exactly, was interrupted, samples in several passes, or its steps are not
+            alike: in the number of evaluations, or in the shapes of what the denoiser is given and answers.
+        AlreadyApplied: Something else caches the denoiser.
         LearningError: The run gave latents that are not finite.
     """
-    return record_sampling(Sampling(pipe, call, seed, run))
+    refuse_other_caches(pipe)
+    noise = Noise.of(call.pop("generator", None))
+    return record_sampling(
+        Sampling(pipe, usable(call), seed, run, branches=branches, noise=noise, autocast=autocast_now())
+    )
 
 
 def recorded(
@@ -107,62 +139,111 @@ def recorded(
         ClusterError: The executor cannot hand out jobs.
     """
     executor = executor or LocalExecutor()
-    jobs = list(calls.items())
+    jobs = [(seed, call, autocast_now()) for seed, call in calls.items()]
     runs = dict(executor.map(_recorded, executor.share(pipe), jobs, title="recording"))
     return [replace(runs[job], sampling=replace(runs[job].sampling, pipe=pipe)) for job in range(len(jobs))]
 
 
-def _recorded(pipe: Any, job: tuple[int, Mapping[str, Any]]) -> Trajectory:
+def _recorded(pipe: Any, job: tuple[int, Mapping[str, Any], Autocast]) -> Trajectory:
     """A trajectory without its pipeline, which is not for sending."""
-    seed, call = job
-    run = record(pipe, seed=seed, **call)
+    seed, call, autocast = job
+    with autocast_as(autocast):
+        run = record(pipe, seed=seed, **call)
     return replace(run, sampling=replace(run.sampling, pipe=None))
 
 
 def record_sampling(sampling: Sampling) -> Trajectory:
     """Run a sampling once and keep what its denoiser was given. It may be masked: then that is what is recorded."""
-    listener, sequence, stepped = _Listener(), list[SamplerFingerprint](), list[float]()
-    scheduler = scheduler_of(sampling.pipe)
-    with ExitStack() as stack:
-        if scheduler is not None and sampling.run is None:
-            stack.enter_context(
-                watched(scheduler, "set_timesteps", lambda *_, **__: sequence.append(describe(scheduler)))
-            )
-            stack.enter_context(
-                watched(
-                    scheduler, "step", lambda _, *args, **kwargs: stepped.append(timestep_of(scheduler, args, kwargs))
-                )
-            )
-        stack.enter_context(attached({sampling.denoiser: listener}))
-        sampled = sampling()
-    if not all(torch.isfinite(tensor).all() for tensor in tensors(sampled.latent)):
+    with without_inference_mode():
+        listener = _Listener()
+        with _steps_seen(sampling, listener) as seen, attached({sampling.denoiser: listener}):
+            sampled = sampling()
+        _check_finite(sampled.latent)
+        sampler = _sampler(seen, listener, sampling)
+        check_shapes(_named(sampling.denoiser, listener.calls), listener.outputs, sampler.branches)
+        return Trajectory(
+            calls=tuple(listener.calls),
+            outputs=tuple(listener.outputs),
+            sampled=sampled,
+            sampling=replace(sampling, steps=len(seen.timesteps) or None, branches=sampler.branches),
+            denoiser=fingerprint_of(sampling.denoiser),
+            sampler=sampler,
+        )
+
+
+@dataclass
+class _Seen:
+    """What a run's scheduler did.
+
+    Args:
+        sequence: What it was like each time its timesteps were set.
+        sets: How many steps had been taken then.
+        timesteps: Of each step.
+        evaluations: How many there had been at each step.
+    """
+
+    sequence: list[SamplerFingerprint] = field(default_factory=list)
+    sets: list[int] = field(default_factory=list)
+    timesteps: list[float] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
+
+
+@contextmanager
+def _steps_seen(sampling: Sampling, listener: "_Listener") -> Iterator[_Seen]:
+    """Watch the scheduler while the context lasts; a plain denoiser has none."""
+    seen, scheduler = _Seen(), scheduler_of(sampling.pipe)
+
+    def when_set(*_: Any, **__: Any) -> None:
+        seen.sequence.append(describe(scheduler))
+        seen.sets.append(len(seen.timesteps))
+
+    def when_stepped(_: Any, *args: Any, **kwargs: Any) -> None:
+        seen.timesteps.append(timestep_of(scheduler, args, kwargs))
+        seen.evaluations.append(len(listener.calls))
+
+    if scheduler is None or sampling.run is not None:
+        yield seen
+        return
+    with watched(scheduler, "set_timesteps", when_set), watched(scheduler, "step", when_stepped):
+        yield seen
+
+
+def _check_finite(latent: Any) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors(latent)):
         raise LearningError(
             given="a run whose final latent is not finite",
             expected="finite latents",
             advice="Check the pipeline's dtype: half precision overflows on CPU",
         )
-    return Trajectory(
-        calls=tuple(listener.calls),
-        outputs=tuple(listener.outputs),
-        sampled=sampled,
-        sampling=replace(sampling, steps=len(stepped) or None),
-        denoiser=fingerprint_of(sampling.denoiser),
-        sampler=_sampler(sequence, stepped, listener.calls),
-    )
 
 
-def _sampler(sequence: list[SamplerFingerprint], stepped: list[float], calls: list[Call]) -> SamplerFingerprint:
+def _sampler(seen: _Seen, listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
     """The sampler's fingerprint with its branches counted; for a plain loop, the timesteps it handed over."""
-    if not sequence:
-        return SamplerFingerprint("", tuple(timestep_of_call(call, step) for step, call in enumerate(calls)))
-    branches, rest = divmod(len(calls), len(stepped))
-    if rest or not branches:
+    if not seen.sequence:
+        return _loop(listener, sampling)
+    start, steps = seen.timesteps[0], len(seen.timesteps)
+    sampler = seen.sequence[-1].part(start, steps)
+    check_one_pass(seen.sets, seen.timesteps, sampler)
+    branches = branches_counted(seen.evaluations, len(listener.calls))
+    check_told(sampling.branches, branches)
+    return replace(sampler, branches=branches)
+
+
+def _loop(listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
+    """A plain loop: told by the timesteps of its evaluations."""
+    calls, branches = listener.calls, sampling.branches
+    if not calls:
         raise RunError(
-            given=f"{len(calls)} evaluations of the denoiser in {len(stepped)} sampling steps",
-            expected="the same number of evaluations at every step",
-            advice="Keep guidance on or off for the whole run",
+            given="a run= that never called the denoiser",
+            expected="evaluations of the module that is recorded",
+            advice="Let the function call this very module",
         )
-    return replace(sequence[-1].part(stepped[0], len(stepped)), branches=branches)
+    if branches is None:
+        timesteps = [timestep_of_call(call, index) for index, call in enumerate(calls)]
+        branches = branches_of_a_loop(timesteps, lambda first, at: _depends(sampling, listener, first, at))
+    timesteps = [timestep_of_call(call, index // max(branches, 1)) for index, call in enumerate(calls)]
+    check_branches(branches, timesteps)
+    return SamplerFingerprint("", tuple(timesteps[::branches]), branches=branches)
 
 
 def timestep_of_call(call: Call, step: int) -> float:
@@ -175,6 +256,27 @@ def timestep_of_call(call: Call, step: int) -> float:
     return float(given) if isinstance(given, int | float) else float(step)
 
 
+def _named(denoiser: nn.Module, calls: Sequence[Call]) -> list[dict[str, Any]]:
+    """The arguments of each call by their names."""
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    return [{**dict(zip(names, call.args, strict=False)), **call.kwargs} for call in calls]
+
+
+def _depends(sampling: Sampling, listener: "_Listener", first_of_all: int, at: int) -> bool:
+    """Whether an evaluation is given something that the answers from another one on made.
+
+    Two evaluations of one latent do not depend on each other. Else the run is repeated up to there, without the
+    denoiser: answered as it was recorded, but for the answers in question.
+    """
+    latents = [first(call.args, call.kwargs) for call in (listener.calls[first_of_all], listener.calls[at])]
+    if _same(*latents):
+        return False
+    replay = _Replay(listener, first_of_all, at)
+    with attached({sampling.denoiser: replay}), suppress(_SeenEnough):
+        sampling()
+    return replay.differs
+
+
 class _Listener(Hook):
     """Stands in front of the denoiser and keeps what it is given and says."""
 
@@ -185,7 +287,7 @@ class _Listener(Hook):
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls.append(self._kept(args, kwargs))
         output = call(*args, **kwargs)
-        self.outputs.append(each(lambda tensor: tensor.detach().clone(), output))
+        self.outputs.append(each(copied, output))
         return output
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -202,4 +304,42 @@ def _keep(leaf: Any, old: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     same = isinstance(old, Tensor) and old.shape == leaf.shape and torch.equal(old, leaf)
-    return old if same else leaf.detach().clone()
+    return old if same else copied(leaf)
+
+
+class _Replay(Hook):
+    """Stands in front of the denoiser and answers from a recording, but changes the answers from some place on.
+
+    Args:
+        listener: The recording.
+        first: The first evaluation whose answer is changed.
+        at: The one that is compared with what was recorded; there the run ends.
+    """
+
+    def __init__(self, listener: _Listener, first: int, at: int) -> None:
+        self.listener, self.first, self.at = listener, first, at
+        self.evaluation = 0
+        self.differs = True
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        now, self.evaluation = self.evaluation, self.evaluation + 1
+        if now == self.at:
+            recorded = self.listener.calls[now]
+            self.differs = not _same(list(tensors((args, kwargs))), list(tensors((recorded.args, recorded.kwargs))))
+            raise _SeenEnough
+        change = 1.0 if now >= self.first else 0.0
+        return each(
+            lambda tensor: tensor + change if tensor.is_floating_point() else tensor.clone(), self.listener.outputs[now]
+        )
+
+
+class _SeenEnough(BaseException):
+    """The evaluation in question was reached."""
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(_equal, some, others))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)

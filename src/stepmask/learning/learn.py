@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stepmask.denoiser.identity import claim_for, digest
+from stepmask.denoiser.modes import autocast_as, own_modes, refuse_made_in_inference_mode
 from stepmask.denoiser.timing import time_blocks
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
@@ -27,6 +28,7 @@ class Learner(Protocol):
         """The table."""
 
 
+@own_modes()
 def learn(
     pipe: Any,
     trajectory: Trajectory | Sequence[Trajectory],
@@ -42,6 +44,9 @@ def learn(
         labels = [[207, 360], [1, 17], [88, 279]]
         trajectories = [stepmask.record(pipe, class_labels=few, num_inference_steps=20) for few in labels]
         schedule = stepmask.learn(pipe, trajectories, budget=0.5)
+
+    Gradients are on, inference mode and autocast off, whatever they are around the call; runs are repeated under the
+    autocast that they were recorded under.
 
     Args:
         pipe: The pipeline, or plain denoiser, that the trajectory was recorded from.
@@ -65,7 +70,9 @@ def learn(
     trajectories = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
     _check(pipe, trajectories)
     budget = Budget.of(budget)
-    graph, folder = graph or trace(pipe, trajectories[0]), Path(folder) if folder else None
+    with autocast_as(trajectories[0].sampling.autocast):
+        graph = graph or trace(pipe, trajectories[0])
+    folder = Path(folder) if folder else None
     if folder:
         claim_for(pipe, folder)
     executor = executor or LocalExecutor()
@@ -82,7 +89,8 @@ def learn(
 
 
 def _timed(trajectory: Trajectory, graph: BlockGraph) -> BlockGraph:
-    return time_blocks(trajectory.sampling.pipe, trajectory, graph)
+    with autocast_as(trajectory.sampling.autocast):
+        return time_blocks(trajectory.sampling.pipe, trajectory, graph)
 
 
 TIMES = Kind[BlockGraph, BlockGraph](
@@ -102,6 +110,7 @@ def _check(pipe: Any, trajectories: Sequence[Trajectory]) -> None:
         )
     for trajectory in trajectories:
         trajectory.check_pipe(pipe)
+    refuse_made_in_inference_mode(pipe)
     if len({trajectory.sampler for trajectory in trajectories}) > 1:
         raise LearningError(
             given="trajectories of several samplers or step counts",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from stepmask.denoiser.modes import autocast_as
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.trajectory import Trajectory, record_sampling
 from stepmask.errors import LearningError
@@ -126,7 +127,9 @@ class PerTimestep:
 
 
 def _learn_row(trajectories: Sequence[Trajectory], job: StepJob) -> Floats:
-    return learn_step(trajectories[0].sampling.denoiser, job)
+    sampling = trajectories[0].sampling
+    with autocast_as(sampling.autocast):
+        return learn_step(sampling.denoiser, job)
 
 
 ROW = Kind[StepJob, Floats](

@@ -17,6 +17,7 @@ from torch import Tensor
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.memory import peak_memory
+from stepmask.denoiser.modes import autocast_as, own_modes, refuse_made_in_inference_mode
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.denoiser.trace import trace
@@ -42,6 +43,7 @@ FIRST_SEED = 0x50524F42
 """Probes must not be drawn like the noise that a run begins with: the final sample correlates with that."""
 
 
+@own_modes()
 def sweep(
     pipe: Any,
     trajectory: Trajectory | Sequence[Trajectory],
@@ -94,7 +96,8 @@ def sweep(
     """
     trajectories = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
     _check(pipe, trajectories, probes, ages)
-    graph = graph or (around.graph if around else trace(pipe, trajectories[0]))
+    with autocast_as(trajectories[0].sampling.autocast):
+        graph = graph or (around.graph if around else trace(pipe, trajectories[0]))
     around = around or MaskSchedule.all_compute(graph, trajectories[0].denoiser, trajectories[0].sampler)
     _check_graphs(graph, around.graph)
     for each in trajectories:
@@ -104,7 +107,8 @@ def sweep(
     if folder:
         _check_named(decode)
         claim_for(pipe, folder)
-    predicted = predict(trajectories[0], graph, around=around, ages=ages, checkpoint_blocks=checkpoint_blocks)
+    with autocast_as(trajectories[0].sampling.autocast):
+        predicted = predict(trajectories[0], graph, around=around, ages=ages, checkpoint_blocks=checkpoint_blocks)
     log.info("a sweep is about to take %.0f MiB on top of what is in use", predicted / 2**20)
     parts = min(probes, ceil(executor.workers / len(trajectories)))
     numbers = [range(seed + probes * part // parts, seed + probes * (part + 1) // parts) for part in range(parts)]
@@ -295,6 +299,7 @@ def _check(pipe: Any, trajectories: Sequence[Trajectory], probes: int, ages: int
         )
     for trajectory in trajectories:
         trajectory.check_pipe(pipe)
+    refuse_made_in_inference_mode(pipe)
     denoiser = denoiser_of(pipe)
     refuse_if_taken(denoiser)
     if any(weight.dtype == torch.float16 and weight.device.type == "cpu" for weight in denoiser.parameters()):

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from stepmask.denoiser.families import casts_weights
+from stepmask.denoiser.modes import in_this_autocast
 from stepmask.denoiser.seam import Hook, attached_by_name
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import each, forecast, tensors, to_output, to_stored_form
@@ -83,7 +84,7 @@ class Tape(Hook):
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation as a node of the autograd graph."""
-        run, inputs = as_function(call, args, kwargs)
+        run, inputs = as_function(in_this_autocast(call), args, kwargs)
         step, branch = divmod(self.evaluation, self.branches)
         self.evaluation += 1
         _check_finite(inputs, f"a latent at step {step}")
@@ -349,6 +350,7 @@ class _Seat(Hook):
                 output = to_output(self.block.reuse, self.blend(self.value), args, kwargs)
         else:
             if self.value is None:
+                run = in_this_autocast(run)
                 self.again = lambda: to_stored_form(self.block.reuse, run(), args, kwargs)
             output = to_output(self.block.reuse, self.told, args, kwargs)
         self.said = each(_apart, output) if torch.is_grad_enabled() else output

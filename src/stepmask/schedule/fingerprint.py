@@ -115,6 +115,10 @@ class SamplerFingerprint:
         if not _close(self.timesteps[step], timestep):
             raise _mismatch(f"timestep {timestep:g} at step {step}", f"timestep {self.timesteps[step]:g}")
 
+    def is_at(self, step: int, timestep: float) -> bool:
+        """Whether a step has that timestep."""
+        return step < self.steps and _close(self.timesteps[step], timestep)
+
     def _is_part_of(self, given: "SamplerFingerprint") -> bool:
         return any(
             all(map(_close, self.timesteps, given.timesteps[start : start + self.steps]))

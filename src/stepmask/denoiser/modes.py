@@ -1,0 +1,93 @@
+"""Modes of torch around a call, gradients, inference mode and autocast: what is recorded must not depend on them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from stepmask.denoiser.families import denoiser_of, scheduler_of
+from stepmask.denoiser.values import each, tensors
+from stepmask.errors import LearningError
+
+Parameters = ParamSpec("Parameters")
+Answer = TypeVar("Answer")
+
+Autocast = tuple[tuple[str, torch.dtype], ...]
+"""The devices on which autocast is on, with its dtype there."""
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def autocast_now() -> Autocast:
+    """Where autocast is on around the caller."""
+    return tuple((device, torch.get_autocast_dtype(device)) for device in DEVICES if torch.is_autocast_enabled(device))
+
+
+@contextmanager
+def autocast_as(state: Autocast | None) -> Iterator[None]:
+    """Autocast as it was when `autocast_now` said so; `None` = as it is around the caller."""
+    wanted, present = dict(autocast_now() if state is None else state), dict(autocast_now())
+    with ExitStack() as stack:
+        for device in DEVICES:
+            if wanted.get(device) != present.get(device):
+                stack.enter_context(torch.autocast(device, dtype=wanted.get(device), enabled=device in wanted))
+        yield
+
+
+def in_this_autocast(function: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
+    """The function under the autocast of now, whenever it is called: gradients come back when that has long ended."""
+    state = autocast_now()
+
+    @wraps(function)
+    def under(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Answer:
+        with autocast_as(state):
+            return function(*args, **kwargs)
+
+    return under
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Gradients on, inference mode and autocast off, whatever they are around the caller."""
+    with torch.inference_mode(False), torch.enable_grad(), autocast_as(()):
+        yield
+
+
+@contextmanager
+def without_inference_mode() -> Iterator[None]:
+    """No inference mode, and gradients as they are around the caller."""
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):  # the first would switch them on
+        yield
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A detached copy that may take part in gradients, whatever mode the original was made in."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
+
+
+def usable(value: Any) -> Any:
+    """The value, with copies of those of its tensors that were made in inference mode and can have no gradients."""
+    if not any(tensor.is_inference() for tensor in tensors(value)):
+        return value
+    return each(lambda tensor: copied(tensor) if tensor.is_inference() else tensor, value)
+
+
+def refuse_made_in_inference_mode(pipe: Any) -> None:
+    """Refuse a pipeline that can have no gradients, for its weights or its sampler's tables were made without.
+
+    Raises:
+        LearningError: It was loaded in inference mode.
+    """
+    denoiser, scheduler = denoiser_of(pipe), scheduler_of(pipe)
+    held = [*denoiser.parameters(), *denoiser.buffers(), *tensors({} if scheduler is None else dict(vars(scheduler)))]
+    if any(tensor.is_inference() for tensor in held):
+        raise LearningError(
+            given=f"a {type(pipe).__name__} that was loaded under torch.inference_mode",
+            expected="weights and a sampler that may take part in gradients",
+            advice="Load the pipeline outside of it; sampling may be inside",
+        )
