@@ -1,6 +1,7 @@
 """Numbers: errors are wide whatever the latents' dtype, and what is no floating number is left alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import stepmask
+from promises import counted_macs
 from stepmask import MaskSchedule, Trajectory
+from stepmask.denoiser.families import fingerprint_of
 from stepmask.errors import LearningError
 from stepmask.evaluation.metrics import latent_errors
 from stepmask.learning.chain import loss_and_gradients
@@ -18,6 +21,9 @@ from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.sample_rows import SampleRows
 from stepmask.learning.sweep import _Measure
 from stepmask.learning.trained import TrainedForecasts
+from stepmask.schedule.rectify import lower
+
+from toys import table
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -192,3 +198,56 @@ class TestShared:
         both = [torch.tensor(2.0), torch.tensor([[1.0], [2.0], [3.0]])]
         assert rows.products(0, block, both, both).tolist() == [4.0 + 14.0]
         assert rows.products(0, block, [], []).tolist() == [0.0]
+
+
+class Glued(nn.Module):
+    """Two layers between a wide projection and another, which are the denoiser's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into, self.out = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        h = self.into(x + t)
+        for layer in self.layers:
+            h = h + torch.tanh(layer(h))
+        out: Tensor = self.out(h)
+        return out
+
+
+class TestMacs:
+    """What torch counts is what the plan states, and what the runtime adds up: 512 a layer, and 512 of glue."""
+
+    ROWS = ("111", "110", "011", "000", "101")
+
+    def test_the_glue_runs_for_a_block_of_a_skipped_step(self) -> None:
+        network = Glued()
+        schedule = self.schedule(network)
+        with stepmask.apply(network, schedule) as masked:
+            counted = counted_macs(network, lambda: self.evaluate(network))
+        # all; layer 0, which the skipped step refreshes for the next; layer 1; nothing; layer 0
+        assert counted == 1536 + 1024 + 1024 + 0 + 1024
+        assert lower(schedule).macs == counted
+        assert lower(schedule).macs_share == pytest.approx(counted / (5 * 1536))
+        assert masked.computed_macs == counted
+
+    def test_branches_with_rows_of_their_own(self) -> None:
+        network = Glued()
+        one = self.schedule(network)
+        masked_branch = replace(one, sampler=replace(one.sampler, branches=2))
+        whole = masked_branch.with_rows(np.ones_like(one.rows))
+        with stepmask.apply(network, [masked_branch, whole]) as masked:
+            counted = counted_macs(network, lambda: self.evaluate(network, branches=2))
+        assert counted == lower(masked_branch).macs + lower(whole).macs
+        assert masked.computed_macs == counted
+
+    def schedule(self, network: nn.Module) -> MaskSchedule:
+        graph = stepmask.trace(network, (noise(2, 8), 0.0), blocks=BLOCKS)
+        return table(graph, *self.ROWS, denoiser=fingerprint_of(network))
+
+    def evaluate(self, network: nn.Module, branches: int = 1) -> None:
+        for step in range(5):
+            for _ in range(branches):
+                network(noise(2, 8), float(4 - step))
