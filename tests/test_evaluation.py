@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,22 @@ class TestMetrics:
         grey = black.copy()
         grey[0] += 0.1  # mean squared error 0.01: 20 dB
         assert psnr(grey, black) == pytest.approx([20.0, 100.0], abs=1e-3)
+
+    @pytest.mark.parametrize(("dtype", "white"), [(np.uint8, 255), (np.uint16, 65535)])
+    def test_integers_are_measured_from_their_own_white(self, dtype: Any, white: int) -> None:
+        # off by 2 of 255 levels: 20·log10(255 / 2) = 42.1 dB
+        images = (np.random.default_rng(0).random((1, 16, 16, 3)) * (white - 2)).astype(dtype)
+        lighter = images + dtype(2)
+        assert psnr(lighter, images) == pytest.approx([20 * np.log10(white / 2)], abs=1e-3)
+        assert ssim(lighter, images) == pytest.approx(ssim(lighter / white, images / white), abs=1e-6)
+        found = images_of(SimpleNamespace(images=lighter))
+        assert found is not None
+        np.testing.assert_allclose(found, lighter / white, rtol=1e-6)
+        assert psnr(found, images) == pytest.approx([20 * np.log10(white / 2)], abs=1e-3)
+
+    def test_numbers_that_do_not_tell_their_white_are_refused(self) -> None:
+        with pytest.raises(RunError, match="images as int64 numbers"):
+            images_of(SimpleNamespace(images=np.zeros((1, 16, 16, 3), dtype=np.int64)))
 
     def test_ssim_is_one_for_equal_images_only(self) -> None:
         image = np.random.default_rng(0).random((1, 16, 16, 3)).astype(np.float32)
