@@ -8,6 +8,7 @@ from statistics import fmean
 from torch import Tensor
 
 from stepmask.denoiser.clock import now
+from stepmask.denoiser.identity import digest
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampled, Sampling
@@ -37,7 +38,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What a batch of one way of sampling is like, next to the reference's."""
+    """What a batch of one way of sampling is like, next to the reference's.
+
+    Args:
+        sample: A name for the last latent.
+    """
 
     evaluations: int
     macs_executed: float
@@ -47,6 +52,7 @@ class Fidelity:
     path_errors: Sequence[float]
     store_bytes: int
     peak_bytes: int | None
+    sample: str
 
 
 @dataclass(eq=False)
@@ -126,6 +132,7 @@ class Contender:
             _path_errors(run.sampled.latents, reference.sampled.latents),
             run.store_bytes,
             run.peak_bytes,
+            digest(run.sampled.latent),
         )
 
     def _executed(self, run: Run, reference: Run) -> float:
