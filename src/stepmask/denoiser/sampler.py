@@ -17,9 +17,6 @@ from torch import Tensor
 
 from stepmask.schedule.fingerprint import SamplerFingerprint
 
-LEAST = 1e-6
-"""Of α and of σ: no step is taken to be all noise or all signal, so that log-SNR lies within ±27.7."""
-
 
 @contextmanager
 def watched(scheduler: Any, method: str, after: Callable[..., None]) -> Iterator[None]:
@@ -59,6 +56,10 @@ def describe_steps(scheduler: Any, num_inference_steps: int, branches: int = 1) 
     vars(trial).pop("set_timesteps", None)
     trial.set_timesteps(num_inference_steps)
     return describe(trial, branches)
+
+
+LEAST = 1e-6
+"""Of α and of σ: no step is taken to be all noise or all signal, so that log-SNR lies within ±27.7."""
 
 
 def log_snr(scheduler: Any) -> tuple[float, ...]:
