@@ -17,6 +17,7 @@ from pipelines import make
 from stepmask import MaskSchedule, Report
 from stepmask.denoiser.memory import peak_memory
 from stepmask.errors import RunError, StepmaskError, UnwritablePath
+from stepmask.evaluation.contender import Contender
 from stepmask.evaluation.measure import machine
 from stepmask.evaluation.metrics import images_of, latent_errors, psnr, ssim
 from stepmask.evaluation.report import Row
@@ -215,6 +216,21 @@ def sampler_of(network: nn.Module) -> Callable[..., Tensor]:
         return x
 
     return sample
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_everyone_has_run_once_before_its_time_counts(
+    pipe: Any, reference: MaskSchedule, tmp_path: Path, resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # where the batches are there already, nobody has run in this process
+    started: list[str] = []
+    run = Contender.run
+    call = {"class_labels": [3], "num_inference_steps": 5, "rivals": {"fewer": 3}, "folder": tmp_path}
+    if resumed:
+        stepmask.evaluate(pipe, reference, repeats=1, **call)
+    monkeypatch.setattr(Contender, "run", lambda own, seed: started.append(own.name) or run(own, seed))
+    stepmask.evaluate(pipe, reference, repeats=2, **call)
+    assert started == ["reference", "schedule", "fewer"] * 3
 
 
 def test_seeds_that_change_nothing_are_refused_of_a_pipeline() -> None:

@@ -356,6 +356,23 @@ class TestFingerprint:
         ):
             whole.part(4.5, 3)
 
+    def test_timesteps_one_apart_of_a_thousand_are_others_and_rounded_ones_are_not(self) -> None:
+        # leading steps with and without an offset: 801, 601, ... against 800, 600, ...
+        own = SamplerFingerprint("DDIM", (800.0, 600.0, 400.0, 200.0, 0.0))
+        offset = SamplerFingerprint("DDIM", (801.0, 601.0, 401.0, 201.0, 1.0))
+        with pytest.raises(ScheduleMismatch, match="timestep 801 at step 0"):
+            own.check(offset)
+        with pytest.raises(ScheduleMismatch, match="timestep 801"):
+            own.check_whole(offset)
+        with pytest.raises(ScheduleMismatch, match="begins at timestep 801"):
+            own.check_first(801.0)
+        with pytest.raises(RunError, match="begins at timestep 801"):
+            own.part(801.0, 2)
+        rounded = replace(own, timesteps=tuple(float(np.float32(t) * np.float32(1 - 1e-6)) for t in own.timesteps))
+        own.check(rounded)
+        own.check_whole(rounded)
+        own.check_first(rounded.timesteps[0])
+
     def test_sampler_steps_and_timesteps_must_agree(self) -> None:
         sampler(5).check(sampler(5))
         for other in (sampler(6), sampler(5, "Euler"), SamplerFingerprint("", (4.0, 3.0, 2.0, 1.5, 0.0))):
