@@ -11,7 +11,7 @@ import stepmask
 from stepmask import MaskSchedule, Trajectory
 from stepmask.denoiser.families import Granularity, denoiser_of
 from stepmask.denoiser.runtime import Masked
-from stepmask.denoiser.seam import attached
+from stepmask.denoiser.seam import attached, frozen
 from stepmask.denoiser.values import tensors
 from stepmask.evaluation.measure import MacCounter
 from stepmask.schedule.graph import BlockGraph
@@ -44,8 +44,8 @@ def held(masked: Masked) -> int:
 
 def counted_macs(pipe: Any, run: Callable[[], Any]) -> int:
     """MACs of the operations that torch sees while the denoiser is called: of what really ran, whatever a plan says."""
-    counter = MacCounter()
-    with attached({denoiser_of(pipe): counter}):
+    counter, denoiser = MacCounter(), denoiser_of(pipe)
+    with frozen(denoiser), attached({denoiser: counter}):
         run()
     return counter.macs
 

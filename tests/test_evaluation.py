@@ -16,6 +16,7 @@ import stepmask
 from pipelines import make
 from stepmask import MaskSchedule, Report
 from stepmask.denoiser.memory import peak_memory
+from stepmask.denoiser.sampling import Sampling
 from stepmask.errors import RunError, StepmaskError, UnwritablePath
 from stepmask.evaluation.contender import Contender
 from stepmask.evaluation.measure import machine
@@ -216,6 +217,21 @@ def sampler_of(network: nn.Module) -> Callable[..., Tensor]:
         return x
 
     return sample
+
+
+def test_a_denoiser_that_hands_its_own_weights_to_a_layer_is_counted() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.layer = nn.Parameter(torch.ones(8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, t: float) -> Tensor:
+            return x * t + torch.as_tensor(self.layer(self.query.expand(2, -1)))
+
+    network = Queries()
+    counted = Contender("rival", Sampling(network, run=sampler_of(network)), counted=True).counted_run(0)
+    assert counted.computed_macs == 10 * 2 * 8 * 8
+    assert network.query.requires_grad
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -12,7 +12,7 @@ from stepmask.denoiser.identity import digest
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampled, Sampling
-from stepmask.denoiser.seam import attached
+from stepmask.denoiser.seam import attached, frozen
 from stepmask.evaluation.measure import MacCounter, Stopwatch
 from stepmask.evaluation.metrics import Images, images_of, latent_errors, psnr, ssim
 from stepmask.schedule.schedule import MaskSchedule
@@ -115,7 +115,8 @@ class Contender:
         if not self.counted:
             return run
         counter = MacCounter()
-        with attached({self.sampling.denoiser: counter}):
+        denoiser = self.sampling.denoiser
+        with frozen(denoiser), attached({denoiser: counter}):  # torch's counter hooks what requires gradients
             self.run(seed)
         return replace(run, computed_macs=counter.macs)
 
