@@ -44,6 +44,15 @@ class TestBudget:
         assert not Budget(macs=0.85).allows(plan)
         assert Budget(macs=0.9).allows(plan)
 
+    def test_a_share_is_kept_to_rounding_and_no_further(self) -> None:
+        assert Budget(0.3).covers(0.1 + 0.2)  # 0.30000000000000004
+        assert not Budget(0.3).covers(0.3 + 1e-6)
+        # half of the run's two million MACs, and one more
+        block, glue = Block("a", (), "output", 999_999), Block("", ("a",), "output", 1)
+        graph = BlockGraph((block, glue))
+        assert Budget(0.5).allows(lower(table(graph, "11", "00")))
+        assert not Budget(0.5).allows(lower(table(graph, "11", "01")))
+
     def test_the_store_is_limited_beside_the_share(self) -> None:
         plan = lower(table(timed_unet(), "11111", "11011"))
         assert Budget(time=0.85, store_bytes=4).allows(plan)

@@ -1,19 +1,25 @@
 """Evaluation: metrics by hand, and a report of a tiny real pipeline."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 import stepmask
+from pipelines import make
 from stepmask import MaskSchedule, Report
 from stepmask.denoiser.memory import peak_memory
+from stepmask.denoiser.sampling import Sampling
 from stepmask.denoiser.seam import hooks_of
-from stepmask.errors import RunError, UnwritablePath
+from stepmask.errors import RunError, StepmaskError, UnwritablePath
+from stepmask.evaluation.contender import Contender
 from stepmask.evaluation.measure import machine
 from stepmask.evaluation.metrics import images_of, latent_errors, psnr, ssim
 from stepmask.evaluation.report import Row
@@ -32,6 +38,22 @@ class TestMetrics:
         grey = black.copy()
         grey[0] += 0.1  # mean squared error 0.01: 20 dB
         assert psnr(grey, black) == pytest.approx([20.0, 100.0], abs=1e-3)
+
+    @pytest.mark.parametrize(("dtype", "white"), [(np.uint8, 255), (np.uint16, 65535)])
+    def test_integers_are_measured_from_their_own_white(self, dtype: Any, white: int) -> None:
+        # off by 2 of 255 levels: 20·log10(255 / 2) = 42.1 dB
+        images = (np.random.default_rng(0).random((1, 16, 16, 3)) * (white - 2)).astype(dtype)
+        lighter = images + dtype(2)
+        assert psnr(lighter, images) == pytest.approx([20 * np.log10(white / 2)], abs=1e-3)
+        assert ssim(lighter, images) == pytest.approx(ssim(lighter / white, images / white), abs=1e-6)
+        found = images_of(SimpleNamespace(images=lighter))
+        assert found is not None
+        np.testing.assert_allclose(found, lighter / white, rtol=1e-6)
+        assert psnr(found, images) == pytest.approx([20 * np.log10(white / 2)], abs=1e-3)
+
+    def test_numbers_that_do_not_tell_their_white_are_refused(self) -> None:
+        with pytest.raises(RunError, match="images as int64 numbers"):
+            images_of(SimpleNamespace(images=np.zeros((1, 16, 16, 3), dtype=np.int64)))
 
     def test_ssim_is_one_for_equal_images_only(self) -> None:
         image = np.random.default_rng(0).random((1, 16, 16, 3)).astype(np.float32)
@@ -107,6 +129,134 @@ class TestReport:
             stepmask.evaluate(pipe, reference, repeats=0)
         with pytest.raises(RunError, match="reference"):
             stepmask.evaluate(pipe, reference, rivals={"reference": 3})
+
+
+class Network(nn.Module):
+    """x ↦ x plus two layers of it, and of t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x + t))
+        return x
+
+
+class TestPlainModule:
+    """A loop of one's own is told its seed and its steps, or what is asked for is refused."""
+
+    @pytest.fixture
+    def network(self) -> Network:
+        return Network()
+
+    @pytest.fixture
+    def schedule(self, network: Network) -> MaskSchedule:
+        trajectory = stepmask.record(network, run=sampler_of(network))
+        graph = stepmask.trace(network, trajectory, blocks={"layers.*": "output"})
+        return fixed_interval(MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler), 0.6)
+
+    def test_fewer_steps_are_fewer_and_seeds_are_those(self, network: Network, schedule: MaskSchedule) -> None:
+        run = sampler_of(network)
+        report = stepmask.evaluate(network, schedule, run=run, seed=[1, 2, 3], rivals={"fewer": 5}, repeats=1)
+        with torch.no_grad():
+            errors = [latent_errors(run(seed, 5), run(seed)) for seed in (1, 2, 3)]
+        assert report["fewer"].evaluations == 5
+        assert report["fewer"].macs_executed == 0.5
+        assert report["fewer"].latent_errors == [error for batch in errors for error in batch]
+        assert len(report["schedule"].latent_errors) == 2 * 3
+
+    def test_steps_that_are_asked_for_are_taken(self, network: Network, schedule: MaskSchedule) -> None:
+        report = stepmask.evaluate(
+            network, schedule, run=sampler_of(network), num_inference_steps=10, rivals={"fewer": 4}, repeats=1
+        )
+        assert report["reference"].evaluations == 10
+        with pytest.raises(StepmaskError):  # the schedule is for ten
+            stepmask.evaluate(network, schedule, run=sampler_of(network), num_inference_steps=5, repeats=1)
+
+    def test_noise_from_torch_s_own_generator_is_seeded_too(self, network: Network, schedule: MaskSchedule) -> None:
+        def run() -> Tensor:
+            return sampler_of(network)(torch.initial_seed())
+
+        report = stepmask.evaluate(network, schedule, run=run, seed=[1, 2], repeats=1)
+        assert len(set(report["schedule"].latent_errors)) == 4
+
+    def test_seeds_that_change_nothing_are_refused(self, network: Network, schedule: MaskSchedule) -> None:
+        def run() -> Tensor:
+            return sampler_of(network)(0)
+
+        with pytest.raises(RunError, match="the same sample from seed 1 and seed 2"):
+            stepmask.evaluate(network, schedule, run=run, seed=[1, 2, 3], repeats=1)
+        assert len(stepmask.evaluate(network, schedule, run=run, seed=[1], repeats=1)["schedule"].latent_errors) == 2
+
+    def test_arguments_that_the_loop_does_not_name_are_refused(self, network: Network, schedule: MaskSchedule) -> None:
+        def run() -> Tensor:
+            return sampler_of(network)(0)
+
+        with pytest.raises(RunError, match="'fewer', 5 steps"):
+            stepmask.evaluate(network, schedule, run=run, rivals={"fewer": 5}, repeats=1)
+        with pytest.raises(RunError, match="num_inference_steps"):
+            stepmask.evaluate(network, schedule, run=run, num_inference_steps=5, repeats=1)
+
+    @pytest.mark.parametrize("rival", [Network(), True, 0, -3, None, "taylor"])
+    def test_rivals_that_cannot_be_sampled_are_refused(
+        self, network: Network, schedule: MaskSchedule, rival: Any
+    ) -> None:
+        with pytest.raises(RunError, match="the rival 'other'"):
+            stepmask.evaluate(network, schedule, run=sampler_of(network), rivals={"other": rival}, repeats=1)
+
+
+def sampler_of(network: nn.Module) -> Callable[..., Tensor]:
+    """x ← x − D(x, t) / steps."""
+
+    def sample(seed: int = 0, num_inference_steps: int = 10) -> Tensor:
+        x = torch.randn(2, 8, generator=torch.Generator().manual_seed(seed))
+        for step in range(num_inference_steps):
+            x = x - network(x, 1 - step / num_inference_steps) / num_inference_steps
+        return x
+
+    return sample
+
+
+def test_a_denoiser_that_hands_its_own_weights_to_a_layer_is_counted() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.layer = nn.Parameter(torch.ones(8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, t: float) -> Tensor:
+            return x * t + torch.as_tensor(self.layer(self.query.expand(2, -1)))
+
+    network = Queries()
+    counted = Contender("rival", Sampling(network, run=sampler_of(network)), counted=True).counted_run(0)
+    assert counted.computed_macs == 10 * 2 * 8 * 8
+    assert network.query.requires_grad
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_everyone_has_run_once_before_its_time_counts(
+    pipe: Any, reference: MaskSchedule, tmp_path: Path, resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # where the batches are there already, nobody has run in this process
+    started: list[str] = []
+    run = Contender.run
+    call = {"class_labels": [3], "num_inference_steps": 5, "rivals": {"fewer": 3}, "folder": tmp_path}
+    if resumed:
+        stepmask.evaluate(pipe, reference, repeats=1, **call)
+    monkeypatch.setattr(Contender, "run", lambda own, seed: started.append(own.name) or run(own, seed))
+    stepmask.evaluate(pipe, reference, repeats=2, **call)
+    assert started == ["reference", "schedule", "fewer"] * 3
+
+
+def test_seeds_that_change_nothing_are_refused_of_a_pipeline() -> None:
+    pipe, call = make("StableDiffusionPipeline")
+    trajectory = stepmask.record(pipe, **call)
+    graph = stepmask.trace(pipe, trajectory)
+    full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+    with pytest.raises(RunError, match="the same sample from seed 1 and seed 2"):
+        stepmask.evaluate(pipe, full, seed=[1, 2], repeats=1, **call, latents=trajectory.sampled.latent)
 
 
 def test_peak_memory_sees_an_allocation() -> None:

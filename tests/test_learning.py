@@ -78,6 +78,14 @@ class TestObjective:
         expected = torch.tensor([[3.0, 0, -2, 0], [0, 3, 0, -2], [3, 0, -2, 0], [0, 3, 0, -2]])
         torch.testing.assert_close(guidance_of(trajectory, 1).weights, expected, atol=1e-3, rtol=0)
 
+    @pytest.mark.parametrize("scale", [1.1, 1.5, 7.5])
+    def test_rows_that_guidance_mixes_are_one_samples_however_little(self, pipe: Any, scale: float) -> None:
+        # conditional rows 0 and 1 count by the scale, unconditional rows 2 and 3 by 1 − scale
+        trajectory = stepmask.record(pipe, class_labels=[1, 2], guidance_scale=scale, num_inference_steps=3)
+        latent_rows, output_rows = samples_of(trajectory)
+        assert latent_rows.tolist() == [0, 1, 0, 1]
+        assert output_rows.tolist() == [0, 1, 0, 1]
+
     def test_without_guidance_rows_pass_as_they_are(self, pipe: Any) -> None:
         trajectory = stepmask.record(pipe, class_labels=[1, 2], guidance_scale=1.0, num_inference_steps=3)
         torch.testing.assert_close(guidance_of(trajectory, 1).weights, torch.eye(2), atol=1e-3, rtol=0)
@@ -478,6 +486,15 @@ class Killed(BaseException):
     pass
 
 
+def drift_training() -> trained._Training:
+    """The training of every other step of a `Drift` run, from its start."""
+    denoiser = Drift()
+    run = stepmask.record(denoiser, run=loop(denoiser, 4, 0.05))
+    start = half_table(run, 1)
+    task = Task([run], start, Budget(0.5), LocalExecutor(), None)
+    return trained._Training(TrainedForecasts(), _Start(start, Family([start]), [torch.tensor([0.1])]), task)
+
+
 class TestTrainedForecasts:
     def test_never_worse_than_the_regular_table_it_starts_from(self, pipe: Any, trajectory: Trajectory) -> None:
         schedule = stepmask.learn(pipe, trajectory, 0.6, learner=TrainedForecasts(passes=2.4))
@@ -487,6 +504,34 @@ class TestTrainedForecasts:
         with stepmask.apply(pipe, schedule):
             errors = latent_errors(trajectory.sampling().latent, trajectory.sampled.latent)
         assert fmean(errors) == pytest.approx(schedule.provenance["calibration_error"])
+
+    def test_training_that_goes_astray_is_thrown_away(self) -> None:
+        # at a rate of 30 weights are thrown far from the start's
+        denoiser = Drift()
+        run = stepmask.record(denoiser, run=loop(denoiser, 8, 0.05))
+        graph = half_table(run, 1).graph
+        schedule = stepmask.learn(denoiser, run, 0.5, graph=graph, learner=TrainedForecasts(passes=4, rate=30))
+        assert "trained" not in str(schedule.provenance["table"])
+        assert schedule.provenance["calibration_error"] == schedule.provenance["start_error"]
+        with stepmask.apply(denoiser, schedule):
+            errors = latent_errors(run.sampling().latent, run.sampled.latent)
+        assert fmean(errors) == pytest.approx(schedule.provenance["start_error"])
+
+    def test_no_sample_leads_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # of gradients g, 2g and 100g the median is 2g, and none counts for more than three of it: g + 2g + 6g
+        training = drift_training()
+        own = torch.randn(training.start.table.forecasts.shape, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(training._clipped(torch.stack([own, 2 * own, 100 * own])), 9 * own)
+        torch.testing.assert_close(training._clipped(torch.stack([own, 2 * own, 3 * own])), 6 * own)
+
+        # so four samples that agree outvote one that pulls a hundred times as hard the other way
+        def after(*gradients: Tensor) -> MaskSchedule:
+            monkeypatch.setattr(trained, "loss_and_gradients", lambda *_: (0.0, torch.stack(gradients)))
+            return drift_training().run(1)
+
+        alone, start = after(own).forecasts, training.start.table.forecasts
+        np.testing.assert_allclose(after(own, own, own, own, -100 * own).forecasts, alone, atol=1e-4)
+        assert np.abs(alone - start).max() > 1e-2
 
     def test_blocks_blend_after_two_reused_steps_alone_and_the_denoiser_wherever_it_has_an_older_value(
         self, pipe: Any

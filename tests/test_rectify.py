@@ -1,19 +1,22 @@
 """Rectification is liveness: hand-worked tables, and the plan that follows from them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 
-from stepmask import MaskSchedule
+from stepmask import Budget, MaskSchedule
 from stepmask.errors import InvalidBudget, InvalidSchedule
 from stepmask.schedule.answers import answers
 from stepmask.schedule.baselines import all_reused, fixed_interval, whole_step
 from stepmask.schedule.forecasts import DIFFERENCES, taylor_weights
+from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.show import summary
 
 from test_schedule import schedules
-from toys import bits, chain_graph, table, unet_graph
+from toys import bits, chain_graph, table, timed, unet_graph
 
 
 def test_output_reuse_kills_what_only_it_needed() -> None:
@@ -71,6 +74,21 @@ def test_skipping_the_denoiser_kills_every_block() -> None:
 def test_a_skipped_step_may_still_refresh_a_block() -> None:
     schedule = table(unet_graph(), "111111", "111110", "110111")
     assert bits(rectify(schedule)) == ["11111", "11100", "11011"]
+
+
+def test_the_glue_is_paid_wherever_the_denoiser_runs() -> None:
+    # five blocks of a MAC and a millisecond each, ten in the glue. The skipped step still computes three blocks, for
+    # which the denoiser runs; a step that is skipped altogether costs nothing
+    *blocks, glue = unet_graph().blocks
+    graph = timed(BlockGraph((*blocks, replace(glue, macs=10))), 1, 1, 1, 1, 1, 10)
+    plan = lower(table(graph, "111111", "111110", "110111", "111110"))
+    assert bits(rectify(table(graph, "111111", "111110", "110111", "111110"))) == ["11111", "11100", "11011", "00000"]
+    assert plan.macs == 15 + 13 + 14 + 0
+    assert plan.shares.tolist() == pytest.approx([1, 13 / 15, 14 / 15, 0])
+    assert plan.macs_share == plan.time_share == pytest.approx(42 / 60)
+    assert Budget(0.7).allows(plan)
+    assert not Budget(0.69).allows(plan)
+    assert not Budget(time=0.69).allows(plan)
 
 
 def test_the_plan_prices_and_sizes_the_store_by_hand() -> None:

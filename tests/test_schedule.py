@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from stepmask.errors import (
     UnwritablePath,
 )
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
+from stepmask.schedule.forecasts import taylor_forecasts
 from stepmask.schedule.graph import Block, BlockGraph
 
 from toys import bits, chain_graph, sampler, table, unet_graph
@@ -214,6 +216,48 @@ class TestResample:
         assert bits(again) == ["1", "1", "1", "0", "0", "1"]
         np.testing.assert_allclose(again.forecasts[[3, 4], 0], [(1.5, -0.5, 0.0), (2.0, -1.0, 0.0)])
 
+    def test_of_two_steps_as_near_the_earlier_one_is_computed(self) -> None:
+        # computed at 0 and 2; the new steps lie at 0, 1.5, 2.5 and 3.5 among the old ones: two are as near to 2
+        schedule = table(chain_graph(1, "output"), "1", "0", "1", "0")
+        other = SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (0.0, 1.5, 2.5, 3.5))
+        assert bits(schedule.resample(other)) == ["1", "1", "0", "0"]
+
+    @pytest.mark.parametrize("before", [1, 2, 3])
+    def test_the_first_step_is_computed_however_many_lie_before_the_old_first(self, before: int) -> None:
+        schedule = table(chain_graph(1, "output"), "1", "0", "1", "0")
+        log_snr = (*range(-before, 0), 0.0, 1.0, 2.0, 3.0)
+        again = schedule.resample(SamplerFingerprint("", tuple(map(float, log_snr)), log_snr))
+        assert again.rows[0].all()
+
+    def test_a_scaled_value_keeps_what_its_scale_grows_by(self) -> None:
+        # s is 1.1, 1.4 and 1.6 at ages of one, two and three quarters of the run: (s − 1)/a is .4, .8 and .8. The new
+        # steps lie at half steps among the old ones, where that is .4, .4, .6 and .8, .8, .8; ages are eighths
+        weights = {(1, "b0"): (1.1,), (2, "b0"): (1.4,), (3, "b0"): (1.6,)}
+        schedule = table(chain_graph(1, "output"), "1", "0", "0", "0", weights=weights)
+        doubled = SamplerFingerprint("", tuple(map(float, range(8))), tuple(k / 2 for k in range(8)))
+        again = schedule.resample(doubled)
+        assert bits(again) == ["1", "0", "0", "0"] * 2
+        np.testing.assert_allclose(again.forecasts[:, 0, 0], [1, 1.05, 1.1, 1.225, 1, 1.1, 1.2, 1.3])
+        assert not again.forecasts[:, :, 1:].any()
+
+    @pytest.mark.parametrize("steps", [5, 9, 12, 24])
+    @pytest.mark.parametrize("every", [2, 3, 4])
+    def test_a_first_order_taylor_table_stays_one(self, every: int, steps: int) -> None:
+        rows = ["1" if step % every == 0 else "0" for step in range(12)]
+        plain = table(chain_graph(1, "output"), *rows)
+        schedule = plain.with_rows(plain.rows, taylor_forecasts(plain.rows, 1))
+        where = np.linspace(0, 11, steps)
+        again = schedule.resample(SamplerFingerprint("", tuple(-where), tuple(where)))
+        np.testing.assert_allclose(again.forecasts[:, 0], taylor_forecasts(again.rows, 1)[:, 0], atol=1e-12)
+
+    def test_a_second_difference_goes_with_the_square_of_its_reach(self) -> None:
+        # c₂ = 0.5 at age 1 over gap 1, so 0.5 · 2² at age 2: weights c₂ · (1, −2, 1) on top of the newest value
+        schedule = table(chain_graph(1, "output"), "1", "1", "1", "0", weights={(3, "b0"): (1.5, -1.0, 0.5)})
+        doubled = SamplerFingerprint("", tuple(map(float, range(8))), (0.0, 0.4, 0.9, 1.4, 1.9, 2.4, 2.9, 3.4))
+        again = schedule.resample(doubled)
+        assert bits(again) == ["1", "1", "1", "1", "1", "0", "0", "1"]
+        np.testing.assert_allclose(again.forecasts[[5, 6], 0], [(1.5, -1.0, 0.5), (3.0, -4.0, 2.0)])
+
     def test_needs_log_snr(self) -> None:
         with pytest.raises(ScheduleMismatch, match="log-SNR"):
             forecasting().resample(SamplerFingerprint("", (1.0, 0.0)))
@@ -229,6 +273,54 @@ class TestLogSNR:
         assert log_snr(flow) == pytest.approx((2 * np.log(1 / 3), 0.0))
         assert log_snr(exploding) == pytest.approx((-2 * np.log(10), 2 * np.log(10)))
         assert log_snr(SimpleNamespace(timesteps=timesteps)) == ()
+
+    @pytest.mark.parametrize("told", [{"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}])
+    def test_a_flow_that_carries_a_table_it_does_not_follow(self, told: dict[str, Any]) -> None:
+        scheduler = SimpleNamespace(
+            timesteps=torch.tensor([750.0, 500.0]),
+            alphas_cumprod=torch.linspace(0.9, 0.1, 1000),
+            sigmas=torch.tensor([0.75, 0.5, 0.0]),
+            config=SimpleNamespace(**told),
+        )
+        assert log_snr(scheduler) == pytest.approx((2 * np.log(1 / 3), 0.0))
+
+    def test_a_table_is_followed_where_noise_levels_are_no_flows(self) -> None:
+        scheduler = SimpleNamespace(
+            timesteps=torch.tensor([1.0, 0.0]),
+            alphas_cumprod=torch.tensor([0.8, 0.2]),
+            sigmas=torch.tensor([2.0, 0.5, 0.0]),
+            config=SimpleNamespace(prediction_type="epsilon", use_flow_sigmas=False),
+        )
+        assert log_snr(scheduler) == pytest.approx((np.log(0.25), np.log(4)))
+
+    @pytest.mark.parametrize("options", [{}, {"prediction_type": "flow_prediction", "use_flow_sigmas": True}])
+    @pytest.mark.parametrize("name", ["UniPCMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep"])
+    def test_it_is_that_of_the_noise_that_the_scheduler_adds(self, name: str, options: dict[str, Any]) -> None:
+        import diffusers
+
+        scheduler = getattr(diffusers, f"{name}Scheduler")(**options, **({"flow_shift": 3.0} if options else {}))
+        scheduler.set_timesteps(6)
+        nothing, ones = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+        signal = scheduler.add_noise(ones, nothing, scheduler.timesteps)[1:]
+        noise = scheduler.add_noise(nothing, ones, scheduler.timesteps)[1:]
+        np.testing.assert_allclose(log_snr(scheduler)[1:], 2 * torch.log(signal / noise), atol=0.02)
+
+    def test_pure_noise_and_pure_signal_are_finite(self) -> None:
+        # a share of 1e-12 is left of what is not there: log(1e-12) up to a part in 1e12
+        scheduler = SimpleNamespace(timesteps=torch.tensor([1.0, 0.0]), alphas_cumprod=torch.tensor([1.0, 0.0]))
+        assert log_snr(scheduler) == pytest.approx((np.log(1e-12), -np.log(1e-12)))
+        flow = SimpleNamespace(timesteps=torch.tensor([1.0, 0.0]), sigmas=torch.tensor([1.0, 0.0]))
+        assert log_snr(flow) == pytest.approx((np.log(1e-12), -np.log(1e-12)))
+
+    def test_a_table_for_zero_terminal_snr_can_be_saved_and_resampled(self) -> None:
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+        scheduler.set_timesteps(4)
+        full = table(chain_graph(1, "output"), "1", "0", "1", "0")
+        made = replace(full, sampler=describe(scheduler))
+        assert MaskSchedule.from_json(made.to_json()) == made
+        assert bits(made.resample(describe_steps(scheduler, 8))) == ["1", "0"] * 4
 
     def test_another_step_count_is_described_without_touching_the_scheduler(self) -> None:
         from diffusers import DDIMScheduler
@@ -263,6 +355,23 @@ class TestFingerprint:
             RunError, match=r"at timestep 4\.5\. Expected: one of the sampler's timesteps, 5, 4, 3, 2, 1, 0"
         ):
             whole.part(4.5, 3)
+
+    def test_timesteps_one_apart_of_a_thousand_are_others_and_rounded_ones_are_not(self) -> None:
+        # leading steps with and without an offset: 801, 601, ... against 800, 600, ...
+        own = SamplerFingerprint("DDIM", (800.0, 600.0, 400.0, 200.0, 0.0))
+        offset = SamplerFingerprint("DDIM", (801.0, 601.0, 401.0, 201.0, 1.0))
+        with pytest.raises(ScheduleMismatch, match="timestep 801 at step 0"):
+            own.check(offset)
+        with pytest.raises(ScheduleMismatch, match="timestep 801"):
+            own.check_whole(offset)
+        with pytest.raises(ScheduleMismatch, match="begins at timestep 801"):
+            own.check_first(801.0)
+        with pytest.raises(RunError, match="begins at timestep 801"):
+            own.part(801.0, 2)
+        rounded = replace(own, timesteps=tuple(float(np.float32(t) * np.float32(1 - 1e-6)) for t in own.timesteps))
+        own.check(rounded)
+        own.check_whole(rounded)
+        own.check_first(rounded.timesteps[0])
 
     def test_sampler_steps_and_timesteps_must_agree(self) -> None:
         sampler(5).check(sampler(5))

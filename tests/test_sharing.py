@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 import stepmask
 from hub_server import OWNER, STRANGER, Hub, serving
+from promises import counted_macs
 from stepmask import MaskSchedule, Profile, Report
 from stepmask.cli import app, main
 from stepmask.errors import HubError, InvalidProfile, InvalidReport, InvalidScheduleFile
@@ -293,8 +295,12 @@ class TestCard:
         schedule.push_to_hub("me/toy")
         _, _, code = parts(hub.files("me/toy")["README.md"])
         names = run(code, pipe=pipe)
-        pipe(class_labels=[1], num_inference_steps=5, output_type="latent")
+        sample = partial(pipe, class_labels=[1], num_inference_steps=5, output_type="latent")
+        fewer = counted_macs(pipe, sample)
         assert names["masked"].computed_macs == lower(schedule).macs_share * reference.graph.macs.sum() * 5
+        names["masked"].remove()
+        left = fewer / counted_macs(pipe, sample)
+        assert left == pytest.approx(lower(schedule).macs_share, abs=0.1)  # feeders are skipped, too
 
     def test_its_code_runs_from_a_base_model(
         self, hub: Hub, pipe: Any, reference: MaskSchedule, tmp_path: Path

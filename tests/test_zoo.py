@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import stepmask
+from promises import counted_macs, without_feeders
 from stepmask import MaskSchedule, zoo
 from stepmask.denoiser.conditioning import Conditioning
 from stepmask.denoiser.families import Granularity
@@ -64,6 +65,8 @@ class TestEach:
         with stepmask.apply(pipe, rectify(schedule)) as masked:
             assert torch.equal(run.sampling().latent, everything)
             assert masked.computed_macs == lower(schedule).macs <= lower(unrectified(schedule)).macs
+        with stepmask.apply(pipe, without_feeders(schedule)):
+            assert counted_macs(pipe, run.sampling) == lower(schedule).macs
         assert not torch.equal(everything, run.sampled.latent)
 
 

@@ -122,20 +122,35 @@ def describe_steps(scheduler: Any, num_inference_steps: int, branches: int = 1) 
     return describe(trial, branches)
 
 
+LEAST = 1e-6
+"""Of α and of σ: no step is taken to be all noise or all signal, so that log-SNR lies within ±27.7."""
+
+
 def log_snr(scheduler: Any) -> tuple[float, ...]:
     """log(α²/σ²) at each of the scheduler's timesteps; empty for a scheduler that tells neither ᾱ nor σ.
 
     Variance preserving: log ᾱ − log(1 − ᾱ). Flow matching, x = (1 − σ)·x₀ + σ·ε: 2·log((1 − σ)/σ). Variance
-    exploding, x = x₀ + σ·ε, told by a σ above 1: −2·log σ.
+    exploding, x = x₀ + σ·ε, told by a σ above 1: −2·log σ. Neither α nor σ is taken to be less than `LEAST`: what is
+    infinite can neither be saved nor interpolated.
     """
     timesteps = scheduler.timesteps.detach().cpu().double()
-    if isinstance(bars := getattr(scheduler, "alphas_cumprod", None), Tensor):
-        table = torch.log(bars.double().cpu()) - torch.log1p(-bars.double().cpu())
+    sigmas, bars = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
+    sigma = sigmas[: len(timesteps)].detach().cpu().double() if isinstance(sigmas, Tensor) else torch.zeros(0)
+    if isinstance(bars, Tensor) and not _follows_a_flow(scheduler, sigma):
+        bar = bars.double().cpu().clamp(LEAST**2, 1 - LEAST**2)
+        table = torch.log(bar) - torch.log1p(-bar)
         values = np.interp(timesteps.numpy(), np.arange(len(table)), table.numpy())
-    elif isinstance(sigmas := getattr(scheduler, "sigmas", None), Tensor) and len(sigmas) >= len(timesteps):
-        sigma = sigmas[: len(timesteps)].detach().cpu().double().clamp_min(1e-6)
-        alpha = torch.ones_like(sigma) if sigma.max() > 1 else (1 - sigma).clamp_min(1e-6)
+    elif len(sigma) and len(sigma) == len(timesteps):
+        sigma = sigma.clamp_min(LEAST)
+        alpha = torch.ones_like(sigma) if sigma.max() > 1 else (1 - sigma).clamp_min(LEAST)
         values = (2 * torch.log(alpha / sigma)).numpy()
     else:
         return ()
     return tuple(float(value) for value in values)
+
+
+def _follows_a_flow(scheduler: Any, sigma: Tensor) -> bool:
+    """Whether a scheduler that has a table of ᾱ leaves it aside: its noise levels are a flow's, from 1 down."""
+    config = getattr(scheduler, "config", None)
+    told = getattr(config, "use_flow_sigmas", False) or getattr(config, "prediction_type", "") == "flow_prediction"
+    return bool(told and len(sigma) and sigma.max() <= 1)

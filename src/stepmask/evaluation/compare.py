@@ -4,6 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from numbers import Integral
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,7 +34,7 @@ def evaluate(
     rivals: Mapping[str, Any] | None = None,
     seed: int | Sequence[int] = 1000,
     repeats: int = 3,
-    run: Callable[[], Tensor] | None = None,
+    run: Callable[..., Tensor] | None = None,
     executor: Executor | None = None,
     folder: str | Path | None = None,
     **call: Any,
@@ -49,24 +50,28 @@ def evaluate(
     Args:
         pipe: A pipeline, or a plain denoiser with `run`.
         schedule: The schedule.
-        rivals: By name: other schedules; the reference with fewer steps, as a number; or another pipeline, sampled as
-            it is, with whatever other cache is enabled on it. What the latter computes is counted.
+        rivals: By name: other schedules; the reference with fewer steps, as a number (`num_inference_steps`); or
+            another pipeline, sampled as it is, with whatever other cache is enabled on it. What the latter computes is
+            counted.
         seed: Of the generator; choose another than the one the schedule was learned with. Of several each is a batch.
         repeats: Timed runs of each.
-        run: For a plain denoiser: a function without arguments that samples with it and returns the final latent.
+        run: For a plain denoiser: a function that samples with it and returns the final latent. It is given the seed
+            and those of the arguments that it names: `def sample(seed=0, num_inference_steps=10)`.
         executor: Where batches are sampled and compared; `None` = `LocalExecutor()`.
         folder: Finished batches are kept here, and a killed run goes on where it stopped; `None` = nowhere.
-        **call: Arguments of the pipeline.
+        **call: Arguments of the pipeline, or of `run`.
 
     Raises:
         ScheduleMismatch: A schedule is for another denoiser or sampler.
-        RunError: There is no seed or no timed run, or rivals share a name with the reference or the schedule.
+        RunError: There is no seed or no timed run, rivals share a name with the reference or the schedule, a rival is
+            none that can be sampled so, `run` does not name an argument, or different seeds give the same sample.
         InvalidRunFolder: The folder holds results of other weights, or damaged ones; or it is to keep batches of
             something that has no name: another pipeline, a `run`, or arguments such as pictures and functions.
         ClusterError: The executor cannot hand out jobs.
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
     _check(seeds, repeats, rivals or {})
+    _check_rivals(pipe, run, rivals or {})
     if "output_type" in _parameters(pipe):
         call = {"output_type": "np", **call}
     sampling = Sampling(pipe, call, run=run)
@@ -76,6 +81,7 @@ def evaluate(
         contenders = [replace(each, counted=each.schedule is None) for each in contenders]  # in no plan
     executor, folder = executor or LocalExecutor(), Path(folder) if folder else None
     batches = finish(_batches(contenders, folder), executor.share(contenders), seeds, executor, folder)
+    _check_samples(seeds, [batch[0].sample for batch in batches])
     timed = _timed(contenders, seeds[0], repeats)
     rows = [_row(each, *results) for each, *results in zip(contenders, timed, *batches, strict=True)]
     told = {key: _brief(value) for key, value in call.items()}
@@ -161,11 +167,56 @@ def _check(seeds: Sequence[int], repeats: int, rivals: Mapping[str, Any]) -> Non
         )
 
 
+def _check_rivals(pipe: Any, run: Callable[..., Tensor] | None, rivals: Mapping[str, Any]) -> None:
+    """Refuse rivals that cannot be sampled, or would be the reference under another name."""
+    for name, rival in rivals.items():
+        if isinstance(rival, MaskSchedule):
+            continue
+        if _is_steps(rival):
+            if rival < 1 or not _names_steps(pipe if run is None else run):
+                raise _no_rival(
+                    f"{name!r}, {rival} steps of a sampler that is not told them",
+                    "Ask for at least one step, of a pipeline or a run= with a parameter num_inference_steps",
+                )
+        elif run is not None or isinstance(rival, nn.Module) or not callable(rival):
+            raise _no_rival(
+                f"{name!r}, a {type(rival).__name__}",
+                "Evaluate it by itself; run= samples with its own network, whatever the rival is",
+            )
+
+
+def _no_rival(given: str, advice: str) -> RunError:
+    expected = "schedules and numbers of steps; beside a pipeline also other pipelines"
+    return RunError(given=f"the rival {given}", expected=expected, advice=advice)
+
+
+def _is_steps(rival: Any) -> bool:
+    return isinstance(rival, Integral) and not isinstance(rival, bool)
+
+
+def _names_steps(sampled: Any) -> bool:
+    parameters = inspect.signature(sampled).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return takes_any or "num_inference_steps" in parameters
+
+
+def _check_samples(seeds: Sequence[int], samples: Sequence[str]) -> None:
+    """Refuse seeds that change nothing: one sample would be counted as several."""
+    by_sample: dict[str, int] = {}
+    for seed, sample in zip(seeds, samples, strict=True):
+        if (other := by_sample.setdefault(sample, seed)) != seed:
+            raise RunError(
+                given=f"the same sample from seed {other} and seed {seed}",
+                expected="samples that differ where seeds do",
+                advice="Let run= draw its noise with a parameter seed, or from torch's own generator; or pass one seed",
+            )
+
+
 def _contender(name: str, sampling: Sampling, rival: Any) -> Contender:
     if isinstance(rival, MaskSchedule):
         return Contender(name, sampling, rival)
-    if isinstance(rival, int):
-        return Contender(name, replace(sampling, call={**sampling.call, "num_inference_steps": rival}))
+    if _is_steps(rival):
+        return Contender(name, replace(sampling, call={**sampling.call, "num_inference_steps": int(rival)}))
     return Contender(name, replace(sampling, pipe=rival))
 
 

@@ -8,10 +8,11 @@ from statistics import fmean
 from torch import Tensor
 
 from stepmask.denoiser.clock import now
+from stepmask.denoiser.identity import digest
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.sampling import Sampled, Sampling
-from stepmask.denoiser.seam import attached
+from stepmask.denoiser.seam import attached, frozen
 from stepmask.evaluation.measure import MacCounter, Stopwatch
 from stepmask.evaluation.metrics import Images, images_of, latent_errors, psnr, ssim
 from stepmask.schedule.schedule import MaskSchedule
@@ -37,7 +38,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What a batch of one way of sampling is like, next to the reference's."""
+    """What a batch of one way of sampling is like, next to the reference's.
+
+    Args:
+        sample: A name for the last latent.
+    """
 
     evaluations: int
     macs_executed: float
@@ -47,6 +52,7 @@ class Fidelity:
     path_errors: Sequence[float]
     store_bytes: int
     peak_bytes: int | None
+    sample: str
 
 
 @dataclass(eq=False)
@@ -109,7 +115,8 @@ class Contender:
         if not self.counted:
             return run
         counter = MacCounter()
-        with attached({self.sampling.denoiser: counter}):
+        denoiser = self.sampling.denoiser
+        with frozen(denoiser), attached({denoiser: counter}):  # torch's counter hooks what requires gradients
             self.run(seed)
         return replace(run, computed_macs=counter.macs)
 
@@ -126,6 +133,7 @@ class Contender:
             _path_errors(run.sampled.latents, reference.sampled.latents),
             run.store_bytes,
             run.peak_bytes,
+            digest(run.sampled.latent),
         )
 
     def _executed(self, run: Run, reference: Run) -> float:

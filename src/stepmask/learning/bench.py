@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stepmask.denoiser.seam import Hook, attached_by_name
 from stepmask.denoiser.trajectory import Call
 from stepmask.denoiser.values import each, to_output, to_stored_form
+from stepmask.learning.floats import mixed
 from stepmask.learning.objective import relative_error
 from stepmask.schedule.graph import Block, BlockGraph
 
@@ -99,4 +100,4 @@ def _blend(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs:
 
 
 def _mix(stored: Any, fresh: Any, score: Tensor) -> Any:
-    return each(lambda old, new: torch.lerp(old, new, score.to(new.dtype)), stored, fresh)
+    return mixed(lambda new, old: torch.lerp(old, new, score.to(new.dtype)), fresh, stored)

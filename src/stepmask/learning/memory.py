@@ -12,7 +12,8 @@ from stepmask.denoiser.sampling import Sampling
 from stepmask.denoiser.seam import frozen
 from stepmask.denoiser.trajectory import Call, Trajectory
 from stepmask.denoiser.values import first, tensors
-from stepmask.learning.tape import Evaluation, Moment, Tape, as_function, floats
+from stepmask.learning.floats import floats
+from stepmask.learning.tape import Evaluation, Moment, Tape, as_function
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.trajectory import Trajectory
-from stepmask.denoiser.values import each, tensors
+from stepmask.denoiser.values import each
 from stepmask.errors import LearningError
+from stepmask.learning.floats import floats, mixed, wide
 from stepmask.learning.guidance import guidance_of
 from stepmask.progress import progress
 from stepmask.schedule.graph import BlockGraph
@@ -21,16 +22,18 @@ Floats = npt.NDArray[np.float64]
 
 
 def relative_error(value: Any, target: Any) -> Tensor:
-    """‖value − target‖² / ‖target‖² over all tensors in a value; a scalar with gradients."""
-    difference = sum((a - b).float().square().sum() for a, b in zip(tensors(value), tensors(target), strict=True))
-    energy = sum(b.float().square().sum() for b in tensors(target))
+    """‖value − target‖² / ‖target‖² over all floating tensors in a value; a scalar with gradients."""
+    pairs = list(zip(floats(value), floats(target), strict=True))
+    difference = sum((wide(a) - wide(b)).float().square().sum() for a, b in pairs)
+    energy = sum(b.float().square().sum() for _, b in pairs)
     return torch.as_tensor(difference) / torch.as_tensor(energy).clamp_min(1e-20)
 
 
 def sample_errors(latent: Tensor, reference: Tensor) -> Tensor:
-    """‖x_0 − x_0 ref‖² / ‖x_0 ref‖² of each sample, shape (rows,)."""
-    difference = (latent - reference).flatten(1).square().sum(1)
-    return difference / reference.flatten(1).square().sum(1).clamp_min(1e-20)
+    """‖x_0 − x_0 ref‖² / ‖x_0 ref‖² of each sample, shape (rows,); in float32 at least, whatever the latents are."""
+    target = wide(reference)
+    difference = (wide(latent) - target).flatten(1).square().sum(1)
+    return difference / target.flatten(1).square().sum(1).clamp_min(1e-20)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class MeasuredGain:
         nudge = _Nudge(trajectory, step, self.fraction)
         with attached({trajectory.sampling.denoiser: nudge}):
             latent = trajectory.sampling().latent
-        moved = float((latent - trajectory.sampled.latent).float().square().sum())
+        moved = float((wide(latent) - wide(trajectory.sampled.latent)).float().square().sum())
         if not np.isfinite(moved):
             raise LearningError(
                 given=f"a run that is not finite after a nudge at step {step}",
@@ -147,7 +150,7 @@ class _Nudge(Hook):
         if now < self.step * branches:
             return each(torch.clone, said)
         before = self.trajectory.outputs[now - branches]
-        moved = each(lambda new, old: torch.lerp(new, old, self.fraction), said, before)
+        moved = mixed(lambda new, old: torch.lerp(new, old, self.fraction), said, before)
         self.moved.append(moved)
         return moved
 

@@ -24,28 +24,48 @@ class SampleRows:
     def __init__(self, samples: npt.NDArray[np.int64], trajectory: Trajectory) -> None:
         self.samples = torch.from_numpy(samples).reshape(trajectory.sampler.branches, -1)
         self.count = int(self.samples.max()) + 1
-        self.listed = isinstance(prediction(trajectory.outputs[0]), list)
+        predicted = prediction(trajectory.outputs[0])
+        self.listed = isinstance(predicted, list)
+        self.device = predicted[0].device  # where a block without a floating tensor is zero
 
     def products(self, branch: int, block: Block, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-        """Σ ⟨left, right⟩ over the tensors of one block, shape (samples,).
+        """Σ ⟨gradient, value⟩ over the floating tensors of one block, shape (samples,).
+
+        A tensor with other rows than the denoiser's output, or with none, is shared by the samples: it counts where
+        all rows are one sample's, and where nobody reads it, for then its gradient is zero.
+
+        Args:
+            branch: Of the evaluation.
+            block: Whose tensors they are.
+            left: Gradients.
+            right: Values.
 
         Raises:
-            LearningError: The tensors' rows are not those of the denoiser's output, nor a multiple of them.
+            LearningError: Samples share a tensor that is read.
         """
-        samples, total = self.samples[branch], torch.zeros(self.count, device=left[0].device)
+        samples = self.samples[branch]
+        total = torch.zeros(self.count, device=left[0].device if left else self.device)
         if self.listed and not block.name:
             left, right = [torch.stack(list(left))], [torch.stack(list(right))]
         for a, b in zip(left, right, strict=True):
+            if not a.ndim or len(a) % len(samples):
+                total += self._shared(block, a, b, len(samples))
+                continue
             rows = torch.linalg.vecdot(a.flatten(1).float(), b.flatten(1).float())
-            if len(rows) % len(samples):
-                raise _mixed_rows(block.label, len(rows), len(samples))
             total.index_add_(0, samples.repeat_interleave(len(rows) // len(samples)).to(rows.device), rows)
         return total
 
+    def _shared(self, block: Block, left: Tensor, right: Tensor, expected: int) -> Tensor:
+        """⟨left, right⟩ of one tensor whose rows are not samples'."""
+        if self.count > 1 and left.any():
+            raise _mixed_rows(block.label, tuple(left.shape), expected)
+        product: Tensor = torch.linalg.vecdot(left.flatten().float(), right.flatten().float())
+        return product
 
-def _mixed_rows(label: str, rows: int, expected: int) -> LearningError:
+
+def _mixed_rows(label: str, shape: tuple[int, ...], expected: int) -> LearningError:
     return LearningError(
-        given=f"block {label!r}, whose output has {rows} rows",
-        expected=f"a multiple of {expected}, the rows of the denoiser's output",
+        given=f"block {label!r}, whose output has a tensor of shape {shape}",
+        expected=f"as many rows as the denoiser's output has, {expected}, or a multiple of them",
         advice="Leave this block out of the graph",
     )

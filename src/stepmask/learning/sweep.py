@@ -25,6 +25,7 @@ from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError, ScheduleMismatch
 from stepmask.executors.filed import Kind, finish
 from stepmask.executors.local import Executor, LocalExecutor
+from stepmask.learning.floats import wide
 from stepmask.learning.guidance import samples_of
 from stepmask.learning.memory import predict
 from stepmask.learning.objective import relative_error
@@ -248,7 +249,7 @@ class _Measure:
             (pull,) = torch.autograd.grad(decoded, leaf, v.to(decoded.dtype))
         if not torch.isfinite(pull).all():
             raise not_finite("a gradient of decode")
-        return pull, self._by_sample(v, decoded.detach() - self.target).cpu().numpy()
+        return pull, self._by_sample(v, wide(decoded.detach()) - wide(self.target)).cpu().numpy()
 
     def _by_sample(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner products per sample, shape (samples,)."""

@@ -26,6 +26,7 @@ from stepmask.denoiser.seam import Hook, attached_by_name
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import each, forecast, tensors, to_output, to_stored_form
 from stepmask.errors import LearningError
+from stepmask.learning.floats import floats, mixed
 from stepmask.schedule.graph import Block, BlockGraph
 
 Floats = npt.NDArray[np.float64]
@@ -370,10 +371,10 @@ def _zero(tensor: Tensor) -> Tensor:
 
 
 def _blend(own: float, older: Any, value: Any) -> Any:
-    """Own · value + older."""
+    """Own · value + older; integers and booleans are the value's."""
     if older is None:
-        return each(lambda new: own * new, value)
-    return each(lambda new, old: torch.add(old, new, alpha=own), value, older)
+        return mixed(lambda new: own * new, value)
+    return mixed(lambda new, old: torch.add(old, new, alpha=own), value, older)
 
 
 def _apart(tensor: Tensor) -> Tensor:
@@ -388,11 +389,6 @@ def _pull(ends: list[Tensor], wanted: list[Tensor], pulls: list[Tensor]) -> Sequ
     if not ends or not wanted:
         return [torch.zeros_like(tensor) for tensor in wanted]
     return torch.autograd.grad(ends, wanted, pulls, allow_unused=True, materialize_grads=True)
-
-
-def floats(value: Any) -> list[Tensor]:
-    """The tensors in a value that can carry gradients."""
-    return [tensor for tensor in tensors(value) if tensor.is_floating_point()]
 
 
 def _check_finite(values: Iterable[Tensor], what: str) -> None:

@@ -71,18 +71,25 @@ class Plan:
 
     @cached_property
     def computed(self) -> npt.NDArray[np.bool_]:
-        """What is run, shape (steps, blocks)."""
+        """What answers with what it computes, shape (steps, blocks)."""
         return np.array([[cell.action == "compute" for cell in row] for row in self.cells])
+
+    @cached_property
+    def paid(self) -> npt.NDArray[np.bool_]:
+        """What is run, shape (steps, blocks): the denoiser's own glue also where it runs for a block alone."""
+        paid = self.computed.copy()
+        paid[:, -1] = self.computed.any(axis=1)
+        return paid
 
     @property
     def shares(self) -> npt.NDArray[np.float64]:
         """MACs of each step over those of an evaluation, shape (steps,)."""
-        return np.asarray((self.computed * self.graph.costs).sum(axis=1))
+        return np.asarray((self.paid * self.graph.costs).sum(axis=1))
 
     @property
     def macs(self) -> int:
         """MACs of the whole run at the traced shape."""
-        return int((self.computed * self.graph.macs).sum())
+        return int((self.paid * self.graph.macs).sum())
 
     @property
     def macs_share(self) -> float:
@@ -104,7 +111,7 @@ class Plan:
         Args:
             costs: Of each block as a share of an evaluation, shape (blocks,).
         """
-        return float((self.computed * costs).sum() / len(self.cells))
+        return float((self.paid * costs).sum() / len(self.cells))
 
     @cached_property
     def peak_bytes(self) -> int:

@@ -34,7 +34,8 @@ def _spread(computed: Bools, places: Floats, allowed: Bools) -> Bools:
     """Where a block is computed, shape (new steps,), given where it was, shape (steps,).
 
     Between two computed steps its count rises evenly by one, times the ratio of the numbers of steps; the block is
-    computed at the steps nearest to where that passes an integer, or at the next that is allowed.
+    computed at the steps nearest to where that passes an integer, the earlier one of two, or at the next that is
+    allowed.
     """
     knots = [*np.flatnonzero(computed), len(computed)]
     counts = np.interp([*places, len(computed)], knots, np.arange(len(knots)), left=-1.0) * len(places) / len(computed)
