@@ -2,9 +2,13 @@
 
 import json
 import os
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +30,7 @@ from stepmask.errors import (
 )
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 from stepmask.schedule.graph import Block, BlockGraph
+from stepmask.text import printable, printable_lines
 
 from toys import bits, chain_graph, sampler, table, unet_graph
 
@@ -127,11 +132,57 @@ def test_nothing_is_left_behind_in_an_unwritable_folder(tmp_path: Path) -> None:
 def test_an_old_file_stays_whole_when_a_new_one_cannot_be_written(tmp_path: Path) -> None:
     schedule = forecasting()
     schedule.save_pretrained(tmp_path)
-    broken = replace(schedule, provenance={"not": "finite", "x": float("nan")})
-    with pytest.raises(ValueError, match="Out of range float"):
+    notes = {"finite": 1.0}
+    broken = replace(schedule, provenance=notes)
+    notes["finite"] = float("nan")
+    with pytest.raises(InvalidSchedule, match="cannot be written"):
         broken.save_pretrained(tmp_path)
     assert MaskSchedule.from_pretrained(tmp_path) == schedule
     assert os.listdir(tmp_path) == ["stepmask.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"provenance": {"x": float("nan")}},
+        {"provenance": {"x": {"y": [float("-inf")]}}},
+        {"provenance": {"x": object()}},
+        {"provenance": {"x": "\ud800"}},
+        {"provenance": None},
+        {"denoiser": DenoiserFingerprint("Toy", {"x": float("inf")})},
+        {"denoiser": DenoiserFingerprint("Toy\nimport os")},
+        {"sampler": SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (-float("inf"), 0.0, 1.0, 2.0))},
+        {"sampler": SamplerFingerprint("", (3.0, 2.0, 1.0, float("nan")))},
+        {"sampler": SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (1.0, 2.0))},
+        {"sampler": SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), branches=0)},
+    ],
+    ids=str,
+)
+def test_what_a_file_cannot_hold_is_refused_before_it_is_saved(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSchedule):
+        replace(forecasting(), **change)
+
+
+def test_files_are_utf_8_whatever_the_locale_is(tmp_path: Path) -> None:
+    graph = chain_graph(1, "output")
+    named = BlockGraph((replace(graph.blocks[0], name="b·ü"), replace(graph.blocks[1], reads=("b·ü",))))
+    schedule = replace(table(graph, "1", "1"), graph=named, provenance={"table": "drapeau français 🇫🇷"})
+    schedule.save_pretrained(tmp_path)
+    told = "import sys, stepmask; sys.stdout.write(ascii(stepmask.MaskSchedule.from_pretrained(sys.argv[1]).to_json()))"
+    latin = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    said = subprocess.check_output([sys.executable, "-X", "utf8=0", "-c", told, str(tmp_path)], env=latin, text=True)
+    assert said == ascii(schedule.to_json())
+
+
+class TestText:
+    def test_what_steers_a_terminal_is_shown_as_an_escape(self) -> None:
+        assert printable("a\x1b[2J\x9b\n\t\u202e\ud800é–🇫🇷") == r"a\x1b[2J\x9b\n\t\u202e\ud800é–🇫🇷"
+        assert printable_lines("a\nb\r") == "a\nb\\r"
+
+    def test_errors_quote_nothing_that_does(self) -> None:
+        error = NoSuchBlock(given="block \x1b]0;title\x07", expected="one of\n\x9ba", advice="Do\u2066 not")
+        assert str(error) == "block \\x1b]0;title\\x07. Expected: one of\n\\x9ba. Do\\u2066 not."
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_a_missing_source_says_so(tmp_path: Path) -> None:
