@@ -16,7 +16,7 @@ from stepmask.extras import extra
 from stepmask.schedule.rectify import Cell, Plan, lower
 from stepmask.schedule.schedule import MaskSchedule
 from stepmask.schedule.show import summary
-from stepmask.text import printable_lines
+from stepmask.text import printable, printable_lines
 
 if TYPE_CHECKING:
     from stepmask.learning.profile import Profile
@@ -86,7 +86,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
 def _measured(report: Report, row: Row) -> dict[str, str]:
     speed, low, high = report.speedup(row.name)
     return {
-        "name": row.name,
+        "name": printable(row.name),
         "MACs": f"{row.macs_executed:.3f}",
         "latent error": f"{row.latent_error:.2e}",
         "PSNR (dB)": f"{fmean(row.psnr_db):.1f}" if row.psnr_db else "–",
