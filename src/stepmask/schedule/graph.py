@@ -200,10 +200,10 @@ def span_of(columns: list[int]) -> str:
 
 
 def columns_of(span: str, count: int) -> list[int]:
-    """The columns of a span over so many: [0, 1, 2, 5] for "0-2,5".
+    """The columns of a span over so many, in order: [0, 1, 2, 5] for "0-2,5".
 
     Raises:
-        ValueError: It is no span, reaches beyond, or names more columns than there are.
+        ValueError: It is no span, reaches beyond, or names a column twice.
     """
     if not isinstance(span, str):
         raise ValueError(f"{told(span)} where a span was expected")
@@ -214,8 +214,10 @@ def columns_of(span: str, count: int) -> list[int]:
             raise ValueError(f"span {told(span)} over {count} blocks")
         columns += range(int(first), int(last or first) + 1)
         if len(columns) > count:
-            raise ValueError(f"span {told(span)} names columns twice")
-    return columns
+            break
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"span {told(span)} names a column twice")
+    return sorted(columns)
 
 
 def _check(block: Block, seen: set[str]) -> None:
