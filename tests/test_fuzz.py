@@ -19,9 +19,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors
+from typer.testing import CliRunner
 
 import stepmask
 from stepmask import MaskSchedule, StepmaskError
+from stepmask.cli import app
 from stepmask.drawing import LARGEST, LONGEST
 from stepmask.errors import InvalidProfile, InvalidScheduleFile
 from stepmask.evaluation.card import card
@@ -261,7 +263,7 @@ def test_what_no_schedule_says_is_refused(kind: str) -> None:
         {"table": "t" * 100_000},
     ],
 )
-def test_notes_may_say_anything_and_steer_nothing(provenance: dict[str, Any]) -> None:
+def test_notes_may_say_anything_and_steer_nothing(provenance: dict[str, Any], tmp_path: Path) -> None:
     schedule = MaskSchedule.from_json(with_value(("provenance",), provenance))
     assert schedule.provenance == provenance
     use(schedule)
@@ -269,6 +271,10 @@ def test_notes_may_say_anything_and_steer_nothing(provenance: dict[str, Any]) ->
     fences = [line for line in page if re.fullmatch("```[a-z]*", line)]
     assert len(fences) == 6  # of three pieces of code, none of the file's
     assert max(map(len, show(schedule).splitlines())) <= 80
+    schedule.save_pretrained(tmp_path)
+    shown, as_json = (CliRunner().invoke(app, ["show", str(tmp_path), *more]).output for more in ([], ["--json"]))
+    assert all(map(is_plain, [*shown.splitlines(), *as_json.splitlines()]))
+    assert json.loads(as_json)["provenance"] == provenance
 
 
 def test_a_denoiser_without_macs_is_shown() -> None:

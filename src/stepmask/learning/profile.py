@@ -402,10 +402,9 @@ def _samples(given: npt.ArrayLike, rows: int) -> npt.NDArray[np.int64]:
         InvalidProfile: They are not whole numbers, or not counted from 0 without a gap.
     """
     samples = np.array(given)
-    if samples.shape != (rows,) or samples.dtype.kind not in "iu" or samples.min() < 0 or samples.max() >= rows:
-        raise _invalid(f"samples of shape {samples.shape}", f"({rows},), a sample a row, counted from 0")
-    if not np.bincount(samples.astype(np.int64)).all():
-        raise _invalid(f"samples up to {samples.max()}, some of them without a row", "none left out")
+    whole = samples.shape == (rows,) and samples.dtype.kind in "iu" and samples.min() >= 0 and samples.max() < rows
+    if not whole or not np.bincount(samples.astype(np.int64)).all():
+        raise _invalid(f"samples of shape {samples.shape}", f"({rows},), a sample a row from 0 on, none left out")
     return samples.astype(np.int64)
 
 
