@@ -35,8 +35,14 @@ from stepmask.text import printable, printable_lines
 from toys import bits, chain_graph, sampler, table, unet_graph
 
 
+def stepped(graph: BlockGraph, *rows: str, weights: dict[tuple[int, str], tuple[float, ...]] | None = None,
+            ) -> MaskSchedule:  # fmt: skip
+    """A `table` of a sampler that tells its timesteps and log-SNR."""
+    return replace(table(graph, *rows, weights=weights), sampler=sampler(len(rows)))
+
+
 def forecasting() -> MaskSchedule:
-    return table(
+    return stepped(
         unet_graph(), "11111", "11111", "10001", "11100",
         weights={(2, "mid"): (1.5, -0.5), (3, "up1"): (0.1 + 0.2, 0.7), (3, "up0"): (1.0,)},
     )  # fmt: skip
@@ -240,26 +246,26 @@ class TestResample:
         np.testing.assert_allclose(again.forecasts, schedule.forecasts)
 
     def test_rows_follow_log_snr_and_not_the_index(self) -> None:
-        schedule = table(chain_graph(1, "output"), "1", "0", "1", "0")
+        schedule = stepped(chain_graph(1, "output"), "1", "0", "1", "0")
         other = SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (0.0, 1.8, 2.1, 3.2))
         assert bits(schedule.resample(other)) == ["1", "0", "1", "0"]
         other = SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (0.0, 2.1, 2.2, 2.3))  # most steps are where the third was
         assert bits(schedule.resample(other)) == ["1", "1", "0", "0"]
 
     def test_shares_are_kept_and_density_follows_the_old_one(self) -> None:
-        schedule = table(chain_graph(1, "output"), "1", "1", "0", "0")  # every step, and then one of three
+        schedule = stepped(chain_graph(1, "output"), "1", "1", "0", "0")  # every step, and then one of three
         doubled = SamplerFingerprint("", tuple(range(8)), tuple(k / 2 for k in range(8)))
         assert bits(schedule.resample(doubled)) == ["1", "1", "1", "0", "0", "1", "0", "0"]
 
     def test_a_block_is_not_computed_where_the_denoiser_is_reused(self) -> None:
-        schedule = table(chain_graph(1, "output"), "11", "10", "11", "10", "10", "01")
+        schedule = stepped(chain_graph(1, "output"), "11", "10", "11", "10", "10", "01")
         halved = SamplerFingerprint("", tuple(range(3)), (0.0, 2.0, 4.0))
         again = schedule.resample(halved)
         assert (again.rows[:, 0] <= again.rows[:, -1]).all()
 
     def test_a_first_order_forecast_keeps_its_relative_length(self) -> None:
         # κ = 0.5 at age 1 over gap 1; over the same gap it is 0.5 at age 1 and 1 at age 2
-        schedule = table(chain_graph(1, "output"), "1", "1", "0", weights={(2, "b0"): (1.5, -0.5)})
+        schedule = stepped(chain_graph(1, "output"), "1", "1", "0", weights={(2, "b0"): (1.5, -0.5)})
         doubled = SamplerFingerprint("", tuple(range(6)), (0.0, 0.4, 0.9, 1.4, 1.9, 2.4))
         again = schedule.resample(doubled)
         assert bits(again) == ["1", "1", "1", "0", "0", "1"]
