@@ -8,7 +8,7 @@ import torch
 
 import stepmask
 
-from toys import tiny_dit
+from toys import tiny_pipe
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
@@ -18,18 +18,8 @@ hypothesis.settings.load_profile("unhurried")
 
 @pytest.fixture
 def pipe() -> Any:
-    """A DiTPipeline with random weights: 3 blocks, 8×8 latents."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
-    pipe = DiTPipeline(transformer=tiny_dit(), vae=vae.eval(), scheduler=scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    """The tiny pipeline."""
+    return tiny_pipe()
 
 
 @pytest.fixture

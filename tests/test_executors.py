@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,15 +21,19 @@ from PIL import Image
 from torch import nn
 
 import stepmask
-from stepmask import LocalExecutor, MaskSchedule, RayExecutor, Trajectory
+from stepmask import Budget, LocalExecutor, MaskSchedule, RayExecutor, Trajectory
 from stepmask.denoiser.identity import digest, weights_digest
 from stepmask.denoiser.trajectory import recorded
 from stepmask.errors import ClusterError, InvalidBudget, InvalidRunFolder, LearningError
 from stepmask.evaluation.shards import write_shards
-from stepmask.executors.filed import Kind, claim, finish
+from stepmask.executors.filed import Kind, claim, finish, keep
 from stepmask.executors.processes import ProcessesExecutor
+from stepmask.files import DAY, _place, write_together
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.trained import TrainedForecasts
+
+from test_schedule import forecasting
+from toys import Drift, tiny_pipe
 
 CHEAP = TrainedForecasts(passes=1)
 QUICK = PerTimestep(iterations=2, rounds=2)
@@ -76,7 +81,7 @@ def ray_executor(cluster: Any) -> RayExecutor:
 class TestFolder:
     def test_only_what_is_missing_is_done_again(self, tmp_path: Path) -> None:
         assert finish(POWERS, 2, [3, 5], LocalExecutor(), tmp_path) == [8, 32]
-        (tmp_path / "3.json").write_text("-1")  # whoever reads it did not do it again
+        keep(tmp_path / "3.json", "-1")  # whoever reads it did not do it again
         assert finish(POWERS, 2, [5, 3, 4], LocalExecutor(), tmp_path) == [32, -1, 16]
         assert finish(POWERS, 2, [3], LocalExecutor(), None) == [8]
 
@@ -89,6 +94,46 @@ class TestFolder:
         (tmp_path / "3.json").write_text("{")
         with pytest.raises(InvalidRunFolder, match=r"3\.json.*Delete it"):
             finish(POWERS, 2, [3], LocalExecutor(), tmp_path)
+
+    def test_a_file_without_a_checksum_is_told_apart_from_a_changed_one(self, tmp_path: Path) -> None:
+        (tmp_path / "3.json").write_text("8")  # as a version before checksums wrote it
+        with pytest.raises(InvalidRunFolder, match=r"version before checksums.*Delete it"):
+            finish(POWERS, 2, [3], LocalExecutor(), tmp_path)
+        keep(tmp_path / "3.json", "8")
+        whole = (tmp_path / "3.json").read_bytes()
+        for at in range(len(whole)):
+            (tmp_path / "3.json").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(InvalidRunFolder, match=r"3\.json"):
+                finish(POWERS, 2, [3], LocalExecutor(), tmp_path)
+            (tmp_path / "3.json").write_bytes(whole[:at])
+            with pytest.raises(InvalidRunFolder, match=r"3\.json"):
+                finish(POWERS, 2, [3], LocalExecutor(), tmp_path)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "5", "[" * 100_000, "\udc80"])
+    def test_a_damaged_manifest_is_one_clear_error(self, tmp_path: Path, text: str) -> None:
+        claim(tmp_path, {"a": 1})
+        (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(InvalidRunFolder, match=r"manifest\.json, which cannot be read"):
+            claim(tmp_path, {"a": 1})
+
+    @pytest.mark.parametrize(
+        ("work", "kinds"),
+        [("learned", {"sweep", "times", "training", "trial"}), ("evaluated", {"batch"})],
+    )
+    def test_all_that_is_kept_is_checked(self, tmp_path: Path, work: str, kinds: set[str]) -> None:
+        do = {"learned": learned, "evaluated": evaluated}[work]
+        do(tmp_path / "whole")
+        names = {path.name.partition("-")[0]: path.name for path in sorted((tmp_path / "whole").iterdir())}
+        assert names.keys() == {*kinds, "manifest.json"}
+        for kind in kinds:
+            content = (tmp_path / "whole" / names[kind]).read_bytes()
+            middle = len(content) // 2
+            changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            for number, damaged in enumerate((changed, content[:middle])):
+                folder = shutil.copytree(tmp_path / "whole", tmp_path / f"{kind}{number}")
+                (folder / names[kind]).write_bytes(damaged)
+                with pytest.raises(InvalidRunFolder, match=f"{names[kind]}, which cannot be read"):
+                    do(folder)
 
     def test_a_folder_belongs_to_one_run(self, tmp_path: Path) -> None:
         claim(tmp_path, {"a": 1, "b": (2, 3)})
@@ -125,6 +170,86 @@ class TestFolder:
         with torch.no_grad():
             layer.bias[1] += 1e-6
         assert weights_digest(layer) != before
+
+
+def learned(folder: Path) -> None:
+    """Learn for a budget in time, all of it kept in a folder: the same whenever it is done."""
+    torch.manual_seed(0)
+    network = Drift()
+
+    def run() -> torch.Tensor:
+        x = torch.ones(1, 2)
+        for step in range(4):
+            x = x - 0.1 * network(x, step / 4)
+        return x
+
+    trajectory = stepmask.record(network, run=run)
+    graph = stepmask.trace(network, trajectory, blocks="[sm]*")
+    stepmask.learn(network, trajectory, Budget(time=0.9), graph=graph, learner=CHEAP, folder=folder)
+
+
+def evaluated(folder: Path) -> None:
+    """Measure the reference against itself, kept in a folder."""
+    pipe, run = tiny_pipe(), {"class_labels": [1], "num_inference_steps": 2}
+    trajectory = stepmask.record(pipe, **run)
+    table = MaskSchedule.all_compute(stepmask.trace(pipe, trajectory), trajectory.denoiser, trajectory.sampler)
+    stepmask.evaluate(pipe, table, folder=folder, repeats=1, **run)
+
+
+class TestLeftovers:
+    """What a process that was killed while it wrote has left is removed; what others write stays."""
+
+    def test_of_a_killed_process(self, tmp_path: Path) -> None:
+        killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path)], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        (left,) = tmp_path.iterdir()
+        assert left.read_bytes() == b"half"
+        assert finish(POWERS, 2, [3], LocalExecutor(), tmp_path) == [8]
+        assert [path.name for path in tmp_path.iterdir()] == ["3.json"]
+
+    @pytest.mark.parametrize("use", ["claim", "finish", "save"])
+    def test_wherever_a_folder_is_used_again(self, tmp_path: Path, use: str) -> None:
+        for name in ("dead", "living", "elsewhere", "old", "mine"):
+            (tmp_path / self.named(name)).touch()
+        os.utime(tmp_path / self.named("old"), (0, time.time() - 2 * DAY))
+        match use:
+            case "claim":
+                claim(tmp_path, {"a": 1})
+            case "finish":
+                finish(POWERS, 2, [3], LocalExecutor(), tmp_path)
+            case "save":
+                forecasting().save_pretrained(tmp_path)
+        hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+        assert hidden == {self.named("living"), self.named("elsewhere"), self.named("mine")}
+
+    def named(self, whose: str) -> str:
+        """The name of somebody's temporary."""
+        process = {"living": os.getppid(), "dead": 999_999_999}.get(whose, 1)
+        places = {"elsewhere": "0" * 8, "old": "0" * 7 + "1"}
+        return ".mine" if whose == "mine" else f".stepmask-{places.get(whose, _place())}-{process}-{'0' * 16}"
+
+    def test_what_has_a_name_was_on_the_disk_before(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        happened: list[str] = []
+        sync, rename = os.fsync, os.replace
+        monkeypatch.setattr(os, "fsync", lambda handle: (happened.append(f"{os.fstat(handle).st_size}"), sync(handle)))
+        monkeypatch.setattr(os, "replace", lambda old, new: (happened.append(Path(new).name), rename(old, new)))
+        write_together({tmp_path / "a": b"four", tmp_path / "b": "three"})
+        assert happened == ["4", "5", "a", "b"]
+        assert (tmp_path / "b").stat().st_mode & 0o777 == 0o644
+
+
+KILLED_WHILE_WRITING = """
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from stepmask.files import write_whole
+
+os.replace = lambda old, new: os.kill(os.getpid(), signal.SIGKILL)
+write_whole(Path(sys.argv[1]) / "3.json", b"half")
+"""
 
 
 class TestSweepInParts:
@@ -272,6 +397,7 @@ import sys
 
 from stepmask.errors import InvalidBudget
 from stepmask.executors.processes import ProcessesExecutor
+from stepmask.files import DAY, _place, write_together
 
 def work(shared, job):
     if job == 3:

@@ -4,6 +4,7 @@ import base64
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 
 import stepmask
 from stepmask import MaskSchedule, Profile, Report
+from stepmask.evaluation.card import card
 from stepmask.evaluation.page import render
+from stepmask.evaluation.plots import side_by_side
 from stepmask.schedule.baselines import fixed_interval
 from stepmask.schedule.rectify import lower
+from stepmask.text import is_plain
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -86,6 +90,29 @@ def test_the_numbers_are_the_report_s(report: Report, schedule: MaskSchedule) ->
     assert "stepmask evaluate &#39;a b&#39;" in page
     assert "&lt;b&gt;interval&lt;/b&gt;" in page
     assert "<b>" not in page
+
+
+ODD = ("$\\frac{$", "_hidden", "\\$5 & <b>", "\x1b]0;t\x07\ud800", "```\n| a")
+
+
+def test_rivals_may_be_called_anything(pipe: Any, report: Report, schedule: MaskSchedule, tmp_path: Path) -> None:
+    _, _, rival, fewer = report.rows
+    rows = [*report.rows[:2], *(replace(rival, name=name) for name in ODD), fewer]
+    shown = {**report.images, **dict.fromkeys(ODD, report.images["fewer"])}
+    odd = replace(report, rows=rows, images=shown, setting={"\ud800": "\x9b"}, machine={"a": "b\n```\x9b"})
+    page = odd.save(tmp_path / "report.html", command="\ud800").read_text(encoding="utf-8")
+    for said in ("$\\frac{$", "_hidden", "\\$5 &amp; &lt;b&gt;", r"\x1b]0;t\x07\ud800", r"```\n| a"):
+        assert re.findall(f"<text[^>]*>{re.escape(said)}</text>", page), said  # in a legend
+        assert f"<td>{said}</td>" in page
+    for suffix in ("txt", "json"):
+        assert odd.save(tmp_path / f"report.{suffix}").stat().st_size
+    assert side_by_side(shown, tmp_path / "grid.png").stat().st_size
+    drawn = [text.get_text() for text in odd.plot().axes[0].get_legend().get_texts()]
+    assert drawn == ["schedule", "$\\frac{$", "_hidden", "\\$5 & <b>", r"\x1b]0;t\x07\ud800", r"```\n| a", "fewer"]
+    told = card(schedule, report=odd).body
+    assert r"| ```\n\| a |" in told
+    assert "| _hidden |" in told
+    assert is_plain(told.replace("\n", " "))
 
 
 def test_it_asks_nobody_for_anything(report: Report) -> None:

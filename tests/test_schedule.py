@@ -2,6 +2,9 @@
 
 import json
 import os
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +31,19 @@ from stepmask.errors import (
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 from stepmask.schedule.forecasts import taylor_forecasts
 from stepmask.schedule.graph import Block, BlockGraph
+from stepmask.text import printable, printable_lines
 
 from toys import bits, chain_graph, sampler, table, unet_graph
 
 
+def stepped(graph: BlockGraph, *rows: str, weights: dict[tuple[int, str], tuple[float, ...]] | None = None,
+            ) -> MaskSchedule:  # fmt: skip
+    """A `table` of a sampler that tells its timesteps and log-SNR."""
+    return replace(table(graph, *rows, weights=weights), sampler=sampler(len(rows)))
+
+
 def forecasting() -> MaskSchedule:
-    return table(
+    return stepped(
         unet_graph(), "11111", "11111", "10001", "11100",
         weights={(2, "mid"): (1.5, -0.5), (3, "up1"): (0.1 + 0.2, 0.7), (3, "up0"): (1.0,)},
     )  # fmt: skip
@@ -129,11 +139,57 @@ def test_nothing_is_left_behind_in_an_unwritable_folder(tmp_path: Path) -> None:
 def test_an_old_file_stays_whole_when_a_new_one_cannot_be_written(tmp_path: Path) -> None:
     schedule = forecasting()
     schedule.save_pretrained(tmp_path)
-    broken = replace(schedule, provenance={"not": "finite", "x": float("nan")})
-    with pytest.raises(ValueError, match="Out of range float"):
+    notes = {"finite": 1.0}
+    broken = replace(schedule, provenance=notes)
+    notes["finite"] = float("nan")
+    with pytest.raises(InvalidSchedule, match="cannot be written"):
         broken.save_pretrained(tmp_path)
     assert MaskSchedule.from_pretrained(tmp_path) == schedule
     assert os.listdir(tmp_path) == ["stepmask.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"provenance": {"x": float("nan")}},
+        {"provenance": {"x": {"y": [float("-inf")]}}},
+        {"provenance": {"x": object()}},
+        {"provenance": {"x": "\ud800"}},
+        {"provenance": None},
+        {"denoiser": DenoiserFingerprint("Toy", {"x": float("inf")})},
+        {"denoiser": DenoiserFingerprint("Toy\nimport os")},
+        {"sampler": SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (-float("inf"), 0.0, 1.0, 2.0))},
+        {"sampler": SamplerFingerprint("", (3.0, 2.0, 1.0, float("nan")))},
+        {"sampler": SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (1.0, 2.0))},
+        {"sampler": SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), branches=0)},
+    ],
+    ids=str,
+)
+def test_what_a_file_cannot_hold_is_refused_before_it_is_saved(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSchedule):
+        replace(forecasting(), **change)
+
+
+def test_files_are_utf_8_whatever_the_locale_is(tmp_path: Path) -> None:
+    graph = chain_graph(1, "output")
+    named = BlockGraph((replace(graph.blocks[0], name="b·ü"), replace(graph.blocks[1], reads=("b·ü",))))
+    schedule = replace(table(graph, "1", "1"), graph=named, provenance={"table": "drapeau français 🇫🇷"})
+    schedule.save_pretrained(tmp_path)
+    told = "import sys, stepmask; sys.stdout.write(ascii(stepmask.MaskSchedule.from_pretrained(sys.argv[1]).to_json()))"
+    latin = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    said = subprocess.check_output([sys.executable, "-X", "utf8=0", "-c", told, str(tmp_path)], env=latin, text=True)
+    assert said == ascii(schedule.to_json())
+
+
+class TestText:
+    def test_what_steers_a_terminal_is_shown_as_an_escape(self) -> None:
+        assert printable("a\x1b[2J\x9b\n\t\u202e\ud800é–🇫🇷") == r"a\x1b[2J\x9b\n\t\u202e\ud800é–🇫🇷"
+        assert printable_lines("a\nb\r") == "a\nb\\r"
+
+    def test_errors_quote_nothing_that_does(self) -> None:
+        error = NoSuchBlock(given="block \x1b]0;title\x07", expected="one of\n\x9ba", advice="Do\u2066 not")
+        assert str(error) == "block \\x1b]0;title\\x07. Expected: one of\n\\x9ba. Do\\u2066 not."
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_a_missing_source_says_so(tmp_path: Path) -> None:
@@ -191,26 +247,26 @@ class TestResample:
         np.testing.assert_allclose(again.forecasts, schedule.forecasts)
 
     def test_rows_follow_log_snr_and_not_the_index(self) -> None:
-        schedule = table(chain_graph(1, "output"), "1", "0", "1", "0")
+        schedule = stepped(chain_graph(1, "output"), "1", "0", "1", "0")
         other = SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (0.0, 1.8, 2.1, 3.2))
         assert bits(schedule.resample(other)) == ["1", "0", "1", "0"]
         other = SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (0.0, 2.1, 2.2, 2.3))  # most steps are where the third was
         assert bits(schedule.resample(other)) == ["1", "1", "0", "0"]
 
     def test_shares_are_kept_and_density_follows_the_old_one(self) -> None:
-        schedule = table(chain_graph(1, "output"), "1", "1", "0", "0")  # every step, and then one of three
+        schedule = stepped(chain_graph(1, "output"), "1", "1", "0", "0")  # every step, and then one of three
         doubled = SamplerFingerprint("", tuple(range(8)), tuple(k / 2 for k in range(8)))
         assert bits(schedule.resample(doubled)) == ["1", "1", "1", "0", "0", "1", "0", "0"]
 
     def test_a_block_is_not_computed_where_the_denoiser_is_reused(self) -> None:
-        schedule = table(chain_graph(1, "output"), "11", "10", "11", "10", "10", "01")
+        schedule = stepped(chain_graph(1, "output"), "11", "10", "11", "10", "10", "01")
         halved = SamplerFingerprint("", tuple(range(3)), (0.0, 2.0, 4.0))
         again = schedule.resample(halved)
         assert (again.rows[:, 0] <= again.rows[:, -1]).all()
 
     def test_a_first_order_forecast_keeps_its_relative_length(self) -> None:
         # κ = 0.5 at age 1 over gap 1; over the same gap it is 0.5 at age 1 and 1 at age 2
-        schedule = table(chain_graph(1, "output"), "1", "1", "0", weights={(2, "b0"): (1.5, -0.5)})
+        schedule = stepped(chain_graph(1, "output"), "1", "1", "0", weights={(2, "b0"): (1.5, -0.5)})
         doubled = SamplerFingerprint("", tuple(range(6)), (0.0, 0.4, 0.9, 1.4, 1.9, 2.4))
         again = schedule.resample(doubled)
         assert bits(again) == ["1", "1", "1", "0", "0", "1"]

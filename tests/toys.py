@@ -142,6 +142,21 @@ def tiny_dit(layers: int = 3) -> nn.Module:
     return denoiser("DiTTransformer2DModel", num_layers=layers)
 
 
+def tiny_pipe() -> Any:
+    """A DiTPipeline with random weights: 3 blocks, 8×8 latents."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
+    pipe = DiTPipeline(transformer=tiny_dit(), vae=vae.eval(), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def tiny_unet(layers: int = 1) -> nn.Module:
     return denoiser("UNet2DConditionModel", layers_per_block=layers)
 

@@ -6,6 +6,7 @@ Rooms that need torch are imported inside the commands, so that `stepmask show` 
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from stepmask.errors import InvalidBudget, MissingExtra, StepmaskError
 from stepmask.extras import extra
+from stepmask.text import HIDDEN, printable_lines
 
 try:
     with extra("cli", "typer", "the command line"):
@@ -39,6 +41,9 @@ app = typer.Typer(
 
 HELD_OUT = 1000
 """Seed of what is measured, unless another is asked for; schedules are learned from smaller ones."""
+
+UNSEEN = re.compile(f"(?!\n){HIDDEN.pattern}")
+"""What is never shown, ends of lines aside."""
 
 STYLES = {"█": "blue", "▓": "cyan", "·": "yellow", "~": "red", "≈": "magenta"}
 """Of the marks of a table in a terminal."""
@@ -464,9 +469,14 @@ def _print_schedule(schedule: "MaskSchedule", as_json: bool) -> None:
     from stepmask.schedule.show import show as show_text
 
     if as_json:
-        return print(schedule.to_json())
+        return print(_json_text(schedule.to_json()))
     console = Console(highlight=False)
     return console.print(_painted(show_text(schedule, console.width)), no_wrap=True, overflow="ignore")
+
+
+def _json_text(text: str) -> str:
+    """JSON that says the same without a character that a terminal would obey; they are nowhere but in its strings."""
+    return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _painted(text: str) -> Text:
@@ -478,7 +488,7 @@ def _painted(text: str) -> Text:
 
 
 def _print_report(report: "Report", as_json: bool) -> None:
-    print(report.to_json() if as_json else report)
+    print(report.to_json() if as_json else printable_lines(str(report)))
 
 
 def _command() -> str:
@@ -498,5 +508,5 @@ def main() -> None:
     except StepmaskError as error:
         if logging.getLogger("stepmask").isEnabledFor(logging.INFO):
             traceback.print_exception(error)
-        print(f"stepmask: {error}", file=sys.stderr)
+        print(f"stepmask: {error}", file=sys.stderr)  # its text is printable
         raise SystemExit(1) from error

@@ -1,13 +1,14 @@
 """Figures by matplotlib, which is optional, without its global state; and the colours of what a block does."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepmask.extras import extra
 from stepmask.files import write_whole
+from stepmask.text import printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,18 +22,42 @@ COLOURS = {
 }
 """Of the kinds of a plan's cells."""
 
+LONGEST, LARGEST = 400, 2000
+"""Of a figure: inches of a side, and square inches, beyond which its pixels fill a machine's memory."""
+
 INK = "#010203"
 """Stands for a page's own text colour while an inline drawing is made."""
 
 
 def blank(width: float, height: float) -> "Figure":
-    """A figure of a size in inches, for its methods to draw on.
+    """A figure of a size in inches, for its methods to draw on; one that would be too large is smaller.
 
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    figure: Figure = _matplotlib().figure.Figure(figsize=(width, height), layout="tight")
+    width, height = min(width, LONGEST), min(height, LONGEST)
+    smaller = min(1.0, (LARGEST / (width * height)) ** 0.5)
+    figure: Figure = _matplotlib().figure.Figure(figsize=(smaller * width, smaller * height), layout="tight")
     return figure
+
+
+def name_lines(axis: Any, names: Sequence[str], **options: Any) -> None:
+    """A legend of the lines on an axis. Names are shown letter by letter: none is a formula, or hides its line.
+
+    Args:
+        axis: The axis.
+        names: Of its lines, in the order in which they were drawn.
+        **options: Of the legend.
+    """
+    legend = axis.legend(axis.get_lines(), [str(place) for place in range(len(names))], **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        literal(text, name)
+
+
+def literal(text: Any, name: str) -> None:
+    """Let a text of a figure say a name letter by letter."""
+    text.set_parse_math(False)
+    text.set_text(shortened(printable(name)))
 
 
 def save(figure: "Figure", path: str | Path) -> Path:

@@ -31,13 +31,16 @@
 
 from typing import Any
 
+from stepmask.text import printable_lines
+
 
 class StepmaskError(Exception):
-    """Root of everything that stepmask raises on purpose."""
+    """Root of everything that stepmask raises on purpose; what it quotes cannot steer a terminal."""
 
     def __init__(self, *, given: str, expected: str, advice: str) -> None:
-        super().__init__(f"{given}. Expected: {expected}. {advice}.")
-        self.parts = {"given": given, "expected": expected, "advice": advice}
+        parts = {"given": given, "expected": expected, "advice": advice}
+        self.parts = {name: printable_lines(part) for name, part in parts.items()}
+        super().__init__("{given}. Expected: {expected}. {advice}.".format(**self.parts))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.parts)

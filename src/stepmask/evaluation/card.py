@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from html import escape
 
 from stepmask.drawing import encoded
 from stepmask.errors import InvalidReport, MissingExtra
@@ -70,10 +71,15 @@ def _measured(report: Report) -> str:
     return "\n\n".join(
         [
             "## Measured",
-            "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines),
+            "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines),
             "MACs are those of the blocks that ran, over the reference's; latent error is ‖x_0 − x_0 ref‖² / "
             f"‖x_0 ref‖², the mean of {samples} samples; times are medians of {runs} runs, speed-ups medians "
             "(smallest–largest) of ratios paired run by run.",
             f"```\n{report.facts}\n```",
         ]
     )
+
+
+def _cell(text: str) -> str:
+    """A text as a cell of a Markdown table shows it."""
+    return escape(text, quote=False).replace("|", "\\|")

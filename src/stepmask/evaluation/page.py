@@ -16,6 +16,7 @@ from stepmask.extras import extra
 from stepmask.schedule.rectify import Cell, Plan, lower
 from stepmask.schedule.schedule import MaskSchedule
 from stepmask.schedule.show import summary
+from stepmask.text import printable, printable_lines
 
 if TYPE_CHECKING:
     from stepmask.learning.profile import Profile
@@ -59,9 +60,15 @@ def _template() -> Any:
     with extra("evaluate", "jinja2", "HTML pages"):
         from jinja2 import Environment, StrictUndefined
     text = (files("stepmask.evaluation") / "page.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        text
+    page = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
+    return page.from_string(text)
+
+
+def _shown(value: Any) -> Any:
+    """What a page shows of a value: nothing of a text that no file can hold. Drawings are markup, and ours."""
+    return printable_lines(value) if type(value) is str else value
 
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:
@@ -79,7 +86,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
 def _measured(report: Report, row: Row) -> dict[str, str]:
     speed, low, high = report.speedup(row.name)
     return {
-        "name": row.name,
+        "name": printable(row.name),
         "MACs": f"{row.macs_executed:.3f}",
         "latent error": f"{row.latent_error:.2e}",
         "PSNR (dB)": f"{fmean(row.psnr_db):.1f}" if row.psnr_db else "–",

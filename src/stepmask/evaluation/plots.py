@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from stepmask.drawing import blank, inked, inline, save
+from stepmask.drawing import blank, inked, inline, literal, name_lines, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def side_by_side(images: Mapping[str, npt.NDArray[np.float32]], path: str | Path
             axis.axis("off")
         for axis, picture in zip(line, pictures, strict=False):
             axis.imshow(np.clip(picture, 0, 1))
-        line[0].text(-0.1, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+        literal(line[0].text(-0.1, 0.5, "", transform=line[0].transAxes, ha="right", va="center", fontsize=9), name)
     return save(figure, path)
 
 
@@ -63,10 +63,12 @@ def line_chart(lines: Points, x: str, y: str) -> str:
 
 def draw(axis: Any, lines: Points, x: str, y: str) -> None:
     """Draw points, joined by name, on an axis whose y is on a log scale; what is not positive is left out."""
+    drawn = []
     for name, points in lines.items():
         if positive := [point for point in points if point[1] > 0]:
-            axis.plot(*zip(*positive, strict=True), marker="o", markersize=6 if len(positive) == 1 else 3, label=name)
+            axis.plot(*zip(*positive, strict=True), marker="o", markersize=6 if len(positive) == 1 else 3)
+            drawn.append(name)
     axis.set(yscale="log", xlabel=x, ylabel=y)
     if all(isinstance(place, int) for points in lines.values() for place, _ in points):
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(fontsize=8, frameon=False)
+    name_lines(axis, drawn, fontsize=8, frameon=False)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from stepmask.errors import InvalidReport
 from stepmask.files import write_whole
 from stepmask.schedule.schedule import MaskSchedule
+from stepmask.text import printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,13 +144,12 @@ class Report:
             InvalidReport: The file cannot be read, or is no report.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
             report = cls([Row(**row) for row in data["rows"]], data["setting"], data["machine"])
-            report.table()
-            report.rows[1]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            f"{report}{report.rows[1].macs_planned:g}"  # everything that is read of it is there, and what it should be
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidReport(
-                given=f"{path}: {type(error).__name__}: {error}",
+                given=f"{path}: {type(error).__name__}: {shortened(str(error))}",
                 expected="the JSON of a report of the reference and a schedule",
                 advice="Write one with report.save('report.json') or stepmask evaluate --report report.json",
             ) from error
@@ -163,7 +163,7 @@ class Report:
     def facts(self) -> str:
         """What it was measured with and on, a line each."""
         known = ", ".join(f"{key} {value}" for key, value in self.machine.items() if value is not None)
-        return f"{self.setting}\n{known}"
+        return f"{printable(str(self.setting))}\n{printable(known)}"
 
     def __str__(self) -> str:
         lines = self.table()
@@ -175,7 +175,7 @@ class Report:
         middle, low, high = self.speedup(row.name)
         whole = self.speedup(row.name, of="pipeline")[0]
         return (
-            row.name,
+            printable(row.name),
             f"{row.macs_executed:.3f}",
             f"{row.latent_error:.2e}",
             f"{fmean(row.psnr_db):.1f} dB" if row.psnr_db else "–",

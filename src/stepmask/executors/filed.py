@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from stepmask.errors import InvalidRunFolder
 from stepmask.executors.local import Executor
-from stepmask.files import write_whole
+from stepmask.files import clear_leftovers, sealed, unsealed, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +53,17 @@ def finish(
     Raises:
         InvalidRunFolder: A file in the folder is damaged.
     """
+    if folder:
+        clear_leftovers(folder)
     paths = [folder / kind.name(job) for job in jobs] if folder else []
     todo = absent(paths, executor) if folder else list(range(len(jobs)))
-    found = {at: _read(kind, paths[at]) for at in set(range(len(jobs))).difference(todo)}
+    found = {at: kept(paths[at], kind.load) for at in set(range(len(jobs))).difference(todo)}
     if found:
         log.info("%s: %d of %d are done already", kind.title, len(found), len(jobs))
     for place, result in executor.map(kind.run, shared, [jobs[at] for at in todo], title=kind.title):
         found[at := todo[place]] = result
         if paths and not paths[at].exists():
-            write_whole(paths[at], kind.dump(result))
+            keep(paths[at], kind.dump(result))
     return [found[at] for at in range(len(jobs))]
 
 
@@ -70,14 +72,32 @@ def absent(paths: Sequence[Path], executor: Executor) -> list[int]:
     return sorted(executor.union({at for at, path in enumerate(paths) if not path.exists()}))
 
 
-def _read(kind: Kind[Job, Result], path: Path) -> Result:
+def keep(path: Path, content: str | bytes) -> None:
+    """Write a file that `kept` reads: what it holds, and the hash of that.
+
+    Raises:
+        UnwritablePath: It cannot be written.
+    """
+    write_whole(path, sealed(content))
+
+
+def kept(path: Path, load: Callable[[bytes], Result]) -> Result:
+    """What a file holds that `keep` wrote.
+
+    Args:
+        path: The file.
+        load: What it holds from its bytes.
+
+    Raises:
+        InvalidRunFolder: It cannot be read, or is not to the byte what was written.
+    """
     try:
-        return kind.load(path.read_bytes())
+        return load(unsealed(path.read_bytes()))
     except Exception as error:  # whatever the format makes of it
         raise InvalidRunFolder(
             given=f"{path}, which cannot be read ({type(error).__name__}: {error})",
-            expected="a file that an earlier run wrote",
-            advice="Delete it: its job is then done again",
+            expected="a file that an earlier run wrote, unchanged",
+            advice="Delete it: what it holds is then done again",
         ) from error
 
 
@@ -89,10 +109,14 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
         run: Plain JSON values.
 
     Raises:
-        InvalidRunFolder: It holds something else.
+        InvalidRunFolder: It holds something else, or does not tell what.
     """
     path, told = folder / MANIFEST, json.loads(json.dumps(run))
-    held = json.loads(path.read_text()) if path.exists() else told
+    clear_leftovers(folder)
+    if not path.exists():
+        write_whole(path, json.dumps(told, indent=1))
+        return
+    held = _manifest(path)
     if held != told:
         differing = sorted(key for key in held.keys() | told.keys() if held.get(key) != told.get(key))
         raise InvalidRunFolder(
@@ -100,5 +124,18 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
             expected=f"a new folder, or the run that {MANIFEST} in it describes",
             advice="Choose another folder, or delete this one",
         )
-    if not path.exists():
-        write_whole(path, json.dumps(told, indent=1))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a folder says that its results are of."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, dict):
+            raise TypeError("no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InvalidRunFolder(
+            given=f"{path}, which cannot be read ({type(error).__name__}: {error})",
+            expected="what an earlier run wrote: it ties the results beside it to their pipeline",
+            advice="Choose another folder, or delete this one: nothing tells any more what its results are of",
+        ) from error
+    return held

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from stepmask.errors import HubError, InvalidProfile, ScheduleMismatch, StepmaskError
-from stepmask.files import write_together
+from stepmask.errors import HubError, InvalidProfile, InvalidSchedule, ScheduleMismatch, StepmaskError
+from stepmask.files import clear_leftovers, read_at_most, write_together
 from stepmask.hub import Card, Source, push
 from stepmask.learning.allocate import allocate
 from stepmask.schedule.answers import answers
 from stepmask.schedule.budget import Budget
+from stepmask.schedule.file import parsed
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 from stepmask.schedule.graph import BlockGraph
+from stepmask.schedule.limits import MAX_TEXT, check_plain
 from stepmask.schedule.schedule import MaskSchedule
+from stepmask.text import shortened, told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 FORMAT = "stepmask-profile/1"
 ARRAYS = ("inner", "held", "offset", "samples")
 JSON_NAME, ARRAYS_NAME = "profile.json", "profile.safetensors"
+
+MAX_EFFECT = 1e15
+"""Any number of a profile, whatever its sign: squares and sums of such numbers are finite."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -53,7 +59,8 @@ class Profile:
         provenance: Where it comes from: plain JSON values, not interpreted.
 
     Raises:
-        InvalidProfile: Shapes disagree, or numbers are not finite.
+        InvalidProfile: Shapes disagree, numbers are too large or not finite, samples are not counted from 0 without a
+            gap, or the provenance is not plain.
     """
 
     around: MaskSchedule
@@ -72,11 +79,13 @@ class Profile:
             raise _invalid(f"held inner products of shape {held.shape}", f"{inner.shape}, as the others")
         if offset.shape != inner.shape[:1] or not len(offset):
             raise _invalid(f"an offset of shape {offset.shape}", f"({len(inner)},), one number a row, at least one")
-        if not all(np.isfinite(array).all() for array in (inner, held, offset)):
-            raise _invalid("numbers that are not finite", "finite inner products")
-        samples = np.array(self.samples, dtype=np.int64)
-        if samples.shape != offset.shape or not np.array_equal(np.unique(samples), np.arange(samples.max() + 1)):
-            raise _invalid(f"samples of shape {samples.shape}", f"({len(inner)},), a sample a row, none left out")
+        if not all((np.abs(array) <= MAX_EFFECT).all() for array in (inner, held, offset)):
+            raise _invalid("numbers that are not finite, or too large", f"inner products of at most {MAX_EFFECT:.0e}")
+        samples = _samples(self.samples, len(inner))
+        try:
+            check_plain("provenance", self.provenance)
+        except InvalidSchedule as error:
+            raise _invalid(error.parts["given"], error.parts["expected"]) from error
         for name, array in (("inner", inner), ("held", held), ("offset", offset), ("samples", samples)):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
@@ -242,7 +251,7 @@ class Profile:
             np.concatenate([profile.held for profile in profiles]),
             np.concatenate([profile.offset for profile in profiles]),
             np.concatenate([profile.samples + before for profile, before in zip(profiles, counted, strict=False)]),
-            {"merged": [dict(profile.provenance) for profile in profiles]},
+            {"merged": [part for profile in profiles for part in _merged(profile.provenance)]},
         )
 
     def __add__(self, other: "Profile") -> "Profile":
@@ -252,9 +261,12 @@ class Profile:
         """Write `folder/profile.safetensors` and `folder/profile.json`; return the path of the latter.
 
         Raises:
+            InvalidProfile: Its table and provenance are too long to be read again.
             UnwritablePath: The folder cannot be written.
         """
-        write_together({Path(folder) / name: content for name, content in self._contents().items()})
+        contents = self._contents()
+        clear_leftovers(Path(folder))
+        write_together({Path(folder) / name: content for name, content in contents.items()})
         return Path(folder) / JSON_NAME
 
     def _contents(self) -> dict[str, str | bytes]:
@@ -268,7 +280,10 @@ class Profile:
             "provenance": dict(self.provenance),
             "around": json.loads(self.around.to_json()),
         }
-        return {ARRAYS_NAME: arrays, JSON_NAME: json.dumps(data, ensure_ascii=False, indent=1) + "\n"}
+        text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+        if (size := len(text.encode())) > MAX_TEXT:
+            raise _invalid(f"a profile whose table and provenance are {size} bytes of text", f"at most {MAX_TEXT}")
+        return {ARRAYS_NAME: arrays, JSON_NAME: text}
 
     @classmethod
     def from_pretrained(
@@ -296,14 +311,15 @@ class Profile:
         place = Source(source, revision, token, cache_dir, local_files_only)
         try:
             path = place.file(JSON_NAME)
-            data, content = json.loads(path.read_text()), place.beside(path, ARRAYS_NAME).read_bytes()
-            return cls._from_contents(data, content, str(source))
+            data = parsed(read_at_most(path, MAX_TEXT).decode("utf-8"))
+            return cls._from_contents(data, place.beside(path, ARRAYS_NAME).read_bytes(), str(source))
         except InvalidProfile:
             raise
         except HubError as error:
             raise InvalidProfile(**error.parts) from error
-        except (OSError, ValueError, KeyError, TypeError, StepmaskError) as error:
-            raise _invalid(f"{source}: {type(error).__name__}: {error}", "a whole profile") from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StepmaskError) as error:
+            problem = f"{type(error).__name__}: {shortened(str(error), 1000)}"
+            raise _invalid(f"{source}: {problem}", "a whole profile") from error
 
     @classmethod
     def _from_contents(cls, data: dict[str, Any], content: bytes, source: str) -> "Profile":
@@ -311,14 +327,14 @@ class Profile:
         from safetensors.numpy import load
 
         if data["format"] != FORMAT:
-            raise _invalid(f"{source}: format {data['format']!r}", f"format {FORMAT}")
+            raise _invalid(f"{source}: format {told(data['format'])}", f"format {FORMAT}")
         if hashlib.sha256(content).hexdigest() != data["arrays_sha256"]:
             raise _invalid(f"{source}: arrays that are cut short or of another profile", "both files of one save")
         try:
             arrays = load(content)
         except SafetensorError as error:
             raise _invalid(f"{source}: {error}", "a whole profile") from error
-        around = MaskSchedule.from_json(json.dumps(data["around"]))
+        around = MaskSchedule.from_json(json.dumps(data["around"], ensure_ascii=False))
         return cls(around, **{name: arrays[name] for name in ARRAYS}, provenance=data["provenance"])
 
     def push_to_hub(
@@ -379,6 +395,19 @@ class Profile:
         return card.markdown(repo_id.rpartition("/")[2], tags=tags, about=about, code=code)
 
 
+def _samples(given: npt.ArrayLike, rows: int) -> npt.NDArray[np.int64]:
+    """Which sample each row measures, as a copy.
+
+    Raises:
+        InvalidProfile: They are not whole numbers, or not counted from 0 without a gap.
+    """
+    samples = np.array(given)
+    whole = samples.shape == (rows,) and samples.dtype.kind in "iu" and samples.min() >= 0 and samples.max() < rows
+    if not whole or not np.bincount(samples.astype(np.int64)).all():
+        raise _invalid(f"samples of shape {samples.shape}", f"({rows},), a sample a row from 0 on, none left out")
+    return samples.astype(np.int64)
+
+
 def swept_answers(around: MaskSchedule, ages: int) -> Floats:
     """What each cell answers in the run that is swept: as `answers`, but what nobody reads is computed."""
     answered = answers(around, ages)
@@ -398,6 +427,12 @@ def _reach(graph: BlockGraph) -> Floats:
 def _wiring(graph: BlockGraph) -> list[tuple[object, ...]]:
     """What must agree between graphs; costs and shapes depend on the traced batch."""
     return [(block.name, block.reads, block.reuse) for block in graph.blocks]
+
+
+def _merged(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The provenance of each profile that was merged to this one, or its own."""
+    parts = provenance.get("merged")
+    return parts if isinstance(parts, list) and len(provenance) == 1 else [dict(provenance)]
 
 
 def _check_same(first: Profile, other: Profile) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor
 from stepmask.denoiser.identity import digest
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.trajectory import Trajectory
-from stepmask.executors.filed import Kind, finish
-from stepmask.files import write_whole
+from stepmask.executors.filed import Kind, finish, keep, kept
 from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.objective import sample_errors
 from stepmask.learning.placement import Refit, apart, movable, order_of, swapped
@@ -308,7 +307,8 @@ class _Training:
         self.iteration = 0
         self.path = task.folder / f"training-{self._name()}.pt" if task.folder else None
         if self.path and self.path.exists():
-            self._load(self.path.read_bytes())
+            kept(self.path, self._load)
+            log.info("going on at iteration %d of %d: %s", self.iteration, len(self.rates), self.path)
 
     @property
     def trial(self) -> int:
@@ -324,7 +324,7 @@ class _Training:
             self._step(self.trajectories[iteration % len(self.trajectories)])
             self.iteration = iteration + 1
             if self.path:
-                write_whole(self.path, self._state())
+                keep(self.path, self._state())
         start, trained = self.start.table, self._weights().detach().double().numpy()
         provenance = {"table": f"trained forecasts on {start.provenance['table']}"}
         return start.with_rows(start.rows, trained, provenance=provenance)
@@ -364,7 +364,6 @@ class _Training:
     def _load(self, state: bytes) -> None:
         found = torch.load(io.BytesIO(state), weights_only=True)
         self.iteration = found["iteration"]
-        log.info("going on at iteration %d of %d: %s", self.iteration, len(self.rates), self.path)
         with torch.no_grad():
             self.shared.copy_(found["shared"])
             self.own.copy_(found["own"])

@@ -10,8 +10,10 @@ from stepmask.errors import InvalidBudget, InvalidSchedule
 from stepmask.schedule.budget import Budget, too_small_a_share, too_small_a_store
 from stepmask.schedule.forecasts import WINDOW, taylor_forecasts
 from stepmask.schedule.graph import BlockGraph
+from stepmask.schedule.limits import is_number
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
+from stepmask.text import told
 
 
 def fixed_interval(reference: MaskSchedule, budget: float | Budget, *, order: int = 0) -> MaskSchedule:
@@ -76,9 +78,9 @@ def deepcache(reference: MaskSchedule, interval: float, *, branch: int = 0, orde
     """
     said = answer(order)
     entries = branches(reference.graph)
-    if branch not in range(len(entries)) or interval < 1:
+    if branch not in range(len(entries)) or not is_number(interval) or interval < 1:
         raise InvalidSchedule(
-            given=f"branch {branch} and interval {interval:g} for {reference.denoiser.class_name}",
+            given=f"branch {told(branch)} and interval {told(interval)} for {reference.denoiser.class_name}",
             expected=f"one of its {len(entries)} branches, counted from 0, and an interval of at least 1",
             advice="Only U-Nets have branches: layers on the way up, counted from the output",
         )

@@ -9,10 +9,12 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from stepmask.errors import HubError, InvalidScheduleFile
-from stepmask.files import write_together
+from stepmask.errors import HubError, InvalidSchedule, InvalidScheduleFile
+from stepmask.files import clear_leftovers, read_at_most, write_together
 from stepmask.hub import Source
 from stepmask.schedule.channels import Channels, Vectors, reads_of
+from stepmask.schedule.limits import MAX_TEXT
+from stepmask.text import shortened, told
 
 FORMAT = "stepmask/1"
 FILE_NAME = "stepmask.json"
@@ -27,6 +29,7 @@ def contents(text: str, tensors: bytes | None) -> dict[str, str | bytes]:
 
 def write(folder: str | Path, files: Mapping[str, str | bytes]) -> Path:
     """Write the files of a schedule to a folder, and return the path of its JSON."""
+    clear_leftovers(Path(folder))
     write_together({Path(folder) / name: content for name, content in files.items()})
     return Path(folder) / FILE_NAME
 
@@ -39,10 +42,10 @@ def read(source: Source) -> tuple[str, bytes | None]:
     """
     try:
         path = source.file(FILE_NAME)
-        text = path.read_text()
+        text = read_at_most(path, MAX_TEXT).decode("utf-8")
     except HubError as error:
         raise InvalidScheduleFile(**error.parts) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise not_a_schedule(str(source.place), str(error)) from error
     if (name := _tensor_file(text, str(source.place))) is None:
         return text, None
@@ -59,7 +62,7 @@ def _tensor_file(text: str, place: str) -> str | None:
         return None
     name = named.get("file") if isinstance(named, dict) else None
     if not isinstance(name, str) or not name or Path(name).name != name:
-        raise not_a_schedule(place, f"{named!r} names no tensor file beside it")
+        raise not_a_schedule(place, f"{told(named)} names no tensor file beside it")
     return name
 
 
@@ -115,15 +118,52 @@ def _load(tensors: bytes) -> dict[tuple[int, int], Vectors]:
 
 
 def to_text(data: dict[str, Any]) -> str:
-    """JSON whose top-level lists have an item a line; the format comes first."""
+    """JSON whose top-level lists have an item a line; the format comes first.
+
+    Raises:
+        InvalidSchedule: JSON or UTF-8 cannot hold something in it, or it is longer than a reader takes.
+    """
     parts = []
-    for key, value in {"format": FORMAT, **data}.items():
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        if isinstance(value, list) and value:
-            items = ",\n  ".join(json.dumps(item, ensure_ascii=False, allow_nan=False) for item in value)
-            text = f"[\n  {items}\n ]"
-        parts.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    try:
+        for key, value in {"format": FORMAT, **data}.items():
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            if isinstance(value, list) and value:
+                items = ",\n  ".join(json.dumps(item, ensure_ascii=False, allow_nan=False) for item in value)
+                text = f"[\n  {items}\n ]"
+            parts.append(f" {json.dumps(key)}: {text}")
+        text = "{\n" + ",\n".join(parts) + "\n}\n"
+        size = len(text.encode())
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _unwritable(str(error)) from error
+    if size > MAX_TEXT:
+        raise _unwritable(f"{size} bytes of text")
+    return text
+
+
+def _unwritable(problem: str) -> InvalidSchedule:
+    return InvalidSchedule(
+        given=f"a schedule that cannot be written ({problem})",
+        expected=f"plain JSON values in at most {MAX_TEXT} bytes",
+        advice="Keep what belongs to it but is no JSON elsewhere than in its provenance",
+    )
+
+
+def parsed(text: str) -> Any:
+    """The value that a JSON text holds.
+
+    Raises:
+        ValueError: It is too long, not JSON, nested too deeply, or has a NaN or an infinity.
+    """
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"more than {MAX_TEXT} characters")
+    try:
+        return json.loads(text, parse_constant=_refused)
+    except RecursionError as error:
+        raise ValueError("lists and objects nested too deeply") from error
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant}, which JSON has not")
 
 
 def from_text(text: str, place: str = "the text") -> dict[str, Any]:
@@ -133,19 +173,19 @@ def from_text(text: str, place: str = "the text") -> dict[str, Any]:
         InvalidScheduleFile: The text is not JSON, or of another format.
     """
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data = parsed(text)
+    except ValueError as error:
         raise not_a_schedule(place, f"not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise not_a_schedule(place, f"format {found!r}")
+        raise not_a_schedule(place, f"format {told(found)}")
     return data
 
 
 def not_a_schedule(source: str, problem: str) -> InvalidScheduleFile:
     """The error for a file that is no schedule."""
     return InvalidScheduleFile(
-        given=f"{source}: {problem}",
+        given=f"{source}: {shortened(problem, 1000)}",
         expected=f"a whole schedule in format {FORMAT}",
         advice="Save schedules with save_pretrained, and copy all that it wrote again if a file was cut short",
     )

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepmask.errors import RunError, ScheduleMismatch
+from stepmask.errors import InvalidSchedule, RunError, ScheduleMismatch
+from stepmask.schedule.limits import MAX_BRANCHES, MAX_NUMBER, check_plain, is_class, is_number, is_whole
+from stepmask.text import shortened, told
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,16 @@ class DenoiserFingerprint:
     class_name: str
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    def validate(self) -> None:
+        """Refuse what is no fingerprint, whoever wrote it.
+
+        Raises:
+            InvalidSchedule: The class is no name of one, or the configuration is not made of plain JSON values.
+        """
+        if not is_class(self.class_name):
+            raise _no_fingerprint(f"a denoiser of class {told(self.class_name)}", "the name of a class")
+        check_plain("a denoiser's config", self.config)
+
     def check(self, given: "DenoiserFingerprint") -> None:
         """Refuse another denoiser. Only keys that both configurations have are compared, so newer keys do no harm.
 
@@ -29,7 +41,8 @@ class DenoiserFingerprint:
             raise _mismatch(f"a denoiser of class {given.class_name}", self.class_name)
         for key in self.config.keys() & given.config.keys():
             if self.config[key] != given.config[key]:
-                raise _mismatch(f"a denoiser with {key} = {given.config[key]!r}", f"{key} = {self.config[key]!r}")
+                theirs, ours = shortened(repr(given.config[key])), shortened(repr(self.config[key]))
+                raise _mismatch(f"a denoiser with {key} = {theirs}", f"{key} = {ours}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,24 @@ class SamplerFingerprint:
     def steps(self) -> int:
         """Number of steps."""
         return len(self.timesteps)
+
+    def validate(self) -> None:
+        """Refuse what is no fingerprint, whoever wrote it.
+
+        Raises:
+            InvalidSchedule: The class is neither "" nor a name of one, a timestep or a log-SNR is no finite number,
+                or their numbers differ, or there are not from 1 to 64 branches.
+        """
+        if self.class_name != "" and not is_class(self.class_name):
+            raise _no_fingerprint(f"a sampler of class {told(self.class_name)}", "the name of a class, or ''")
+        for name, numbers in (("timestep", self.timesteps), ("log-SNR", self.log_snr)):
+            for number in numbers:
+                if not is_number(number):
+                    raise _no_fingerprint(f"a {name} of {told(number)}", f"finite numbers of at most {MAX_NUMBER:.0e}")
+        if len(self.log_snr) not in (0, self.steps):
+            raise _no_fingerprint(f"{len(self.log_snr)} log-SNRs of {self.steps} steps", "one a step, or none at all")
+        if not is_whole(self.branches, MAX_BRANCHES) or self.branches == 0:
+            raise _no_fingerprint(f"{told(self.branches)} branches", f"a whole number from 1 to {MAX_BRANCHES}")
 
     def part(self, first: float, steps: int) -> "SamplerFingerprint":
         """The same sampler's run over some of its steps, from the one with a timestep on (img2img, `denoising_end`).
@@ -136,4 +167,12 @@ def _mismatch(given: str, expected: str) -> ScheduleMismatch:
         expected=f"{expected}, for which the schedule was made",
         advice="Use the schedule with its own denoiser and sampler, schedule.resample() it to other steps, "
         "or learn a new one",
+    )
+
+
+def _no_fingerprint(given: str, expected: str) -> InvalidSchedule:
+    return InvalidSchedule(
+        given=given,
+        expected=expected,
+        advice="Take fingerprints from a trajectory: trajectory.denoiser, trajectory.sampler",
     )

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby
-from math import isfinite
-from operator import index as whole
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import InvalidSchedule, NoSuchBlock, NotTimed
+from stepmask.schedule.limits import MAX_BLOCKS, MAX_DIMENSIONS, MAX_NUMBER, MAX_TENSORS, is_name, is_number, is_whole
+from stepmask.text import shortened, told
 
 Reuse = Literal["output", "delta"]
 """How a reused block answers: with its stored output, or with its input plus its stored (output − input)."""
@@ -56,26 +56,26 @@ class BlockGraph:
     """The blocks of a denoiser in call order; the last is the denoiser itself, whose reads are what its output needs.
 
     Raises:
-        InvalidSchedule: Two blocks share a name, a block reads one that is not called before it, a time is negative
-            or not finite, or the denoiser is not the last block.
+        InvalidSchedule: Two blocks share a name, a block reads one that is not called before it, a size or a time is
+            negative or too large, a name is none that a module can have, there are too many blocks, or the denoiser is
+            not the last block.
     """
 
     blocks: tuple[Block, ...]
 
     def __post_init__(self) -> None:
+        if len(self.blocks) > MAX_BLOCKS:
+            raise _inconsistent(f"a graph of {len(self.blocks)} blocks")
         seen: set[str] = set()
         for block in self.blocks:
-            if block.name in seen or not seen.issuperset(block.reads) or block.reuse not in get_args(Reuse):
-                raise _inconsistent(f"block {block.label!r} with reads {block.reads} and reuse {block.reuse!r}")
-            if min(block.macs, block.bytes, *chain.from_iterable(block.shapes)) < 0:
-                raise _inconsistent(f"block {block.label!r} with a negative size")
-            if block.ms < 0 or not isfinite(block.ms):
-                raise _inconsistent(f"block {block.label!r} with {block.ms} ms")
-            if not all(isinstance(feeder, str) for feeder in block.feeders):
-                raise _inconsistent(f"block {block.label!r} with feeders {block.feeders}")
+            _check(block, seen)
             seen.add(block.name)
         if not self.blocks or self.blocks[-1].name != DENOISER:
             raise _inconsistent("a graph whose last block is not the denoiser")
+        if (total := sum(block.macs for block in self.blocks)) > MAX_NUMBER:
+            raise _inconsistent(f"a graph of {told(total)} MACs")
+        if both := seen.intersection(chain.from_iterable(block.feeders for block in self.blocks)):
+            raise _inconsistent(f"block {shortened(min(both))!r}, which is a feeder too")
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -120,8 +120,11 @@ class BlockGraph:
     @cached_property
     def fed(self) -> dict[str, tuple[int, ...]]:
         """The columns that each feeder feeds, by its name."""
-        names = dict.fromkeys(chain.from_iterable(block.feeders for block in self.blocks))
-        return {name: tuple(c for c, block in enumerate(self.blocks) if name in block.feeders) for name in names}
+        columns: dict[str, list[int]] = {}
+        for column, block in enumerate(self.blocks):
+            for name in dict.fromkeys(block.feeders):
+                columns.setdefault(name, []).append(column)
+        return {name: tuple(fed) for name, fed in columns.items()}
 
     @cached_property
     def reads(self) -> npt.NDArray[np.bool_]:
@@ -150,7 +153,14 @@ class BlockGraph:
 
     @classmethod
     def from_plain(cls, items: list[dict[str, Any]]) -> "BlockGraph":
-        """From what `to_plain` gave."""
+        """From what `to_plain` gave.
+
+        Raises:
+            InvalidSchedule: As the graph does.
+            ValueError: A span of columns is none, as are the others of what is no plain graph at all.
+        """
+        if len(items) > MAX_BLOCKS:
+            raise _inconsistent(f"a graph of {len(items)} blocks")
         names = [item["name"] for item in items]
         return cls(
             tuple(
@@ -158,11 +168,11 @@ class BlockGraph:
                     name=item["name"],
                     reads=tuple(names[column] for column in columns_of(item["reads"], len(items))),
                     reuse=item["reuse"],
-                    macs=whole(item["macs"]),
-                    shapes=tuple(tuple(map(whole, shape)) for shape in item["shapes"]),
-                    bytes=whole(item["bytes"]),
-                    ms=float(item.get("ms", 0.0)),
-                    feeders=tuple(item.get("feeders", ())),
+                    macs=item["macs"],
+                    shapes=tuple(tuple(_listed(shape)) for shape in _listed(item["shapes"])),
+                    bytes=item["bytes"],
+                    ms=_milliseconds(item.get("ms", 0.0)),
+                    feeders=tuple(_listed(item.get("feeders", []))),
                 )
                 for item in items
             )
@@ -176,7 +186,7 @@ class BlockGraph:
         """
         if name not in self.names:
             raise NoSuchBlock(
-                given=f"block {name!r}",
+                given=f"block {shortened(name)!r}",
                 expected=f"one of {', '.join(block.label for block in self.blocks)}",
                 advice="Take a name from graph.names",
             )
@@ -190,24 +200,70 @@ def span_of(columns: list[int]) -> str:
 
 
 def columns_of(span: str, count: int) -> list[int]:
-    """The columns of a span over so many: [0, 1, 2, 5] for "0-2,5".
+    """The columns of a span over so many, in order: [0, 1, 2, 5] for "0-2,5".
 
     Raises:
-        ValueError: It is no span, or reaches beyond.
+        ValueError: It is no span, reaches beyond, or names a column twice.
     """
+    if not isinstance(span, str):
+        raise ValueError(f"{told(span)} where a span was expected")
     columns: list[int] = []
     for part in filter(None, span.split(",")):
         first, _, last = part.partition("-")
         if not 0 <= int(first) <= int(last or first) < count:
-            raise ValueError(f"span {span!r} over {count} blocks")
+            raise ValueError(f"span {told(span)} over {count} blocks")
         columns += range(int(first), int(last or first) + 1)
-    return columns
+        if len(columns) > count:
+            break
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"span {told(span)} names a column twice")
+    return sorted(columns)
+
+
+def _check(block: Block, seen: set[str]) -> None:
+    """Refuse a block that no denoiser has, given the names of those before it."""
+    if not all(map(is_name, (block.name, *block.feeders))) or DENOISER in block.feeders:
+        raise _inconsistent(f"block {told(block.name)}, whose name or feeders are no names")
+    label = shortened(block.label)
+    if block.name in seen or not seen.issuperset(block.reads) or block.reuse not in get_args(Reuse):
+        reads = shortened(", ".join(block.reads))
+        raise _inconsistent(f"block {label!r} with reads ({reads}) and reuse {told(block.reuse)}")
+    if len(block.shapes) > MAX_TENSORS or any(len(shape) > MAX_DIMENSIONS for shape in block.shapes):
+        raise _inconsistent(f"block {label!r} with {len(block.shapes)} shapes, or one with too many dimensions")
+    for size in (block.macs, block.bytes, *chain.from_iterable(block.shapes)):
+        if not is_whole(size):
+            raise _inconsistent(f"block {label!r} with a size of {told(size)}")
+    if not is_number(block.ms) or block.ms < 0:
+        raise _inconsistent(f"block {label!r} with {told(block.ms)} ms")
+
+
+def _listed(value: object) -> list[Any]:
+    """A list as it is.
+
+    Raises:
+        TypeError: It is none: text has parts, too.
+    """
+    if not isinstance(value, list):
+        raise TypeError(f"{told(value)} where a list was expected")
+    return value
+
+
+def _milliseconds(value: object) -> float:
+    """A time as a fraction, whichever way it was written.
+
+    Raises:
+        TypeError: It is no number.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{told(value)} where milliseconds were expected")
+    return float(value)
 
 
 def _inconsistent(what: str) -> InvalidSchedule:
     return InvalidSchedule(
         given=what,
-        expected="unique names, reads of earlier blocks only, reuse 'output' or 'delta', finite times and sizes of 0 "
-        "or more, names of feeders, and the denoiser last",
+        expected=f"at most {MAX_BLOCKS} blocks with unique names, reads of earlier blocks only, reuse 'output' or "
+        f"'delta', whole sizes and finite times from 0 to {MAX_NUMBER:.0e}, feeders that are no blocks, and the "
+        "denoiser last",
         advice="Use stepmask.trace to build a graph from a denoiser",
     )

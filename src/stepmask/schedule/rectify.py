@@ -89,7 +89,8 @@ class Plan:
     @property
     def macs(self) -> int:
         """MACs of the whole run at the traced shape."""
-        return int((self.paid * self.graph.macs).sum())
+        counts = self.paid.sum(axis=0).tolist()
+        return sum(count * block.macs for count, block in zip(counts, self.graph.blocks, strict=True))
 
     @property
     def macs_share(self) -> float:

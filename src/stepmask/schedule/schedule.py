@@ -16,7 +16,9 @@ from stepmask.schedule.channels import Channels, checked, reads_of
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 from stepmask.schedule.forecasts import PLAIN, WINDOW
 from stepmask.schedule.graph import BlockGraph, columns_of, span_of
+from stepmask.schedule.limits import MAX_CELLS, MAX_STEPS, check_plain, is_number, is_whole
 from stepmask.schedule.resample import resample_table
+from stepmask.text import told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,8 +45,9 @@ class MaskSchedule:
         provenance: Where it comes from: plain JSON values, not interpreted.
 
     Raises:
-        InvalidSchedule: Shapes disagree with the graph or the sampler, weights are not finite or all zero, or
-            a per-channel forecast is for a computed cell or for a block that says several tensors.
+        InvalidSchedule: Shapes disagree with the graph or the sampler, weights are not finite or all zero,
+            a per-channel forecast is for a computed cell or for a block that says several tensors, the table passes a
+            limit (docs/file_format.md), or a fingerprint or the provenance is not plain.
         ReuseBeforeCompute: A cell reads more values than were computed before it.
     """
 
@@ -57,6 +60,10 @@ class MaskSchedule:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.denoiser.validate()
+        self.sampler.validate()
+        check_plain("provenance", self.provenance)
+        _check_size(self.sampler.steps, len(self.graph))
         rows = np.array(self.rows, dtype=bool)
         if rows.shape != (self.sampler.steps, len(self.graph)):
             raise _wrong_shape("rows", rows.shape, (self.sampler.steps, len(self.graph)))
@@ -287,6 +294,9 @@ class MaskSchedule:
         """As readable JSON text: a block, a row and a forecast a line.
 
         Of per-channel forecasts it says where they are and names `to_safetensors()`, which holds them, by its hash.
+
+        Raises:
+            InvalidSchedule: What was put into its provenance since cannot be written, or it is too long to be read.
         """
         return file.to_text(
             {
@@ -324,22 +334,14 @@ class MaskSchedule:
             raise
         except InvalidSchedule as error:
             raise file.not_a_schedule("the text", str(error)) from error
-        except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError) as error:
             raise file.not_a_schedule("the text", f"{type(error).__name__}: {error}") from error
 
 
 def _from_plain(data: dict[str, Any], tensors: bytes | None) -> MaskSchedule:
     sampler = data["sampler"]
-    rows = np.array([[{"0": False, "1": True}[bit] for bit in row] for row in data["rows"]], dtype=bool)
-    weights = np.tile(PLAIN, (*rows.shape, 1))
-    reads: dict[tuple[int, int], int] = {}
-    for item in data["forecasts"]:
-        columns = columns_of(item["blocks"], rows.shape[1])
-        if "channels" in item:
-            reads.update(((item["step"], column), item["channels"]) for column in columns)
-            continue
-        cell = [float(weight) for weight in item["weights"]]
-        weights[item["step"], columns] = cell + [0.0] * (WINDOW - len(cell))
+    rows = _rows(data["rows"])
+    weights, reads = _forecasts(data["forecasts"], rows.shape)
     return MaskSchedule(
         graph=BlockGraph.from_plain(data["blocks"]),
         rows=rows,
@@ -351,6 +353,57 @@ def _from_plain(data: dict[str, Any], tensors: bytes | None) -> MaskSchedule:
         ),
         provenance=data["provenance"],
     )
+
+
+def _rows(lines: list[str]) -> npt.NDArray[np.bool_]:
+    """The bits of lines of 0 and 1.
+
+    Raises:
+        ValueError: They are none, or of several lengths.
+    """
+    if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"{told(lines)} where a list of rows was expected")
+    _check_size(len(lines), len(lines[0]))
+    if set("".join(lines)) - {"0", "1"} or len(set(map(len, lines))) > 1:
+        raise ValueError("rows that are not as long as each other, or of other characters than 0 and 1")
+    return np.array([[bit == "1" for bit in line] for line in lines], dtype=bool)
+
+
+def _forecasts(
+    items: list[dict[str, Any]], shape: tuple[int, ...]
+) -> tuple[npt.NDArray[np.float64], dict[tuple[int, int], int]]:
+    """The weights of all cells, and how many stored values the per-channel ones read.
+
+    Raises:
+        ValueError: An entry is none.
+    """
+    weights = np.tile(PLAIN, (*shape, 1))
+    reads: dict[tuple[int, int], int] = {}
+    named = 0
+    for item in items:
+        step, columns = item["step"], columns_of(item["blocks"], shape[1])
+        named += len(columns)
+        if not is_whole(step, shape[0] - 1) or named > shape[0] * shape[1]:
+            raise ValueError(f"a forecast at step {told(step)} of {shape[0]}, or more forecasts than cells")
+        if "channels" in item:
+            if not is_whole(item["channels"], WINDOW):
+                raise ValueError(f"a forecast per channel from {told(item['channels'])} values")
+            reads.update(((step, column), item["channels"]) for column in columns)
+            continue
+        cell = item["weights"]
+        if not isinstance(cell, list) or not 1 <= len(cell) <= WINDOW or not all(map(is_number, cell)):
+            raise ValueError(f"the weights of step {step}, which are not from 1 to {WINDOW} finite numbers")
+        weights[step, columns] = [*cell, *[0.0] * (WINDOW - len(cell))]
+    return weights, reads
+
+
+def _check_size(steps: int, blocks: int) -> None:
+    if not 1 <= steps <= MAX_STEPS or steps * blocks > MAX_CELLS:
+        raise InvalidSchedule(
+            given=f"a table of {steps} steps × {blocks} blocks",
+            expected=f"from 1 to {MAX_STEPS} steps, and at most {MAX_CELLS} cells",
+            advice="Mask larger blocks, or sample with fewer steps",
+        )
 
 
 def _forecasts_to_plain(schedule: MaskSchedule) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from stepmask.schedule.rectify import Cell, Kind, Plan, lower
 from stepmask.schedule.schedule import MaskSchedule
+from stepmask.text import printable, shortened, told
 
 MARKS: dict[Kind, str] = {"compute": "█", "blend": "▓", "reuse": "·", "forecast": "~", "dead": " "}
 PER_CHANNEL = "≈"
@@ -40,19 +41,25 @@ def summary(schedule: MaskSchedule) -> str:
     plan, graph = lower(schedule), schedule.graph
     reuses = {kind: sum(block.reuse == kind for block in graph.blocks[:-1]) for kind in ("output", "delta")}
     how = " and ".join(f"{count} by {kind}" for kind, count in reuses.items() if count)
-    table = schedule.provenance.get("table", "a table")
     blends = sum(cell.is_blend for row in plan.cells for cell in row)
     blended = f", {blends} computed answers blended" if blends else ""
     vectors = f", and {plan.vector_bytes / 2**20:.2f} MiB of per-channel weights" if plan.vector_bytes else ""
     time = f"{plan.time_share:.1%} of the measured time, " if graph.is_timed else ""
+    counted = f"{plan.macs_share:.1%} of the MACs ({1 / plan.macs_share:.2f}× fewer), " if plan.macs_share else ""
+    cells = plan.computed[:, :-1] if len(graph) > 1 else plan.computed
     return (
-        f"{table} for {schedule.denoiser.class_name} with {schedule.sampler.class_name or 'a plain loop'}, "
+        f"{_origin(schedule)} for {schedule.denoiser.class_name} with {schedule.sampler.class_name or 'a plain loop'}, "
         f"{schedule.steps} steps\n"
         f"{len(graph) - 1} blocks, reused {how}\n"
-        f"computes {plan.macs_share:.1%} of the MACs ({1 / plan.macs_share:.2f}× fewer), "
-        f"{time}{np.mean(plan.computed[:, :-1]):.0%} of the cells{blended}\n"
+        f"computes {counted}{time}{np.mean(cells):.0%} of the cells{blended}\n"
         f"stores at most {plan.peak_bytes / 2**20:.2f} MiB at the traced batch size{vectors}"
     )
+
+
+def _origin(schedule: MaskSchedule) -> str:
+    """What the provenance calls the table, which may be anything."""
+    table = schedule.provenance.get("table", "a table")
+    return shortened(printable(table if isinstance(table, str) else told(table)))
 
 
 def _part(schedule: MaskSchedule, plan: Plan, columns: range) -> Iterator[str]:

@@ -9,6 +9,7 @@ from stepmask.errors import InvalidSchedule
 from stepmask.schedule.forecasts import PLAIN
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
+from stepmask.text import shortened
 
 
 def to_bits(values: Sequence[int], steps: int, what: str) -> npt.NDArray[np.bool_]:
@@ -19,7 +20,7 @@ def to_bits(values: Sequence[int], steps: int, what: str) -> npt.NDArray[np.bool
     """
     if not isinstance(values, Sequence) or len(values) != steps or any(value not in (0, 1) for value in values):
         raise InvalidSchedule(
-            given=f"{what} = {values!r}",
+            given=f"{what} = {shortened(repr(values))}",
             expected=f"a list of {steps} numbers, one a step, noisiest first, 1 = compute and 0 = reuse",
             advice="Read it with a reference for as many steps as it was made for",
         )

@@ -22,7 +22,7 @@ DIT_NAMES = {"attn1": "attn", "ff": "mlp"}
 def read(lists: Mapping[str, Sequence[int]], reference: MaskSchedule) -> MaskSchedule:
     """The table of a schedule file.
 
-        table = read(json.loads(Path("50-N-3-threshold-0.08.json").read_text()), reference)
+        table = read(json.loads(Path("50-N-3-threshold-0.08.json").read_text(encoding="utf-8")), reference)
 
     Args:
         lists: The file's JSON: a 0 or 1 a step, noisiest first, by name.
