@@ -128,11 +128,16 @@ their own work side by side.
 - `torch.compile` of the whole denoiser (every row would be a graph of its own): `masked.compile()` compiles the blocks.
 - Another cache on the denoiser, enabled before or after.
 - FreeU, which writes into outputs that may be stored.
-- Guidance that is switched off part-way, or any other change of the batch size within a run.
+- Guidance that is switched off part-way, or any other change of the batch size within a run; keys and values of a
+  prompt that are cached at the first step (`use_kv_cache`).
+- Values that go past a block's arguments and answer, state, random numbers, writes in place that others read: in the
+  trace, or in the proof on the recorded run.
+- Blocks inside a compiled module; another denoiser, or a compiled wrapper, put into the pipeline.
 - Skip-layer guidance, whose extra evaluations leave blocks out.
 - A run with another sampler, number of steps, timesteps or strength than the schedule's.
 - A second pipeline on a masked denoiser, and a second thread within a run.
-- Copies and pickles of a masked denoiser. (`save_pretrained` of a masked pipeline saves it bare.)
+
+Copies and pickles of a masked denoiser are bare, as is what `save_pretrained` saves.
 
 Not tested: sequential CPU offload, which needs an accelerator.
 """

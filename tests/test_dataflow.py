@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import stepmask
 from stepmask import BlockGraph, MaskSchedule, Trajectory
 from stepmask.errors import NoSuchBlock, TraceError
+from stepmask.learning.per_timestep import PerTimestep
+from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.forecasts import taylor_forecasts
 
 STEPS = 6
@@ -156,27 +158,49 @@ class TestState:
             traced(Network(lambda net, x, t: x + net.layers[0](x + t), Mean))
 
     def test_a_block_that_answers_in_its_own_buffer_is_right(self) -> None:
-        class Static(nn.Linear):
-            def __init__(self) -> None:
-                super().__init__(4, 4)
-                self.register_buffer("answer", torch.zeros(2, 4), persistent=False)
-
-            def forward(self, x: Tensor) -> Tensor:
-                self.answer.copy_(super().forward(x))
-                return self.answer.detach()
-
         def forward(net: Network, x: Tensor, t: float) -> Tensor:
             for layer in net.layers:
                 x = x + torch.tanh(layer(x + t))
             return x
 
         found = []
-        for layer in (Static, lambda: nn.Linear(4, 4)):
+        for layer in (Buffered, lambda: nn.Linear(4, 4)):
             network = Network(forward, layer)
             trajectory, graph = traced(network)
             schedule = reused_from(trajectory, graph, 0, 1, 2, order=1)
             found.append(sampled(network, trajectory, schedule))
         assert torch.equal(*found)
+
+
+class Buffered(nn.Linear):
+    """Answers in one piece of memory, again and again."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("answer", torch.zeros(2, 4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if y.requires_grad:
+            return y
+        self.answer.copy_(y)
+        return self.answer
+
+
+@pytest.mark.parametrize("learner", [TrainedForecasts(passes=1.2), PerTimestep(iterations=2, rounds=1)])
+def test_learning_finds_the_same_where_blocks_answer_in_their_own_buffers(learner: Any) -> None:
+    def forward(net: Network, x: Tensor, t: float) -> Tensor:
+        for layer in net.layers:
+            x = x + torch.tanh(layer(x + t))
+        return x
+
+    tables = []
+    for layer in (Buffered, lambda: nn.Linear(4, 4)):
+        network = Network(forward, layer)
+        trajectory, graph = traced(network)
+        tables.append(stepmask.learn(network, trajectory, budget=0.6, graph=graph, learner=learner))
+    assert tables[0].rows.tolist() == tables[1].rows.tolist()
+    assert tables[0].forecasts.tolist() == tables[1].forecasts.tolist()
 
 
 class TestWrites:

@@ -274,13 +274,13 @@ class TestResample:
 
     def test_of_two_steps_as_near_the_earlier_one_is_computed(self) -> None:
         # computed at 0 and 2; the new steps lie at 0, 1.5, 2.5 and 3.5 among the old ones: two are as near to 2
-        schedule = table(chain_graph(1, "output"), "1", "0", "1", "0")
+        schedule = stepped(chain_graph(1, "output"), "1", "0", "1", "0")
         other = SamplerFingerprint("", (3.0, 2.0, 1.0, 0.0), (0.0, 1.5, 2.5, 3.5))
         assert bits(schedule.resample(other)) == ["1", "1", "0", "0"]
 
     @pytest.mark.parametrize("before", [1, 2, 3])
     def test_the_first_step_is_computed_however_many_lie_before_the_old_first(self, before: int) -> None:
-        schedule = table(chain_graph(1, "output"), "1", "0", "1", "0")
+        schedule = stepped(chain_graph(1, "output"), "1", "0", "1", "0")
         log_snr = (*range(-before, 0), 0.0, 1.0, 2.0, 3.0)
         again = schedule.resample(SamplerFingerprint("", tuple(map(float, log_snr)), log_snr))
         assert again.rows[0].all()
@@ -289,7 +289,7 @@ class TestResample:
         # s is 1.1, 1.4 and 1.6 at ages of one, two and three quarters of the run: (s − 1)/a is .4, .8 and .8. The new
         # steps lie at half steps among the old ones, where that is .4, .4, .6 and .8, .8, .8; ages are eighths
         weights = {(1, "b0"): (1.1,), (2, "b0"): (1.4,), (3, "b0"): (1.6,)}
-        schedule = table(chain_graph(1, "output"), "1", "0", "0", "0", weights=weights)
+        schedule = stepped(chain_graph(1, "output"), "1", "0", "0", "0", weights=weights)
         doubled = SamplerFingerprint("", tuple(map(float, range(8))), tuple(k / 2 for k in range(8)))
         again = schedule.resample(doubled)
         assert bits(again) == ["1", "0", "0", "0"] * 2
@@ -300,7 +300,7 @@ class TestResample:
     @pytest.mark.parametrize("every", [2, 3, 4])
     def test_a_first_order_taylor_table_stays_one(self, every: int, steps: int) -> None:
         rows = ["1" if step % every == 0 else "0" for step in range(12)]
-        plain = table(chain_graph(1, "output"), *rows)
+        plain = stepped(chain_graph(1, "output"), *rows)
         schedule = plain.with_rows(plain.rows, taylor_forecasts(plain.rows, 1))
         where = np.linspace(0, 11, steps)
         again = schedule.resample(SamplerFingerprint("", tuple(-where), tuple(where)))
@@ -308,7 +308,7 @@ class TestResample:
 
     def test_a_second_difference_goes_with_the_square_of_its_reach(self) -> None:
         # c₂ = 0.5 at age 1 over gap 1, so 0.5 · 2² at age 2: weights c₂ · (1, −2, 1) on top of the newest value
-        schedule = table(chain_graph(1, "output"), "1", "1", "1", "0", weights={(3, "b0"): (1.5, -1.0, 0.5)})
+        schedule = stepped(chain_graph(1, "output"), "1", "1", "1", "0", weights={(3, "b0"): (1.5, -1.0, 0.5)})
         doubled = SamplerFingerprint("", tuple(map(float, range(8))), (0.0, 0.4, 0.9, 1.4, 1.9, 2.4, 2.9, 3.4))
         again = schedule.resample(doubled)
         assert bits(again) == ["1", "1", "1", "1", "1", "0", "0", "1"]

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stepmask.denoiser.held import Owner
 from stepmask.denoiser.seam import Hook, attached_by_name
 from stepmask.denoiser.trajectory import Call
 from stepmask.denoiser.values import each, to_output, to_stored_form
@@ -67,6 +68,7 @@ class _Seat(Hook):
 
     def __init__(self, block: Block) -> None:
         self.block = block
+        self.owner = Owner()
         self.mode: Callable[..., Any] = _compute
         self.stored: Any = None
         self.target: Any = None
@@ -78,7 +80,7 @@ class _Seat(Hook):
 
 def _compute(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     output = call(*args, **kwargs)
-    seat.stored = to_stored_form(seat.block.reuse, output, args, kwargs)
+    seat.stored = seat.owner.own(to_stored_form(seat.block.reuse, output, args, kwargs))
     return output
 
 

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from stepmask.denoiser.families import casts_weights
+from stepmask.denoiser.held import Owner
 from stepmask.denoiser.modes import in_this_autocast
 from stepmask.denoiser.seam import Hook, attached_by_name
 from stepmask.denoiser.trajectory import Trajectory
@@ -155,7 +156,7 @@ class Tape(Hook):
         output, (step, branch) = self._evaluate(evaluation, inputs), (evaluation.step, evaluation.branch)
         for column, seat in enumerate(self.seats):
             if (step, column) in self.last:
-                self.stored[step, branch, column] = seat.value
+                self.stored[step, branch, column] = seat.owner.own(seat.value)
         return output
 
     def _tell(self, step: int, branch: int) -> None:
@@ -324,6 +325,7 @@ class _Seat(Hook):
 
     def __init__(self, block: Block, *, checkpointed: bool) -> None:
         self.block, self.checkpointed = block, checkpointed
+        self.owner = Owner()
         self.like: Any = None
         self.clear()
 
