@@ -14,6 +14,7 @@ from promises import all_compute, random_table
 from stepmask import MaskSchedule
 from stepmask.denoiser.families import fingerprint_of
 from stepmask.denoiser.seam import hooks_of
+from stepmask.denoiser.store import Store
 from stepmask.errors import AlreadyApplied, RunError, RunNotStarted, ScheduleMismatch
 from stepmask.schedule.baselines import fixed_interval
 from stepmask.schedule.fingerprint import SamplerFingerprint
@@ -113,6 +114,18 @@ class TestStored:
             assert denoiser(ONE)[0] == 25.0
             with pytest.raises(RunError, match=r"'layers\.0' that was changed in place"):
                 denoiser(ONE)
+
+    @pytest.mark.parametrize("store", [Store(), Store(dtype=torch.float32), Store(device="cpu")], ids=str)
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+    @pytest.mark.parametrize("reuse", ["output", "delta"])
+    def test_they_are_held_in_every_mode(self, reuse: Any, mode: Any, store: Store) -> None:
+        denoiser = Two()
+        graph = stepmask.trace(Two(), (ONE,), blocks={"layers.*": reuse})
+        schedule = table(graph, "11", "01", "11", "01", denoiser=fingerprint_of(denoiser))
+        with stepmask.apply(denoiser, schedule, store=store), mode():
+            answers = [float(denoiser(x)[0]) for x in (ONE, TWO, TWO, ONE)]
+        # Layer 0 adds 1 to 1, and 2 to 2: by delta it answers 2 + 1 and 1 + 2, by output 2 and 4.
+        assert answers == ([7.0, 12.0, 14.0, 9.0] if reuse == "output" else [7.0, 13.0, 14.0, 8.0])
 
     @pytest.mark.parametrize("way", ["itself", "detached", "first later"])
     def test_memory_that_a_block_answers_in_again_is_copied(self, way: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.modes import usable, without_inference_mode
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import RunError
 
@@ -65,9 +66,8 @@ class Owner:
         if self.lets_go is None and parts:
             self._watch(parts[0])
         if self.lets_go and not any(map(_is_part, parts)):
-            return counted(value)
-        with torch.inference_mode(False):
-            return each(torch.clone, value)
+            return usable(value)
+        return copied(value)
 
     def _watch(self, output: Tensor) -> None:
         """Learn from the memory of the first output whether the block lets go of it."""
@@ -77,11 +77,9 @@ class Owner:
             self.lets_go = self.memory() is None
 
 
-def counted(value: Any) -> Any:
-    """The value as tensors whose writes torch counts, which those of inference mode are not: they are copied."""
-    if not any(tensor.is_inference() for tensor in tensors(value)):
-        return value
-    with torch.inference_mode(False):
+def copied(value: Any) -> Any:
+    """A copy whose writes torch counts, as it does not for what is made in inference mode."""
+    with without_inference_mode():
         return each(torch.clone, value)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepmask.denoiser.held import counted
+from stepmask.denoiser.held import copied
+from stepmask.denoiser.modes import usable
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.seam import Hook
 from stepmask.denoiser.trajectory import Call, timestep_of_call
@@ -58,7 +59,7 @@ class Values:
 
     def own(self, value: Any) -> Any:
         """A value that nobody else can write to unseen; what is added to the stream was made here."""
-        return counted(value) if self.block.reuse == "delta" else self.run.owners[self.column].own(value)
+        return usable(value) if self.block.reuse == "delta" else self.run.owners[self.column].own(value)
 
     def reuse(self, cell: Cell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer from the store; what is read for the last time leaves it."""
@@ -166,7 +167,7 @@ class MaskedDenoiser(Values, Hook):
 
     def own(self, value: Any) -> Any:
         """A copy: the sampler may write into what it was given, into a stored value it must not."""
-        return each(torch.clone, counted(value))
+        return copied(value)
 
     def reuse(self, cell: Cell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer from the store, with a copy where the stored value itself would be handed out."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from stepmask.denoiser.held import Held, Owner
+from stepmask.denoiser.modes import usable
 from stepmask.denoiser.store import Store
 from stepmask.denoiser.values import tensors
 from stepmask.errors import RunError, RunNotStarted
@@ -206,7 +207,7 @@ class Run:
             RunError: It has other shapes than the block's values before.
         """
         self._check_shapes(column, value)
-        held = Held.of(self.store.put(value))
+        held = Held.of(usable(self.store.put(value)))
         self.stored[self.branch][column].insert(0, held)
         self.bytes += held.bytes
         self.peak_bytes = max(self.peak_bytes, self.bytes)
