@@ -23,6 +23,7 @@ from stepmask.errors import (
     LearningError,
     NotTimed,
     ScheduleMismatch,
+    TraceError,
 )
 from stepmask.learning.allocate import CellErrors, saves, shortest_paths
 from stepmask.learning.guidance import samples_of
@@ -621,8 +622,11 @@ class TestRefused:
     def test_another_run(self, pipe: Any, trajectory: Trajectory) -> None:
         from diffusers import DDIMScheduler
 
+        graph = stepmask.trace(pipe, trajectory)
         pipe.scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
         with pytest.raises(LearningError, match="away from the recorded"):
+            stepmask.sweep(pipe, trajectory, graph=graph)
+        with pytest.raises(TraceError, match="the scheduler"):
             stepmask.sweep(pipe, trajectory)
         assert untouched(pipe.transformer)
 
