@@ -34,10 +34,6 @@ SHARE = 0.4
 """The share of the random table's cells that are computed."""
 
 
-WHOLE_STEPS = 0.2
-"""The share of the random table's steps whose output is reused."""
-
-
 class AnotherPath(TraceError):
     """An evaluation that does not go the way of those that were traced.
 
@@ -199,22 +195,30 @@ class _PrivateStore(Store):
 
 
 def _random_table(full: MaskSchedule) -> MaskSchedule:
-    """Cells computed at random, and reused plainly or as a forecast from two values; some steps are reused whole."""
+    """Cells computed at random, and reused plainly or as a forecast from two values; one step is reused whole."""
     generator = np.random.default_rng(SEED)
     rows = generator.random(full.rows.shape) < SHARE
-    rows[:, -1] = generator.random(len(rows)) >= WHOLE_STEPS
     rows[0] = True
+    rows[:, -1] = True
 
-    computed_before: npt.NDArray[np.int64] = np.cumsum(rows, axis=0) - rows
+    # In the middle a step whose blocks are all computed for nothing: with what nobody reads left out, nothing runs.
+    middle = len(rows) // 2
+    if middle + 1 < len(rows):
+        rows[middle : middle + 2] = True
+        rows[middle, -1] = False
+
+    # Forecasts read two values, of the same half.
+    values = _computed_before(rows)
+    values[middle + 1 :] = _computed_before(rows[middle + 1 :])
+    is_forecast = ~rows & (values > 1) & (generator.random(rows.shape) < 0.5)
     weights = np.tile((1.0, 0.0, 0.0), (*rows.shape, 1))
-    weights[~rows & (computed_before > 1) & (generator.random(rows.shape) < 0.5)] = (1.5, -0.5, 0.0)
-    table = full.with_rows(rows, weights)
+    weights[is_forecast] = (1.5, -0.5, 0.0)
+    return full.with_rows(rows, weights)
 
-    # A step that is reused whole runs nothing at all: code around the blocks that ran alone could not read its blocks.
-    while (runs := lower(table).computed.any(axis=1) & ~table.rows[:, -1]).any():
-        rows[:, -1] |= runs
-        table = full.with_rows(rows, weights)
-    return table
+
+def _computed_before(rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """How often each block was computed before a step, shape (steps, blocks)."""
+    return np.asarray(np.cumsum(rows, axis=0) - rows)
 
 
 def _equal(one: Any, other: Any) -> bool:
