@@ -10,8 +10,8 @@ import stepmask
 from results import paired_ratio, save
 from setting import Setting
 from stepmask import BlockGraph, MaskSchedule, zoo
+from stepmask.denoiser.call import Call
 from stepmask.denoiser.families import denoiser_of
-from stepmask.denoiser.trajectory import Call
 from stepmask.schedule.baselines import all_reused
 from stepmask.schedule.forecasts import WINDOW
 

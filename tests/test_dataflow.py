@@ -97,6 +97,14 @@ class TestNumbers:
         full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
         assert torch.equal(sampled(network, trajectory, full), trajectory.sampled.latent)
 
+    def test_blocks_that_come_later_read_whose_number_was_told(self) -> None:
+        def forward(net: Network, x: Tensor, t: float) -> Tensor:
+            scale = net.layers[0](x + t).abs().max().item()
+            return net.layers[1](x * scale)
+
+        _, graph = traced(Network(forward), {"layers.0": "output", "layers.1": "output"})
+        assert reads(graph)["layers.1"] == ("layers.0",)
+
 
 class TestState:
     """What modules keep, and what is passed along in lists."""
@@ -384,6 +392,37 @@ class TestPaths:
 
         with pytest.raises(TraceError, match="called twice"):
             traced(Network(forward))
+
+
+class TestFeeders:
+    """Modules in front of blocks are skipped only if they do nothing but to answer."""
+
+    @pytest.mark.parametrize("effect", ["answers a number", "sets a number", "writes to its argument"])
+    def test_one_with_an_effect_is_always_called(self, effect: str) -> None:
+        class Norm(nn.Linear):
+            def forward(self, x: Tensor, t: float, net: Any) -> Any:
+                y = super().forward(x)
+                if effect == "sets a number":
+                    net.number = t
+                if effect == "writes to its argument":
+                    x.mul_(1 + t)
+                return (y, t) if effect == "answers a number" else y
+
+        def forward(net: Network, x: Tensor, t: float) -> Tensor:
+            net.number = 0.0
+            h = x + t
+            y = net.norm(h, t, net)
+            y, number = y if effect == "answers a number" else (y, net.number)
+            return net.layers[0](y) * (1 + number) + h
+
+        network = Network(forward)
+        network.norm = Norm(4, 4)
+        trajectory = stepmask.record(network, run=loop(network))
+        if effect == "sets a number":  # which nothing but the proof can see
+            with pytest.raises(TraceError, match="answers otherwise"):
+                stepmask.trace(network, trajectory, blocks={"layers.0": "output"})
+        else:
+            assert stepmask.trace(network, trajectory, blocks={"layers.0": "output"}).fed == {}
 
 
 class TestOutputs:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import stepmask
 from stepmask import MaskSchedule, Trajectory
+from stepmask.denoiser.call import Call
 from stepmask.denoiser.families import fingerprint_of
 from stepmask.denoiser.seam import hooks_of
-from stepmask.denoiser.trajectory import Call
 from stepmask.errors import InvalidBudget, LearningError, RunError, UnwritablePath
 from stepmask.evaluation.metrics import latent_errors
 from stepmask.executors.local import LocalExecutor

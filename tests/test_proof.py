@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import stepmask
 from pipelines import make
@@ -119,6 +120,46 @@ def test_it_may_be_left_out_and_costs_two_samplings_of_evaluations() -> None:
     traced_alone = len(calls)
     stepmask.trace(network, trajectory, blocks={"layers.0": "output", "layers.1": "output"})
     assert 2 * STEPS < len(calls) - 2 * traced_alone <= 3 * STEPS  # two of the three compute two fifths of the blocks
+
+
+def test_a_stream_that_is_changed_unseen_is_refused() -> None:
+    class Sneaky(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if not isinstance(x, FakeTensor):
+                x.numpy()[...] *= 0.5  # torch counts no such write
+            return y
+
+    network = Network(lambda net, x, t: net.layers[0](x + t))
+    network.layers[0] = Sneaky(4, 4)
+    with pytest.raises(TraceError, match=r"'layers\.0', which changes its input in place"):
+        traced(network, {"layers.0": "delta"})
+
+
+@pytest.mark.parametrize("at", range(STEPS))
+def test_an_output_that_is_changed_unseen_at_any_step_is_refused(at: int) -> None:
+    def forward(net: Network, x: Tensor, t: float) -> Tensor:
+        y = net.layers[0](x + t)
+        if round((1 - t) * STEPS) == at and not isinstance(x, FakeTensor):
+            y.numpy()[...] *= 0.5
+        return net.layers[1](y)
+
+    with pytest.raises(TraceError, match=r"'layers\.0', whose output is changed in place at evaluation"):
+        traced(Network(forward), {"layers.0": "output", "layers.1": "output"})
+
+
+CACHE: dict[str, Tensor] = {}
+
+
+def test_nothing_fake_stays_in_a_cache_outside_of_the_denoiser() -> None:
+    def forward(net: Network, x: Tensor, t: float) -> Tensor:
+        return net.layers[0](x + t) + CACHE.setdefault("twos", x.new_full((4,), 2.0))
+
+    network = Network(forward)
+    trajectory = stepmask.record(network, run=loop(network))
+    CACHE.clear()  # as in another process than the one that recorded
+    stepmask.trace(network, trajectory, blocks={"layers.0": "output"})
+    assert not any(isinstance(tensor, FakeTensor) for tensor in CACHE.values())
 
 
 @pytest.mark.parametrize("kind", ["learn", "sweep"])

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import stepmask
 from denoisers import stirred
 from pipelines import STEPS, autoencoder, dit, make, stable_diffusion
+from stepmask.denoiser.call import Call, timestep_of_call
 from stepmask.denoiser.modes import Autocast, autocast_now
 from stepmask.denoiser.steps import branches_counted
-from stepmask.denoiser.trajectory import Call, timestep_of_call
 from stepmask.denoiser.values import tensors
 from stepmask.errors import AlreadyApplied, LearningError, RunError
 from stepmask.learning.per_timestep import PerTimestep

@@ -1,5 +1,6 @@
 """What a plan takes for granted is checked while it runs: a wrong sample is refused, a right one is the oracle's."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +165,61 @@ class TestStored:
                 assert answer[0] == 7.0
                 answer *= -0.1
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+    def test_a_delta_block_that_begins_to_change_its_input_is_refused(self, mode: Any) -> None:
+        class Late(Scale):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x.mul_(3) if self.calls else x)
+
+        denoiser = Two()
+        graph = stepmask.trace(Two(), (ONE,), blocks={"layers.*": "delta"})
+        denoiser.layers[0] = Late(2.0)
+        denoiser.wiring = lambda net, x: net.layers[0](x * 1) + net.layers[1](x)
+        schedule = table(graph, "11", "01", "11", "01", denoiser=fingerprint_of(denoiser))
+        with stepmask.apply(denoiser, schedule), mode():
+            denoiser(ONE), denoiser(ONE)
+            with pytest.raises(RunError, match="changes its input in place at step 2"):
+                denoiser(ONE)
+
+    def test_containers_are_the_runs_own(self) -> None:
+        class Listed(Scale):
+            def forward(self, x: Tensor) -> Any:
+                return [super().forward(x), {"more": super().forward(x)}]
+
+        def popping(net: Two, x: Tensor) -> Tensor:
+            said = net.layers[0](x)
+            return said.pop()["more"] + said.pop() + net.layers[1](x)
+
+        denoiser = Two()
+        denoiser.layers[0] = Listed(2.0)
+        denoiser.wiring = popping
+        graph = stepmask.trace(denoiser, (ONE,), blocks={"layers.*": "output"})
+        with stepmask.apply(denoiser, table(graph, "11", "01", "01", denoiser=fingerprint_of(denoiser))):
+            assert [float(denoiser(ONE)[0]) for _ in range(3)] == [9.0] * 3
+
+    def test_memory_that_is_answered_in_again_later_is_refused(self) -> None:
+        class Warming(Scale):
+            buffer: Tensor | None = None
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = super().forward(x)
+                if self.calls < 3:
+                    return y
+                self.buffer = y if self.buffer is None else self.buffer
+                self.buffer.numpy()[...] = y.numpy()
+                return self.buffer.detach()
+
+        graph = stepmask.trace(Two(), (ONE,), blocks={"layers.*": "output"})
+        denoiser = Two()
+        denoiser.layers[0] = Warming(2.0)
+        schedule = table(graph, "11", "11", "11", "11", "01", weights={(4, "layers.0"): (2.0, -1.5, 0.5)},
+                         denoiser=fingerprint_of(denoiser))  # fmt: skip
+        with stepmask.apply(denoiser, schedule), torch.no_grad():
+            for _ in range(3):
+                denoiser(ONE)
+            with pytest.raises(RunError, match="in memory that it answered in before"):
+                denoiser(TWO)
+
     def test_shapes_that_change_are_refused(self) -> None:
         denoiser = Two()
 
@@ -223,6 +279,15 @@ class TestBranches:
                 pipe.maybe_free_model_hooks()
 
 
+def test_a_masked_denoiser_is_not_recorded_and_its_handle_not_copied() -> None:
+    denoiser = Two()
+    with stepmask.apply(denoiser, two_table("11", "01")) as masked:
+        with pytest.raises(AlreadyApplied):
+            stepmask.record(denoiser, run=lambda: denoiser(ONE))
+        with pytest.raises(RunError, match="the handle"):
+            copy.deepcopy(masked)
+
+
 class TestTimesteps:
     def schedule(self, denoiser: Chain) -> MaskSchedule:
         graph = stepmask.trace(denoiser, (ONE, 0.0), blocks={"layers.*": "output"})
@@ -239,6 +304,28 @@ class TestTimesteps:
             denoiser(ONE, kind(0.9))
             with pytest.raises(ScheduleMismatch, match=r"timestep 0\.5 at step 1"):
                 denoiser(ONE, kind(0.5))
+
+    def test_the_timestep_is_found_by_its_name_wherever_it_stands(self) -> None:
+        class Third(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = Chain()
+
+            def forward(self, x: Tensor, context: Tensor, t: float) -> Tensor:
+                return self.inner(x, t) + context
+
+        denoiser = Third()
+
+        def sample() -> Tensor:
+            x = torch.ones(2)
+            for t in (0.9, 0.6, 0.3):
+                one, other = denoiser(x, torch.zeros(2), t), denoiser(x, torch.ones(2), t)
+                x = x + 0.1 * one - 0.2 * other
+            return x
+
+        sampler = stepmask.record(denoiser, run=sample).sampler
+        assert sampler.timesteps == (0.9, 0.6, 0.3)
+        assert sampler.branches == 2
 
     def test_two_runs_without_a_restart_are_refused(self) -> None:
         denoiser = Chain()

@@ -174,7 +174,7 @@ class Recorder:
         if _memory_of(tensor) in self.own_memory:
             return
         if id(tensor) not in self.argument_ids:
-            self.extra_reads.setdefault(self.inside, set()).update(self.sources_of(tensor) - {self.inside})
+            self.extra_reads[self.inside] |= self.sources_of(tensor) - {self.inside}
             self.feeders.need(tensor)
         memory = self.at(tensor)
         memory.users.add(self.inside)
@@ -236,6 +236,7 @@ class Recorder:
         for tensor in tensors(args):
             self._refuse_hidden(tensor, f"block {name!r}")
         self.inside = name
+        self.extra_reads[name] = set(self.read_by_denoiser)  # a number that was told may be in what it is given
         self.argument_ids = {id(tensor) for tensor in tensors(args)}
         self.own_memory = set()
 

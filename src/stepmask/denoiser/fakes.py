@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from stepmask.denoiser.call import Call
 from stepmask.denoiser.families import moves_weights
-from stepmask.denoiser.trajectory import Call
 from stepmask.errors import StepmaskError
 
 T = TypeVar("T")
@@ -23,7 +23,9 @@ def on_fakes(denoiser: nn.Module, call: Call, watch: Callable[[nn.Module, Call],
     """
     if moves_weights(denoiser):
         return None
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode._allow_unsafe_data_ptr_access = False  # C code would follow a null pointer
+    with mode as fake:
         try:
             with FakeCopyMode(fake):
                 copied = copy.deepcopy(denoiser)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepmask.denoiser.seam import Hook
@@ -43,7 +44,8 @@ class Feeders:
     def answer(self, module: str, output: Any) -> None:
         """It answers."""
         self.running.pop()
-        if module in self.reached:
+        says_more = any(isinstance(leaf, int | float | complex) for leaf in pytree.tree_leaves(output))
+        if module in self.reached or says_more:
             self.elsewhere.add(module)
         self.reached.setdefault(module, set())
         self._mark(output, frozenset({module}))

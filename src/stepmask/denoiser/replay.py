@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.call import Call, given_timestep, timestep_of_call
 from stepmask.denoiser.held import copied
 from stepmask.denoiser.modes import usable
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.seam import Hook
-from stepmask.denoiser.trajectory import Call, timestep_of_call
 from stepmask.denoiser.unread import Unread, refuse_unread
 from stepmask.denoiser.values import (
     each,
@@ -18,10 +18,13 @@ from stepmask.denoiser.values import (
     forecast,
     forecast_channels,
     on_channels,
+    rebuilt,
+    stream,
     tensors,
     to_output,
     to_stored_form,
 )
+from stepmask.errors import RunError
 from stepmask.schedule.channels import reads_of
 from stepmask.schedule.graph import Block
 from stepmask.schedule.rectify import Cell
@@ -74,7 +77,7 @@ class Values:
     def skip(self, cell: Cell) -> Any:
         """Answer with what nobody reads."""
         self.run.free(self.column, cell.keeps)
-        return self.run.unread[self.run.branch][self.column]
+        return rebuilt(self.run.unread[self.run.branch][self.column])
 
     def vectors_for(self, value: Any) -> tuple[Tensor, ...]:
         """The vectors of this step; those of all steps are brought to the value when the first is needed."""
@@ -103,7 +106,19 @@ class MaskedBlock(Values, Hook):
         if cell.action == "dead":
             return self.skip(cell)
         self.computed += 1
-        return self.compute(cell, call(*args, **kwargs), args, kwargs)
+        if self.block.reuse == "output" or not (cell.keeps or cell.weights):
+            return self.compute(cell, call(*args, **kwargs), args, kwargs)
+
+        given = stream(args, kwargs)
+        written = None if given.is_inference() else given._version
+        output = call(*args, **kwargs)
+        if written != (None if given.is_inference() else given._version):
+            raise RunError(
+                given=f"block {self.block.label!r}, which changes its input in place at step {self.run.step}",
+                expected="an input that stays as it is, for what is stored is the output without it",
+                advice="Trace with these inputs, or reuse the block by its output: blocks={name: 'output'}",
+            )
+        return self.compute(cell, output, args, kwargs)
 
 
 class MaskedFeeder(Hook):
@@ -132,11 +147,13 @@ class MaskedDenoiser(Values, Hook):
         run: The run.
         blocks: The hooks of its blocks, by column.
         own: The denoiser as the last block of its own graph.
+        parameters: The names of the denoiser's arguments, in order.
     """
 
-    def __init__(self, run: Run, blocks: Sequence[MaskedBlock], own: Block) -> None:
+    def __init__(self, run: Run, blocks: Sequence[MaskedBlock], own: Block, parameters: Sequence[str]) -> None:
         super().__init__(run, len(blocks), own)
         self.blocks = blocks
+        self.parameters = parameters
         self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -176,9 +193,14 @@ class MaskedDenoiser(Values, Hook):
         return each(torch.clone, output) if any(output is value for value in kept) else output
 
     def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-        """The timestep of a plain loop's evaluation, where it is compared; to look at it, a device is waited for."""
+        """The timestep of a plain loop's evaluation, where it is compared.
+
+        To look at one on an accelerator, that is waited for: once a run.
+        """
         if not self.compares_timesteps:
             return None
-        if self.run.evaluation and any(tensor.device.type != "cpu" for tensor in tensors((args, kwargs))):
+        call = Call(args, kwargs)
+        given = given_timestep(call, self.parameters)
+        if self.run.evaluation and isinstance(given, Tensor) and given.device.type != "cpu":
             return None
-        return timestep_of_call(Call(args, kwargs), self.run.evaluation // self.run.branches)
+        return timestep_of_call(call, self.run.evaluation // self.run.branches, self.parameters)

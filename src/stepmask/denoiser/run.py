@@ -9,12 +9,12 @@ from torch import Tensor
 from stepmask.denoiser.held import Held, Owner
 from stepmask.denoiser.modes import usable
 from stepmask.denoiser.store import Store
-from stepmask.denoiser.values import tensors
+from stepmask.denoiser.values import rebuilt, tensors
 from stepmask.errors import RunError, RunNotStarted
 from stepmask.schedule.fingerprint import SamplerFingerprint
 from stepmask.schedule.rectify import Cell, Plan
 
-Shapes = tuple[tuple[int, ...], ...]
+Shapes = tuple[tuple[Any, ...], ...]
 
 
 class Run:
@@ -207,18 +207,30 @@ class Run:
             RunError: It has other shapes than the block's values before.
         """
         self._check_shapes(column, value)
-        held = Held.of(usable(self.store.put(value)))
+        held = Held.of(usable(self.store.put(rebuilt(value))))
+        self._check_memory(column, held)
         self.stored[self.branch][column].insert(0, held)
         self.bytes += held.bytes
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
+    def _check_memory(self, column: int, new: Held) -> None:
+        """Refuse a value in memory that a held one lies in: that was overwritten, counted by torch or not."""
+        held = {part.untyped_storage()._cdata for value in self.stored[self.branch][column] for part in value.parts}
+        if held and not held.isdisjoint(part.untyped_storage()._cdata for part in new.parts):
+            raise RunError(
+                given=f"block {self.names[column]!r}, which answers at step {self.step} in memory that it answered in "
+                "before, and did not at the first steps of this run",
+                expected="new memory for each output, or the same from the first on",
+                advice="Warm up CUDA graphs before the run",
+            )
+
     def _check_shapes(self, column: int, value: Any) -> None:
-        shapes = tuple(tuple(tensor.shape) for tensor in tensors(value))
+        shapes = tuple((*tensor.shape, tensor.dtype) for tensor in tensors(value))
         before = self.shapes[self.branch][column]
         if before is not None and shapes != before:
             raise RunError(
-                given=f"block {self.names[column]!r}, which answers with shape {shapes} at step {self.step}",
-                expected=f"the shape that it answered with before, {before}",
+                given=f"block {self.names[column]!r}, which answers with shape and dtype {shapes} at step {self.step}",
+                expected=f"those that it answered with before, {before}",
                 advice="A prefix cache (use_kv_cache) makes the first step unlike the others: sample without it, or "
                 "use a schedule of whole steps",
             )
@@ -239,7 +251,7 @@ class Run:
             )
         for value in held:
             value.check(self.names[column])
-        return [self.store.take(value.value) for value in held]
+        return [rebuilt(self.store.take(value.value)) for value in held]
 
     def free(self, column: int, keeps: int) -> None:
         """Let go of all but the newest `keeps` values of a block."""

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from stepmask.denoiser.call import parameters_of
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.other_caches import refuse_other_caches
 from stepmask.denoiser.refusals import (
@@ -89,7 +90,7 @@ class Masked:
         self.run = Run(self.plans, self.sampler, store, is_stepped=self.scheduler is not None)
         *blocks, own = schedule.graph.blocks
         self.blocks = [MaskedBlock(self.run, column, block) for column, block in enumerate(blocks)]
-        self.own = MaskedDenoiser(self.run, self.blocks, own)
+        self.own = MaskedDenoiser(self.run, self.blocks, own, parameters_of(self.denoiser))
         self.hooks: dict[str, Hook] = {
             **{hook.block.name: hook for hook in self.blocks},
             **{name: MaskedFeeder(self.run, columns) for name, columns in schedule.graph.fed.items()},
@@ -193,6 +194,13 @@ class Masked:
         self.run.stop()
         for hook in (*self.blocks, self.own):
             hook.vectors.clear()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RunError(
+            given="a copy or a pickle of the handle of a masked denoiser",
+            expected="one handle for each",
+            advice="Copy the denoiser, which gives a bare one, and apply the schedule to the copy",
+        )
 
     def __enter__(self) -> Self:
         return self

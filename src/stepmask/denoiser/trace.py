@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from stepmask.denoiser.call import Call
 from stepmask.denoiser.dataflow import Flow, Recorder, TracedBlock
 from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, is_known
 from stepmask.denoiser.proof import AnotherPath, check_against_record
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import Hook, attached_by_name, frozen
-from stepmask.denoiser.trajectory import Call, Trajectory
+from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import tensors
 from stepmask.errors import TraceError
 from stepmask.schedule.graph import Block, BlockGraph, Reuse
@@ -82,6 +83,8 @@ def trace(
     calls = (_call(example),) if run is None else run.calls
     branches = 1 if run is None else run.sampler.branches
     tracer = _Tracer(denoiser, found, branches, are_named=blocks is not None)
+    if run is not None:
+        _warm_up(denoiser, calls[0])
     for index in _forms(calls):
         tracer.trace(calls[index], index)
     if run is not None and prove:
@@ -89,6 +92,12 @@ def trace(
     if blocks is None and not is_known(denoiser):
         tracer.tell_glue()
     return tracer.graph
+
+
+def _warm_up(denoiser: nn.Module, call: Call) -> None:
+    """Evaluate once for real: what is cached at the first call, anywhere, must not be cached of fake tensors."""
+    with torch.no_grad(), torch.random.fork_rng():
+        denoiser(*call.args, **call.kwargs)
 
 
 def _prove(trajectory: Trajectory, tracer: "_Tracer") -> None:

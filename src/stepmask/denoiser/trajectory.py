@@ -1,6 +1,5 @@
 """`record`: run a pipeline as it is and keep what its denoiser was given; never its features."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stepmask.denoiser.families import fingerprint_of, scheduler_of
+from stepmask.denoiser.call import Call, parameters_of, timestep_of_call
+from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.modes import Autocast, autocast_as, autocast_now, copied, usable, without_inference_mode
 from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.other_caches import refuse_other_caches
+from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.sampler import describe, timestep_of, watched
 from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import Hook, attached
@@ -29,14 +30,6 @@ from stepmask.denoiser.values import each, first, tensors
 from stepmask.errors import LearningError, RunError
 from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the denoiser: positional and keyword arguments."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -111,10 +104,11 @@ def record(
     Raises:
         RunError: The run cannot be repeated exactly, was interrupted, samples in several passes, or its steps are not
             alike: in the number of evaluations, or in the shapes of what the denoiser is given and answers.
-        AlreadyApplied: Something else caches the denoiser.
+        AlreadyApplied: The denoiser is under a schedule, or something else caches it.
         LearningError: The run gave latents that are not finite.
     """
     refuse_other_caches(pipe)
+    refuse_if_taken(denoiser_of(pipe))
     noise = Noise.of(call.pop("generator", None))
     return record_sampling(
         Sampling(pipe, usable(call), seed, run, branches=branches, noise=noise, autocast=autocast_now())
@@ -232,6 +226,7 @@ def _sampler(seen: _Seen, listener: "_Listener", sampling: Sampling) -> SamplerF
 def _loop(listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
     """A plain loop: told by the timesteps of its evaluations."""
     calls, branches = listener.calls, sampling.branches
+    parameters = parameters_of(sampling.denoiser)
     if not calls:
         raise RunError(
             given="a run= that never called the denoiser",
@@ -239,26 +234,16 @@ def _loop(listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
             advice="Let the function call this very module",
         )
     if branches is None:
-        timesteps = [timestep_of_call(call, index) for index, call in enumerate(calls)]
+        timesteps = [timestep_of_call(call, index, parameters) for index, call in enumerate(calls)]
         branches = branches_of_a_loop(timesteps, lambda first, at: _depends(sampling, listener, first, at))
-    timesteps = [timestep_of_call(call, index // max(branches, 1)) for index, call in enumerate(calls)]
+    timesteps = [timestep_of_call(call, index // max(branches, 1), parameters) for index, call in enumerate(calls)]
     check_branches(branches, timesteps)
     return SamplerFingerprint("", tuple(timesteps[::branches]), branches=branches)
 
 
-def timestep_of_call(call: Call, step: int) -> float:
-    """The timestep of a plain call: `timestep`, `t` or `sigma`, else its second argument, else the step's index."""
-    given = next((call.kwargs[name] for name in ("timestep", "t", "sigma") if name in call.kwargs), None)
-    if given is None and len(call.args) > 1:
-        given = call.args[1]
-    if isinstance(given, Tensor):
-        return float(given.max())  # of clean tokens or frames it is 0
-    return float(given) if isinstance(given, int | float) else float(step)
-
-
 def _named(denoiser: nn.Module, calls: Sequence[Call]) -> list[dict[str, Any]]:
     """The arguments of each call by their names."""
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    names = parameters_of(denoiser)
     return [{**dict(zip(names, call.args, strict=False)), **call.kwargs} for call in calls]
 
 

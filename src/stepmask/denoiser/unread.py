@@ -30,6 +30,24 @@ class Unread(Tensor):
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl  # straight to the dispatch: half of the time
 
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to tell the numbers."""
+        raise _read("numpy")
+
+    def tolist(self) -> Any:
+        """Refuse to tell the numbers."""
+        raise _read("tolist")
+
+    def data_ptr(self) -> int:
+        """Refuse to tell where the numbers are."""
+        raise _read("data_ptr")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _read("numpy")
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _read("dlpack")
+
     @classmethod
     def of(cls, tensor: Tensor) -> Any:
         """What stands for a tensor."""
@@ -160,5 +178,6 @@ def _read(by: str) -> RunError:
     return RunError(
         given=f"a value, read by {by}, that nothing but masked blocks read when the denoiser was traced",
         expected="the same operations as then",
-        advice="The denoiser takes another path than when it was traced: trace and learn with these inputs",
+        advice="The denoiser takes another path than when it was traced: trace and learn with these inputs. (Or a step "
+        "is reused whole while a block is computed for later ones: compute that step)",
     )

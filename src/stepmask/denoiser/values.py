@@ -35,6 +35,11 @@ def prediction(output: Any) -> Tensor | list[Tensor]:
     return first
 
 
+def rebuilt(value: Any) -> Any:
+    """The value in lists, tuples and dictionaries of its own: who pops from one takes nothing out of the other."""
+    return value if isinstance(value, Tensor) else each(lambda tensor: tensor, value)
+
+
 def size(value: Any) -> int:
     """Bytes of a value."""
     return sum(tensor.nbytes for tensor in tensors(value))

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stepmask.denoiser.call import Call
 from stepmask.denoiser.held import Owner
 from stepmask.denoiser.seam import Hook, attached_by_name
-from stepmask.denoiser.trajectory import Call
 from stepmask.denoiser.values import each, to_output, to_stored_form
 from stepmask.learning.floats import mixed
 from stepmask.learning.objective import relative_error

@@ -6,11 +6,12 @@ from functools import partial
 import numpy as np
 from torch import nn
 
+from stepmask.denoiser.call import Call
 from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.memory import Alive
 from stepmask.denoiser.sampling import Sampling
 from stepmask.denoiser.seam import frozen
-from stepmask.denoiser.trajectory import Call, Trajectory
+from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import first, tensors
 from stepmask.learning.floats import floats
 from stepmask.learning.tape import Evaluation, Moment, Tape, as_function

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stepmask.denoiser.call import Call
 from stepmask.denoiser.identity import digest
-from stepmask.denoiser.trajectory import Call
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError
 from stepmask.learning.bench import Bench
