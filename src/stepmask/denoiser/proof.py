@@ -170,7 +170,7 @@ class _Comparison(Hook):
         self.outputs.clear()
 
 
-class _Listener(Hook):
+class _Answers(Hook):
     """Stands in front of the denoiser, and keeps what it says."""
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ Lower = Callable[[MaskSchedule], Plan]
 
 def _outputs(trajectory: Trajectory, table: MaskSchedule, store: Store, plan: Lower) -> Sequence[Any]:
     """What the denoiser says along the recorded run under a table."""
-    listener = _Listener()
+    listener = _Answers()
     _sample(trajectory, table, store, plan, listener)
     return listener.outputs
 
@@ -206,7 +206,7 @@ def _sample(
     table: MaskSchedule,
     store: Store,
     plan: Lower,
-    hook: _Comparison | _Listener,
+    hook: _Comparison | _Answers,
     block_hooks: Mapping[str, Hook] | None = None,
 ) -> None:
     """Repeat the recorded sampling under a table, up to the last latent.

@@ -43,7 +43,8 @@ class Values:
 
     def compute(self, cell: Cell, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer with what was computed, or a blend of it; store it, if a later step reads it."""
-        run, column = self.run, self.column
+        run = self.run
+        column = self.column
         refuse_unread(output, self.block.label)
         if self.may_be_dead and run.unread[run.branch][column] is None:
             run.unread[run.branch][column] = each(Unread.of, output)

@@ -97,18 +97,21 @@ class Masked:
             own.name: self.own,
         }
         self.modules: dict[str, nn.Module] = {}  # where the hooks are now
+        self._stack = self._put_on()
+        if self.scheduler is None:
+            self.restart()
 
+    def _put_on(self) -> ExitStack:
+        """Attach the hooks, and watch the scheduler and the pipeline; what is returned takes it all back."""
         with ExitStack() as stack:
             stack.callback(self._detach)
             self._attach()
             if self.scheduler is not None:
                 stack.enter_context(watched(self.scheduler, "set_timesteps", lambda *_, **__: self._start()))
                 stack.enter_context(watched(self.scheduler, "step", self._end_step))
-            if hasattr(pipe, "maybe_free_model_hooks"):  # the last that diffusers' pipelines do in a call
-                stack.enter_context(watched(pipe, "maybe_free_model_hooks", lambda *_, **__: self._end_call()))
-            self._stack = stack.pop_all()
-        if self.scheduler is None:
-            self.restart()
+            if hasattr(self.pipe, "maybe_free_model_hooks"):  # the last that diffusers' pipelines do in a call
+                stack.enter_context(watched(self.pipe, "maybe_free_model_hooks", lambda *_, **__: self._end_call()))
+            return stack.pop_all()
 
     def _attach(self) -> None:
         """Put the hooks where the modules of their names are now; others may have been put in their places.
