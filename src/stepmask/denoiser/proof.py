@@ -337,7 +337,7 @@ def _loop_error(step: int) -> TraceError:
 
 def _unsteady_error(denoiser: nn.Module, step: int) -> TraceError:
     trained = [name or "the denoiser itself" for name, module in denoiser.named_modules() if module.training]
-    why = f"{trained[0]} is in training mode (dropout, batch norm)" if trained else "it draws noise or keeps state"
+    why = f"{trained[0]} is in training mode" if trained else "it draws noise or keeps state, or was recorded masked"
     return TraceError(
         given=f"a {type(denoiser).__name__} that does not repeat itself: at step {step} it answers the recorded call "
         f"otherwise, bare as it is; {why}",

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.call import Call, parameters_of, timestep_of_call
-from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
+from stepmask.denoiser.families import fingerprint_of, scheduler_of
 from stepmask.denoiser.modes import Autocast, autocast_as, autocast_now, copied, usable, without_inference_mode
 from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.other_caches import refuse_other_caches
-from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.sampler import describe, timestep_of, watched
 from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import Hook, attached
@@ -88,6 +87,7 @@ def record(
 
         trajectory = stepmask.record(pipe, class_labels=[207, 360], num_inference_steps=20)
 
+    Under a schedule it is the masked run that is recorded: compare with it, but learn from another.
     Gradients and inference mode are as `record` needs them, whatever they are around it. Autocast is kept with the
     trajectory: the run is repeated under it, and the schedule learned for it.
 
@@ -104,11 +104,10 @@ def record(
     Raises:
         RunError: The run cannot be repeated exactly, was interrupted, samples in several passes, or its steps are not
             alike: in the number of evaluations, or in the shapes of what the denoiser is given and answers.
-        AlreadyApplied: The denoiser is under a schedule, or something else caches it.
+        AlreadyApplied: Something else caches the denoiser.
         LearningError: The run gave latents that are not finite.
     """
     refuse_other_caches(pipe)
-    refuse_if_taken(denoiser_of(pipe))
     noise = Noise.of(call.pop("generator", None))
     return record_sampling(
         Sampling(pipe, usable(call), seed, run, branches=branches, noise=noise, autocast=autocast_now())
