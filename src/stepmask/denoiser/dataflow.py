@@ -73,6 +73,7 @@ class Recorder:
 
         self.sources: dict[int, Names] = {}  # id of a tensor -> the blocks it was made from
         self.alive: list[Tensor] = []  # keeps ids, and addresses of memory, from being used again
+        self.answers: dict[int, str] = {}  # id of a tensor -> the block that answered with it
         self.born: Any = WeakTensorKeyDictionary()  # tensor -> the block inside which it was made
         self.memory: dict[int, Memory] = {}  # of tensors outside of blocks, and what blocks share with others
         self.own_memory: set[int] = set()  # made inside the block that is running
@@ -174,11 +175,24 @@ class Recorder:
         if _memory_of(tensor) in self.own_memory:
             return
         if id(tensor) not in self.argument_ids:
+            self._refuse_answer(tensor)
             self.extra_reads[self.inside] |= self.sources_of(tensor) - {self.inside}
             self.feeders.need(tensor)
         memory = self.at(tensor)
         memory.users.add(self.inside)
         self._check_state(memory)
+
+    def _refuse_answer(self, tensor: Tensor) -> None:
+        """Refuse another block's very answer, found elsewhere than among the arguments: who put it there is not seen.
+
+        If that block did, a reused one does not, and what another block put there before is found instead.
+        """
+        if answered_by := self.answers.get(id(tensor)):
+            raise TraceError(
+                given=f"block {self.inside!r}, which reads what block {answered_by!r} answered, and was not given it",
+                expected="values that reach a block among its arguments, as tensors in tuples, lists or dictionaries",
+                advice="Hand it over as an argument, or mask the module around both",
+            )
 
     def _write_inside(self, operation: Any, tensor: Tensor, *, whole: bool) -> None:
         if _memory_of(tensor) in self.own_memory:
@@ -248,6 +262,8 @@ class Recorder:
         for tensor in tensors(output):
             passed_on = self.sources_of(tensor) if id(tensor) in self.argument_ids else NOBODY
             self.tag(tensor, passed_on | {name})
+            if id(tensor) not in self.argument_ids:
+                self.answers[id(tensor)] = name
             memory = self.at(tensor)
             memory.block = name
             if memory.writer == name:
