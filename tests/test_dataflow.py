@@ -125,7 +125,7 @@ class TestState:
 
         network = Network(forward)
         network.layers = nn.ModuleList([Stash(4, 4), Read(4, 4)])
-        with pytest.raises(TraceError, match=r"'layers\.1', which reads what block 'layers\.0' answered"):
+        with pytest.raises(TraceError, match=r"not returned by it, and is read by block 'layers\.1'"):
             traced(network)
 
     @pytest.mark.parametrize("holder", ["list", "dict", "module"])

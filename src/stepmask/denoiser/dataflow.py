@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from stepmask.denoiser.feeders import Feeders
 from stepmask.denoiser.seam import Hook
 from stepmask.denoiser.unread import changed_by
-from stepmask.denoiser.values import size, stream, tensors
+from stepmask.denoiser.values import each, size, stream, tensors
 from stepmask.errors import TraceError
 from stepmask.schedule.graph import DENOISER, Block, BlockGraph, Reuse
 
@@ -73,7 +73,6 @@ class Recorder:
 
         self.sources: dict[int, Names] = {}  # id of a tensor -> the blocks it was made from
         self.alive: list[Tensor] = []  # keeps ids, and addresses of memory, from being used again
-        self.answers: dict[int, str] = {}  # id of a tensor -> the block that answered with it
         self.born: Any = WeakTensorKeyDictionary()  # tensor -> the block inside which it was made
         self.memory: dict[int, Memory] = {}  # of tensors outside of blocks, and what blocks share with others
         self.own_memory: set[int] = set()  # made inside the block that is running
@@ -175,24 +174,11 @@ class Recorder:
         if _memory_of(tensor) in self.own_memory:
             return
         if id(tensor) not in self.argument_ids:
-            self._refuse_answer(tensor)
             self.extra_reads[self.inside] |= self.sources_of(tensor) - {self.inside}
             self.feeders.need(tensor)
         memory = self.at(tensor)
         memory.users.add(self.inside)
         self._check_state(memory)
-
-    def _refuse_answer(self, tensor: Tensor) -> None:
-        """Refuse another block's very answer, found elsewhere than among the arguments: who put it there is not seen.
-
-        If that block did, a reused one does not, and what another block put there before is found instead.
-        """
-        if answered_by := self.answers.get(id(tensor)):
-            raise TraceError(
-                given=f"block {self.inside!r}, which reads what block {answered_by!r} answered, and was not given it",
-                expected="values that reach a block among its arguments, as tensors in tuples, lists or dictionaries",
-                advice="Hand it over as an argument, or mask the module around both",
-            )
 
     def _write_inside(self, operation: Any, tensor: Tensor, *, whole: bool) -> None:
         if _memory_of(tensor) in self.own_memory:
@@ -254,16 +240,20 @@ class Recorder:
         self.argument_ids = {id(tensor) for tensor in tensors(args)}
         self.own_memory = set()
 
-    def leave(self, name: str, reads: tuple[str, ...], macs: int, output: Any, reuse: Reuse) -> None:
-        """A block has answered."""
+    def leave(self, name: str, reads: tuple[str, ...], macs: int, output: Any, reuse: Reuse) -> Any:
+        """A block has answered.
+
+        Returns:
+            Its answer in tensors of their own: who reads the block's very tensor found it in what the block left
+            somewhere, and not in what it returned.
+        """
+        answer = each(torch.Tensor.detach, output)
         self.inside = ""
         shapes = tuple(tuple(tensor.shape) for tensor in tensors(output))
         self.blocks[name] = Block(name, reads, reuse, macs, shapes, size(output))
-        for tensor in tensors(output):
-            passed_on = self.sources_of(tensor) if id(tensor) in self.argument_ids else NOBODY
+        for original, tensor in zip(tensors(output), tensors(answer), strict=True):
+            passed_on = self.sources_of(original) if id(original) in self.argument_ids else NOBODY
             self.tag(tensor, passed_on | {name})
-            if id(tensor) not in self.argument_ids:
-                self.answers[id(tensor)] = name
             memory = self.at(tensor)
             memory.block = name
             if memory.writer == name:
@@ -271,6 +261,7 @@ class Recorder:
                 memory.writer = ""
         if any(isinstance(leaf, int | float | complex) for leaf in pytree.tree_leaves(output)):
             self.read_by_denoiser.add(name)  # a number does not tell who reads it
+        return answer
 
     def graph(self, output: Any) -> BlockGraph:
         """The blocks as this evaluation showed them, the denoiser last.
@@ -331,8 +322,7 @@ class TracedBlock(Hook):
         recorder.feeders.reach(self.name, (args, kwargs))
         if reuse == "delta":  # what is reused so reads its stream
             recorder.feeders.need((args, kwargs))
-        recorder.leave(self.name, reads, recorder.macs - before, output, reuse)
-        return output
+        return recorder.leave(self.name, reads, recorder.macs - before, output, reuse)
 
     def _reuse(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reuse:
         asked = self.recorder.found[self.name]
