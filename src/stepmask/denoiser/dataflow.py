@@ -40,6 +40,7 @@ class Memory:
         writers: The blocks whose values were written into it.
         is_new: Whether it was made in this evaluation.
         writer: The block that changed it although it is older than the evaluation; "" for none.
+        written_inside: The blocks that wrote into it: what they wrote is not written when they are reused.
         users: Who touched it: blocks, and "" for the code around them.
         is_overwritten: Whether its writer had written all of it before anything of it was read.
     """
@@ -48,6 +49,7 @@ class Memory:
     writers: Names = NOBODY
     is_new: bool = False
     writer: str = ""
+    written_inside: Names = NOBODY
     users: set[str] = field(default_factory=set)
     is_overwritten: bool = False
 
@@ -135,11 +137,16 @@ class Recorder:
         self.read_by_denoiser |= sources  # the write is done whatever is computed
 
     def _refuse_hidden(self, tensor: Tensor, reader: str) -> None:
-        """Refuse a tensor that was made inside another block, and is not what that answered."""
-        maker = self.born.get(tensor, "")
-        if maker and maker != self.inside and id(tensor) not in self.sources:
+        """Refuse a tensor that was made or written to inside another block, and is not what that answered."""
+        memory = self.memory.get(_memory_of(tensor))
+        written_inside = NOBODY if memory is None else memory.written_inside
+        sources = self.sources.get(id(tensor))
+        makers = set(written_inside - (sources or NOBODY))
+        if sources is None:
+            makers.add(self.born.get(tensor, self.inside))
+        for maker in makers - {self.inside}:
             raise TraceError(
-                given=f"a tensor that was made inside block {maker!r} and not returned by it, and is read by {reader}",
+                given=f"a tensor that block {maker!r} made or wrote to and did not return, and that is read by {reader}",
                 expected="values that leave a block in what it returns: others do not leave it when it is reused",
                 advice="Return it from the block, or mask the module around both",
             )
@@ -193,6 +200,7 @@ class Recorder:
             )
         if _memory_of(tensor) in self.inputs:
             raise _changes_input(f"block {self.inside!r} ({operation})")
+        memory.written_inside |= {self.inside}
         if memory.is_new:
             memory.writers |= {self.inside}  # whoever reads it from now on reads this block
             return
