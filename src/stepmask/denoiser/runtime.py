@@ -82,6 +82,7 @@ class Masked:
         _check_branches(schedules)
         schedule = schedules[0]
         schedule.denoiser.check(fingerprint_of(self.denoiser))
+        _check_scheduler(schedule, self.scheduler)
         for device in {weight.device for weight in self.denoiser.parameters() if not weight.is_meta}:
             store.check(device)
 
@@ -256,6 +257,17 @@ def _check_branches(schedules: Sequence[MaskSchedule]) -> None:
             given=f"{len(schedules)} schedules",
             expected="one, or as many as a step has branches, over the same graph, denoiser and sampler",
             advice="Pass a single schedule, or make them from one: schedule.with_rows(...)",
+        )
+
+
+def _check_scheduler(schedule: MaskSchedule, scheduler: Any) -> None:
+    """Refuse a scheduler's schedule where no scheduler tells when a run starts, and at which timesteps."""
+    if schedule.sampler.class_name and scheduler is None:
+        raise ScheduleMismatch(
+            given=f"a denoiser alone, and a schedule for steps of a {schedule.sampler.class_name}",
+            expected="the pipeline, whose scheduler tells when a run starts and what its timesteps are",
+            advice="Apply the schedule to the pipeline, or to any object with this denoiser and its scheduler as "
+            "attributes; or learn one for the denoiser alone, with record(denoiser, run=...)",
         )
 
 
