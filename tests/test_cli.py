@@ -19,6 +19,12 @@ from stepmask.progress import hidden, progress
 runner = CliRunner()
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for a hub that may be out of reach: what is not there is not there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture
 def folder(pipe: Any, tmp_path: Path) -> str:
     pipe.save_pretrained(tmp_path / "pipe")
