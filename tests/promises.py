@@ -13,7 +13,6 @@ from stepmask.denoiser.families import Granularity, denoiser_of
 from stepmask.denoiser.runtime import Masked
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.evaluation.measure import MacCounter
-from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import Plan, lower
 
 
@@ -36,7 +35,7 @@ def half_of(full: MaskSchedule) -> MaskSchedule:
 
 def without_feeders(table: MaskSchedule) -> MaskSchedule:
     """The table over a graph that knows of no feeders: they are always called."""
-    return replace(table, graph=BlockGraph(tuple(replace(block, feeders=()) for block in table.graph.blocks)))
+    return replace(table, graph=table.graph.without_feeders())
 
 
 def held(masked: Masked) -> int:

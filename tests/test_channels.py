@@ -19,6 +19,7 @@ from stepmask.errors import (
     InvalidSchedule,
     InvalidScheduleFile,
     ReuseBeforeCompute,
+    RunError,
     ScheduleMismatch,
     UnwritablePath,
 )
@@ -78,6 +79,12 @@ class TestByHand:
         # the denoiser says 15, then 30: 1.5·30 − 0.5·15 + 1 = 38.5 and 2·30 − 3 = 57, whatever it is given
         schedule = chain_table((2,), "output", "111", "111", "110", channels={(2, DENOISER): LINE})
         assert answers(schedule, (2,), 1, 2, 9)[-1].tolist() == [38.5, 57.0]
+
+    @pytest.mark.parametrize("shape", [(3,), (1,), (1, 2, 1, 1)])
+    def test_channels_of_another_network_are_refused(self, shape: tuple[int, ...]) -> None:
+        schedule = chain_table((2,), "output", "11", "11", "01", channels={(2, "layers.0"): LINE})
+        with pytest.raises(RunError, match="1 dimensions and 2 channels"):
+            answers(schedule, shape, 1, 2, 4)
 
     def test_branches_share_the_vectors_and_not_the_values(self) -> None:
         one = chain_table((2,), "output", "11", "01", channels={(1, "layers.0"): [[1.0, 2.0], [0.0, 1.0]]})

@@ -152,6 +152,25 @@ class TestState:
         with pytest.raises(TraceError, match=r"'layers\.0' made or wrote to"):
             traced(network)
 
+    @pytest.mark.parametrize("layout", ["nested", "jagged", "sparse"])
+    def test_what_is_not_dense_is_refused(self, layout: str) -> None:
+        class Ragged(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                y = super().forward(x)
+                if layout == "sparse":
+                    return y.to_sparse()
+                return torch.nested.nested_tensor(
+                    [y[:1], y[1:]], layout=torch.jagged if layout == "jagged" else torch.strided
+                )
+
+        def forward(net: Network, x: Tensor, t: float) -> Tensor:
+            y = net.layers[0](x + t)
+            return y.to_dense() if layout == "sparse" else torch.cat(list(y.unbind()))
+
+        network = Network(forward, lambda: Ragged(4, 4))
+        with pytest.raises(TraceError, match="dense tensors"):
+            traced(network)
+
     def test_a_block_that_adds_up_in_a_buffer_is_refused(self) -> None:
         class Mean(nn.Linear):
             def __init__(self) -> None:

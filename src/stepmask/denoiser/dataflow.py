@@ -146,7 +146,7 @@ class Recorder:
             makers.add(self.born.get(tensor, self.inside))
         for maker in makers - {self.inside}:
             raise TraceError(
-                given=f"a tensor that block {maker!r} made or wrote to and did not return, and that is read by {reader}",
+                given=f"a tensor that block {maker!r} made or wrote to and did not return, read by {reader}",
                 expected="values that leave a block in what it returns: others do not leave it when it is reused",
                 advice="Return it from the block, or mask the module around both",
             )
@@ -319,12 +319,7 @@ class TracedBlock(Hook):
         before = recorder.macs
         recorder.enter(self.name, (args, kwargs))
         output = call(*args, **kwargs)
-        if not any(True for _ in tensors(output)):
-            raise TraceError(
-                given=f"block {self.name!r}, which returns no tensor",
-                expected="a tensor, or tensors in a tuple or output class",
-                advice="Mask another module",
-            )
+        _refuse_what_cannot_be_stored(self.name, output)
 
         reuse = self._reuse(output, args, kwargs)
         recorder.feeders.reach(self.name, (args, kwargs))
@@ -362,6 +357,23 @@ class Flow(TorchDispatchMode):
         follow = self.recorder.follow_inside if self.recorder.inside else self.recorder.follow
         follow(func, (args, kwargs), output, changed)
         return output
+
+
+def _refuse_what_cannot_be_stored(name: str, output: Any) -> None:
+    """Refuse a block that answers with anything but plain tensors.
+
+    Raises:
+        TraceError: It does.
+    """
+    answers = list(tensors(output))
+    unusual = [tensor for tensor in answers if tensor.is_nested or tensor.layout is not torch.strided]
+    if answers and not unusual:
+        return
+    raise TraceError(
+        given=f"block {name!r}, which returns {'nested or sparse tensors' if unusual else 'no tensor'}",
+        expected="a dense tensor, or dense tensors in a tuple or output class",
+        advice="Mask another module, or the one around it",
+    )
 
 
 def _memory_of(tensor: Tensor) -> int:

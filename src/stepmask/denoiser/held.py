@@ -18,21 +18,31 @@ class Held:
 
     Args:
         value: As the store holds it.
-        parts: The tensors in it.
-        versions: How often each of them had been written to.
-        bytes: Its size.
+        first: The first tensor in it, which is the only one of nearly every value.
+        version: How often that had been written to.
+        others: The other tensors in it, each with how often it had been written to.
     """
 
     value: Any
-    parts: tuple[Tensor, ...]
-    versions: list[int]
-    bytes: int
+    first: Tensor
+    version: int
+    others: tuple[tuple[Tensor, int], ...]
 
     @classmethod
     def of(cls, value: Any) -> "Held":
         """A value as it is now."""
-        parts = tuple(tensors(value))
-        return cls(value, parts, [part._version for part in parts], sum(part.nbytes for part in parts))
+        first, *others = tensors(value)
+        return cls(value, first, first._version, tuple((other, other._version) for other in others))
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The tensors in it."""
+        return [self.first, *(other for other, _ in self.others)]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return sum(part.nbytes for part in self.parts)
 
     def check(self, block: str) -> None:
         """Refuse a value that was written to since it was stored.
@@ -40,13 +50,17 @@ class Held:
         Raises:
             RunError: It was.
         """
-        if [part._version for part in self.parts] != self.versions:
-            raise RunError(
-                given=f"a stored output of block {block!r} that was changed in place since",
-                expected="outputs that stay as the block gave them, as they did when the denoiser was traced",
-                advice="Look for code around the block that writes into what it answered (FreeU, an adapter, +=), "
-                "and switch it off or let it make a new tensor",
-            )
+        is_changed = self.first._version != self.version
+        if not is_changed and self.others:
+            is_changed = any(other._version != version for other, version in self.others)
+        if not is_changed:
+            return
+        raise RunError(
+            given=f"a stored output of block {block!r} that was changed in place since",
+            expected="outputs that stay as the block gave them, as they did when the denoiser was traced",
+            advice="Look for code around the block that writes into what it answered (FreeU, an adapter, +=), and "
+            "switch it off or let it make a new tensor",
+        )
 
 
 class Owner:
@@ -67,7 +81,7 @@ class Owner:
             self._watch(parts[0])
         if self.lets_go and not any(map(_is_part, parts)):
             return usable(value)
-        return copied(value)
+        return private_copy(value)
 
     def _watch(self, output: Tensor) -> None:
         """Learn from the memory of the first output whether the block lets go of it."""
@@ -77,7 +91,7 @@ class Owner:
             self.lets_go = self.memory() is None
 
 
-def copied(value: Any) -> Any:
+def private_copy(value: Any) -> Any:
     """A copy whose writes torch counts, as it does not for what is made in inference mode."""
     with without_inference_mode():
         return each(torch.clone, value)

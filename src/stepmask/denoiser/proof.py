@@ -71,7 +71,8 @@ def check_against_record(trajectory: Trajectory, graph: BlockGraph) -> None:
         return
 
     table = _random_table(full)
-    expected = _outputs(trajectory, _without_feeders(table), _PrivateStore(), lower_whole)
+    with_feeders = replace(table, graph=graph.without_feeders())
+    expected = _outputs(trajectory, with_feeders, _PrivateStore(), lower_whole)
     given = _outputs(trajectory, table, Store(), lower)
     for evaluation, (one, other) in enumerate(zip(given, expected, strict=True)):
         if not _equal(one, other):
@@ -274,12 +275,6 @@ def _random_table(full: MaskSchedule) -> MaskSchedule:
     weights = np.tile((1.0, 0.0, 0.0), (*rows.shape, 1))
     weights[is_forecast] = (1.5, -0.5, 0.0)
     return full.with_rows(rows, weights)
-
-
-def _without_feeders(table: MaskSchedule) -> MaskSchedule:
-    """The table over a graph that knows of no feeders: they are always called."""
-    graph = BlockGraph(tuple(replace(block, feeders=()) for block in table.graph.blocks))
-    return replace(table, graph=graph)
 
 
 def _computed_before(rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

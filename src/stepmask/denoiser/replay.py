@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stepmask.denoiser.call import Call, given_timestep, timestep_of_call
-from stepmask.denoiser.held import copied
+from stepmask.denoiser.held import private_copy
 from stepmask.denoiser.modes import usable
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.seam import Hook
@@ -25,7 +25,7 @@ from stepmask.denoiser.values import (
     to_stored_form,
 )
 from stepmask.errors import RunError
-from stepmask.schedule.channels import reads_of
+from stepmask.schedule.channels import channel_axis, reads_of
 from stepmask.schedule.graph import Block
 from stepmask.schedule.rectify import Cell
 
@@ -86,6 +86,7 @@ class Values:
         like = next(tensors(value))
         held = self.vectors.get(key)
         if held is None or (held[0].device, held[0].dtype) != (like.device, like.dtype):
+            self._check_channels(like)
             arrays = {
                 (number, step): vectors
                 for number, plan in enumerate(self.run.plans)
@@ -94,6 +95,22 @@ class Values:
             }
             self.vectors = dict(zip(arrays, on_channels(list(arrays.values()), like), strict=True))
         return self.vectors[key]
+
+    def _check_channels(self, value: Tensor) -> None:
+        """Refuse a value whose channels are not those of the schedule's graph.
+
+        Raises:
+            RunError: They are not.
+        """
+        traced = self.block.shapes[0]
+        count = traced[channel_axis(len(traced))]
+        if value.ndim == len(traced) and value.shape[channel_axis(value.ndim)] == count:
+            return
+        raise RunError(
+            given=f"an output of block {self.block.label!r} of shape {tuple(value.shape)}",
+            expected=f"{len(traced)} dimensions and {count} channels, for which the schedule has weights",
+            advice="Use a schedule that was learned for this denoiser",
+        )
 
 
 class MaskedBlock(Values, Hook):
@@ -185,7 +202,7 @@ class MaskedDenoiser(Values, Hook):
 
     def own(self, value: Any) -> Any:
         """A copy: the sampler may write into what it was given, into a stored value it must not."""
-        return copied(value)
+        return private_copy(value)
 
     def reuse(self, cell: Cell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer from the store, with a copy where the stored value itself would be handed out."""

@@ -242,16 +242,18 @@ class Run:
         Raises:
             RunError: One was written to since it was stored, or the run has been restarted by somebody else.
         """
-        held = self.stored[self.branch][column][:count]
+        held = self.stored[self.branch][column]
         if len(held) < count:
             raise RunError(
                 given=f"block {self.names[column]!r} at step {self.step}, whose values are gone",
                 expected="one run at a time, for it has one store",
                 advice="Let runs take turns, and begin no other one inside a run",
             )
-        for value in held:
+        values = []
+        for value in held[:count]:
             value.check(self.names[column])
-        return [rebuilt(self.store.take(value.value)) for value in held]
+            values.append(rebuilt(self.store.take(value.value)))
+        return values
 
     def free(self, column: int, keeps: int) -> None:
         """Let go of all but the newest `keeps` values of a block."""

@@ -316,8 +316,9 @@ def _not_followed_error(denoiser: nn.Module, error: NotImplementedError) -> Trac
     what = str(error).split(" and mode")[0]
     return TraceError(
         given=f"a {type(denoiser).__name__} with an operation that cannot be followed ({what})",
-        expected="operations that torch's dispatch modes see; flex attention is none outside torch.compile",
-        advice="Choose another attention for the denoiser",
+        expected="operations on dense tensors that torch's dispatch modes see; flex attention is none outside "
+        "torch.compile",
+        advice="Choose another attention for the denoiser, or dense tensors inside it",
     )
 
 

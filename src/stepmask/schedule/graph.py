@@ -1,6 +1,6 @@
 """`Block` and `BlockGraph`: which blocks a denoiser has, in which order, who reads whom, and what each costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby
 from typing import Any, Literal, get_args
@@ -84,6 +84,10 @@ class BlockGraph:
     def names(self) -> tuple[str, ...]:
         """Fully qualified names, in call order."""
         return tuple(block.name for block in self.blocks)
+
+    def without_feeders(self) -> "BlockGraph":
+        """The graph that knows of no feeders: under its plans they are always called."""
+        return BlockGraph(tuple(replace(block, feeders=()) for block in self.blocks))
 
     @cached_property
     def macs(self) -> npt.NDArray[np.int64]:
