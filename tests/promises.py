@@ -13,6 +13,7 @@ from stepmask.denoiser.families import Granularity, denoiser_of
 from stepmask.denoiser.runtime import Masked
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.evaluation.measure import MacCounter
+from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import Plan, lower
 
 
