@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stepmask.denoiser.values import rebuilt
+
 TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
 """What denoisers call their timestep."""
 
@@ -17,6 +19,10 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def evaluate(self, denoiser: nn.Module) -> Any:
+        """What a denoiser answers; it gets lists and dictionaries of its own, and may pop from them."""
+        return denoiser(*rebuilt(self.args), **rebuilt(self.kwargs))
 
 
 def parameters_of(denoiser: nn.Module) -> tuple[str, ...]:

@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 SEED = 20260319
 """The random table of every proof is drawn with this seed."""
 
+MOST_REPEATED = 8
+"""How many recorded calls are evaluated once more, in the opposite order."""
+
 SHARE = 0.3
 """The share of the random table's cells that are computed."""
 
@@ -64,9 +67,10 @@ def check_against_record(trajectory: Trajectory, graph: BlockGraph) -> None:
         TraceError: The denoiser or its sampling loop does not repeat itself; or values reach others past the graph: the
             first step where numbers differ is named, and a block that was left out before it.
     """
-    log.info("proving the graph of a %s on about two samplings", trajectory.denoiser.class_name)
+    log.info("proving the graph of a %s: about two samplings", trajectory.denoiser.class_name)
     full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
     _check_repeated(trajectory, full)
+    _check_order(trajectory)
     if trajectory.steps < 2:
         return
 
@@ -127,6 +131,23 @@ def _check_repeated(trajectory: Trajectory, full: MaskSchedule) -> None:
     if not _repeats_itself(denoiser, trajectory.calls[evaluation], trajectory.outputs[evaluation]):
         raise _unsteady_error(denoiser, step)
     raise _difference_error(full, step)
+
+
+def _check_order(trajectory: Trajectory) -> None:
+    """Evaluate recorded calls in the opposite order: what counts evaluations, or keeps something of the last, differs.
+
+    Raises:
+        TraceError: The denoiser answers otherwise than in the recorded order.
+    """
+    count = len(trajectory.calls)
+    every = -(-count // MOST_REPEATED)
+    denoiser = trajectory.sampling.denoiser
+    for evaluation in reversed(range(0, count, every)):
+        call = trajectory.calls[evaluation]
+        with torch.no_grad(), torch.random.fork_rng():
+            output = call.evaluate(denoiser)
+        if not _equal(output, trajectory.outputs[evaluation]):
+            raise _order_error(denoiser, evaluation // trajectory.sampler.branches)
 
 
 class _Comparison(Hook):
@@ -262,6 +283,10 @@ def _random_table(full: MaskSchedule) -> MaskSchedule:
     rows[0] = True
     rows[:, -1] = True
 
+    # One step reuses every block, so that all that feeds blocks alone is left out.
+    if len(rows) > 4:
+        rows[1, :-1] = False
+
     # In the middle a step whose blocks are all computed for nothing: with what nobody reads left out, nothing runs.
     middle = len(rows) // 2
     if middle + 1 < len(rows):
@@ -292,7 +317,8 @@ def _equal(one: Any, other: Any) -> bool:
 def _repeats_itself(denoiser: nn.Module, call: Call, recorded: Any) -> bool:
     """Whether the bare denoiser answers a recorded call twice as it did then."""
     with torch.no_grad(), torch.random.fork_rng():
-        return all(_equal(denoiser(*call.args, **call.kwargs), recorded) for _ in range(2))
+        answers = [call.evaluate(denoiser) for _ in range(2)]
+    return all(_equal(answer, recorded) for answer in answers)
 
 
 def _dropped(table: MaskSchedule, step: int) -> str | None:
@@ -317,6 +343,16 @@ def _difference_error(table: MaskSchedule, step: int) -> TraceError:
         expected="blocks whose outputs reach others as tensors, in arguments and return values alone",
         advice="Mask others, by blocks=[...]: a value goes past these, in a number, the state of a module, or memory "
         "that is written to",
+    )
+
+
+def _order_error(denoiser: nn.Module, step: int) -> TraceError:
+    return TraceError(
+        given=f"a {type(denoiser).__name__} that answers the call of step {step} otherwise when the calls come in "
+        "another order",
+        expected="the same answer to the same input, whatever was evaluated before: a step that is reused whole runs "
+        "nothing, and a block that is reused does not count",
+        advice="Look for a counter of steps, or a value kept from the last one; take the step from the timestep",
     )
 
 

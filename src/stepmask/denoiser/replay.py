@@ -118,6 +118,13 @@ class MaskedBlock(Values, Hook):
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the block."""
+        try:
+            return self._answer(call, args, kwargs)
+        except Exception as error:
+            self.run.note_failure(self.column, error)
+            raise
+
+    def _answer(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cell = self.run.answer(self.column)
         if cell.action == "reuse":
             return self.reuse(cell, args, kwargs)
@@ -151,7 +158,7 @@ class MaskedFeeder(Hook):
         """Answer for the module."""
         run = self.run
         if run.row and not any(run.row[column].action == "compute" for column in self.columns):
-            return self.unread[run.branch]
+            return rebuilt(self.unread[run.branch])
         output = call(*args, **kwargs)
         if run.step == 0:  # where everything is computed
             self.unread[run.branch] = each(Unread.of, output)
@@ -172,6 +179,7 @@ class MaskedDenoiser(Values, Hook):
         super().__init__(run, len(blocks), own)
         self.blocks = blocks
         self.parameters = parameters
+        self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
         self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -179,6 +187,8 @@ class MaskedDenoiser(Values, Hook):
         run = self.run
         run.check_thread()
         try:
+            if self.at_start is not None and run.running and run.evaluation == 0:
+                self.at_start()
             run.begin(tuple(tuple(tensor.shape) for tensor in first(args, kwargs)), self._timestep(args, kwargs))
             output = self._answer(run.row[-1], call, args, kwargs)
             run.end()

@@ -98,6 +98,7 @@ class Masked:
             own.name: self.own,
         }
         self.modules: dict[str, nn.Module] = {}  # where the hooks are now
+        self.own.at_start = self._attach  # modules may have been put in others' places since
         self._stack = self._put_on()
         if self.scheduler is None:
             self.restart()
