@@ -276,6 +276,46 @@ class TestBranchesThatAreTold:
             stepmask.record(pipe, branches=2, **call)
 
 
+class TestMissingData:
+    """A condition that marks what is missing by NaN."""
+
+    def test_it_is_kept_once_for_all_calls(self, network: Network) -> None:
+        condition = torch.tensor([1.0, 2.0, torch.nan, 4.0])
+
+        def run() -> Tensor:
+            x = noise()
+            for step in range(3):
+                x = x - 0.1 * network(x, 1 - step / 3, condition.clone()).nan_to_num()
+            return x
+
+        first, *others = stepmask.record(network, run=run).calls
+        assert all(call.args[2] is first.args[2] for call in others)
+
+    def test_calls_that_are_given_it_are_branches(self, network: Network) -> None:
+        latent = torch.cat([noise(), torch.full((1, 4), torch.nan)])
+
+        def run() -> Tensor:
+            x = latent.clone()
+            for step in range(3):
+                said = [network(x.clone(), 1 - step / 3, torch.full((4,), label)) for label in (1.0, 2.0)]
+                x = x - 0.1 * (2 * said[0] - said[1])
+            return x[:-1]
+
+        assert stepmask.record(network, run=run).sampler.branches == 2
+
+    def test_the_same_numbers_in_another_dtype_are_kept_as_they_are(self, network: Network) -> None:
+        def run() -> Tensor:
+            x = noise()
+            for dtype in (torch.float32, torch.float64):
+                x = x - 0.1 * network(x, torch.ones(4, dtype=dtype)).float()
+            return x
+
+        network.double()
+        network.forward = lambda x, t: Network.forward(network, x.double(), t)  # type: ignore[method-assign]
+        calls = stepmask.record(network, run=run).calls
+        assert [call.args[1].dtype for call in calls] == [torch.float32, torch.float64]
+
+
 def test_the_timestep_of_a_call() -> None:
     x = torch.ones(1)
     assert timestep_of_call(Call((x, 0.5), {}), 3) == 0.5
