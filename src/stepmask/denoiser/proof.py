@@ -22,7 +22,7 @@ from stepmask.denoiser.seam import Hook, attached, attached_by_name
 from stepmask.denoiser.store import Store
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.unread import Unread
-from stepmask.denoiser.values import each, stream, tensors
+from stepmask.denoiser.values import each, same_numbers, stream, tensors
 from stepmask.errors import RunError, StepmaskError, TraceError
 from stepmask.schedule.graph import Block, BlockGraph
 from stepmask.schedule.rectify import Plan, lower, lower_whole
@@ -105,7 +105,7 @@ class _Unchanged(Hook):
         given = stream(args, kwargs)
         before = given if isinstance(given, Unread) else given.clone()
         output = call(*args, **kwargs)
-        if not isinstance(given, Unread) and not torch.equal(given, before):
+        if not isinstance(given, Unread) and not same_numbers(given, before):
             raise TraceError(
                 given=f"block {self.block.label!r}, which changes its input in place",
                 expected="an input that stays as it is, for what is stored is the output without it",
@@ -311,7 +311,7 @@ def _equal(one: Any, other: Any) -> bool:
     """Whether two values have the same tensors, bit by bit; other things in them are not compared."""
     pairs = list(zip(tensors(one), tensors(other), strict=False))
     same_count = len(pairs) == sum(1 for _ in tensors(one)) == sum(1 for _ in tensors(other))
-    return same_count and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+    return same_count and all(same_numbers(a, b) for a, b in pairs)
 
 
 def _repeats_itself(denoiser: nn.Module, call: Call, recorded: Any) -> bool:
