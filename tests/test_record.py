@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor, nn
 
 import stepmask
@@ -401,6 +403,95 @@ class Uneven:
             said = [self.transformer(x, 0.001 * float(t), torch.full((4,), float(number))) for number in range(count)]
             x = self.scheduler.step(torch.stack(said).mean(0), t, x, return_dict=False)[0]
         return (x,)
+
+
+class OwnScheduler:
+    """Four steps of Euler's method; how `step` answers and what `timesteps` are is told."""
+
+    def __init__(self, answer: Callable[[Tensor], Any] = lambda x: x, held: Callable[[Tensor], Any] = lambda x: x):
+        self.answer, self.held = answer, held
+
+    def set_timesteps(self) -> None:
+        self.timesteps = self.held(torch.tensor([1.0, 0.75, 0.5, 0.25]))
+
+    def step(self, eps: Tensor, time: float, x: Tensor) -> Any:
+        return self.answer(x - 0.25 * eps)
+
+
+class OwnPipeline:
+    """A pipeline that samples with a scheduler of one's own, and takes its answers apart itself."""
+
+    def __init__(self, scheduler: Any, by_name: bool = False) -> None:
+        self.unet, self.scheduler, self.by_name = Network().eval(), scheduler, by_name
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        self.scheduler.set_timesteps()
+        x = torch.randn(2, 4, generator=generator)
+        for t in self.scheduler.timesteps:
+            eps = self.unet(x, float(t))
+            call = self.scheduler.step
+            call(x=x, time=t, eps=eps) if self.by_name else call(eps, t, x)
+            x = x - 0.25 * eps
+        return x
+
+
+class TestOwnSchedulers:
+    """A scheduler that is not diffusers' may answer and be called as it likes, or is refused for the true reason."""
+
+    ANSWERS = (
+        *(lambda x: x, lambda x: (x, 3), lambda x: [x], lambda x: {"prev_sample": x}),
+        *(lambda x: SimpleNamespace(prev_sample=x), lambda x: DDIMSchedulerOutput(prev_sample=x)),
+    )
+
+    @pytest.mark.parametrize("by_name", [False, True])
+    @pytest.mark.parametrize("answer", ANSWERS)
+    @pytest.mark.parametrize("held", [lambda x: x, list, torch.Tensor.tolist, torch.Tensor.numpy])
+    def test_all_are_recorded_alike(self, answer: Any, held: Any, by_name: bool) -> None:
+        pipe = OwnPipeline(OwnScheduler(answer, held), by_name)
+        trajectory = stepmask.record(pipe)
+        assert torch.equal(trajectory.sampled.latent, trajectory.sampled.output)
+        assert torch.equal(trajectory.sampling.latent(), trajectory.sampled.output)
+        assert trajectory.sampler.timesteps == (1.0, 0.75, 0.5, 0.25)
+        assert [*map(torch.equal, trajectory.sampled.handed, trajectory.outputs)] == [True] * 4
+
+    def test_one_is_learned_for_and_masked(self) -> None:
+        pipe = OwnPipeline(OwnScheduler(held=torch.Tensor.tolist))
+        trajectory = stepmask.record(pipe)
+        schedule = fixed_interval(all_compute(pipe.unet, trajectory), 0.5)
+        with stepmask.apply(pipe, schedule):
+            masked = stepmask.record(pipe).sampled.latent
+        assert not torch.equal(masked, trajectory.sampled.latent)
+        assert stepmask.learn(pipe, trajectory, 0.9).steps == 4
+
+    @pytest.mark.parametrize("answer", [lambda x: None, lambda x: (), lambda x: {"x": x}, lambda x: x.numpy()])
+    def test_an_answer_without_a_latent_is_refused(self, answer: Any) -> None:
+        with pytest.raises(RunError, match=r"step returns a .* without a latent"):
+            stepmask.record(OwnPipeline(OwnScheduler(answer)))
+
+    @pytest.mark.parametrize("held", [lambda x: None, lambda x: ["first"], lambda x: 3])
+    def test_timesteps_that_are_no_numbers_are_refused(self, held: Any) -> None:
+        with pytest.raises(RunError, match="whose timesteps are"):
+            stepmask.record(OwnPipeline(OwnScheduler(held=held)))
+
+    def test_what_lacks_a_method_is_refused(self) -> None:
+        lacking = SimpleNamespace(step=lambda eps, time, x: x, timesteps=[1.0])
+        with pytest.raises(RunError, match="on which there is no set_timesteps"):
+            stepmask.record(OwnPipeline(lacking))
+        with pytest.raises(RunError, match="a pipeline with no scheduler"):
+            stepmask.record(OwnPipeline(None))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [lambda x: (x, 3), lambda x: None, lambda x: x.numpy(), list, lambda x: {"x": x}, lambda x: float(x.sum())],
+)
+def test_a_loop_that_does_not_return_one_tensor_is_refused(network: Network, odd: Callable[[Tensor], Any]) -> None:
+    @torch.no_grad()
+    def run() -> Any:
+        return odd(network(noise(), 0.5))
+
+    with pytest.raises(RunError, match=f"a run= that returns a {type(run()).__name__}"):
+        stepmask.record(network, run=run)
 
 
 class TestPipelines:
