@@ -240,7 +240,8 @@ class _Measure:
     def probe(self, latent: Tensor, seed: int) -> tuple[Tensor, npt.NDArray[np.float64]]:
         """One measurement per sample: its gradient at the latent, and its value of x_0 − x_0 ref, shape (samples,)."""
         energy = self._by_sample(self.target, self.target).sqrt().clamp_min(1e-20)
-        v = torch.randn(self.target.shape, generator=torch.Generator().manual_seed(FIRST_SEED + seed))
+        generator = torch.Generator().manual_seed(FIRST_SEED + seed)
+        v = torch.randn(self.target.shape, generator=generator, dtype=torch.float32)
         scale = energy.float()[torch.from_numpy(self.latent_samples).to(energy.device)]
         v = v.to(scale.device) / scale.reshape(-1, *[1] * (v.ndim - 1))
         with torch.enable_grad():
