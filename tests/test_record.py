@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
@@ -278,6 +279,137 @@ class TestBranchesThatAreTold:
         assert stepmask.record(pipe, branches=1, **call).sampler.branches == 1
         with pytest.raises(RunError, match="branches=2, and 1 evaluations at every step"):
             stepmask.record(pipe, branches=2, **call)
+
+
+class TestOrder:
+    """Guidance in several calls: each has a store of its own, told by its place within the step."""
+
+    @staticmethod
+    def loop(network: nn.Module, conditions: Sequence[Any], orders: Sequence[Sequence[int]]) -> Run:
+        def run() -> Tensor:
+            x = noise()
+            for step, order in enumerate(orders):
+                said = {place: network(x, 1 - step / len(orders), conditions[place]) for place in order}
+                x = x - 0.1 * sum((place + 1) * said[place] for place in sorted(said))
+            return x
+
+        return run
+
+    @pytest.mark.parametrize(
+        "orders",
+        [
+            [(0, 1), (1, 0), (0, 1), (1, 0)],
+            [(0, 1), (0, 1), (0, 1), (1, 0)],
+            [(0, 1, 2), (0, 1, 2), (1, 2, 0)],
+            [(0, 1, 2), (0, 2, 1), (0, 1, 2)],
+        ],
+    )
+    @pytest.mark.parametrize("kind", [lambda number: torch.full((4,), float(number)), float, lambda number: [number]])
+    def test_one_that_changes_is_refused(self, kind: Callable[[int], Any], orders: Sequence[Sequence[int]]) -> None:
+        network = Labelled().eval()
+        conditions = [kind(number) for number in range(3)]
+        with pytest.raises(RunError, match=r"evaluations a step in changing order: .* as 'label'"):
+            stepmask.record(network, run=self.loop(network, conditions, orders))
+        same = self.loop(network, conditions, [orders[0]] * len(orders))
+        assert stepmask.record(network, run=same).sampler.branches == len(orders[0])
+
+    def test_prompts_that_change_from_step_to_step_are_in_order(self, network: Network) -> None:
+        def run() -> Tensor:
+            x = noise()
+            for step in range(4):
+                said = [network(x, 1 - step / 4, torch.full((4,), float(step + more))) for more in (0, 1)]
+                x = x - 0.1 * (2 * said[1] - said[0])
+            return x
+
+        assert stepmask.record(network, run=run).sampler.branches == 2
+
+    def test_two_calls_for_one_prompt_are_in_order(self, network: Network) -> None:
+        run = self.loop(network, [torch.ones(4), torch.ones(4)], [(0, 1), (1, 0), (0, 1)])
+        assert stepmask.record(network, run=run).sampler.branches == 2
+
+
+class Labelled(Network):
+    """Takes its label as a tensor, a number or a list of one."""
+
+    def forward(self, x: Tensor, t: float = 0.0, label: Any = None) -> Tensor:
+        return super().forward(x, t, torch.as_tensor(label[0] if isinstance(label, list) else label))
+
+
+@dataclass
+class Unregistered:
+    """An output class that torch's pytree does not know."""
+
+    sample: Any
+
+
+class TestDenoisersThatAreRefused:
+    @pytest.mark.parametrize("answer", [Unregistered, lambda x: SimpleNamespace(x=x), lambda x: x.detach().numpy()])
+    def test_an_answer_without_a_tensor(self, answer: Callable[[Tensor], Any]) -> None:
+        class Odd(Network):
+            def forward(self, x: Tensor, t: float = 0.0, label: Tensor | None = None) -> Any:
+                return answer(super().forward(x, t))
+
+        odd = Odd().eval()
+        with torch.no_grad():
+            name = type(odd(noise())).__name__
+        with pytest.raises(RunError, match=f"answers with a {name}, in which no tensor was found"):
+            stepmask.record(odd, run=lambda: (odd(noise(), 0.5), noise())[1])
+
+    def test_one_that_calls_itself(self) -> None:
+        class Unbatched(Network):
+            def forward(self, x: Tensor, t: float = 0.0, label: Tensor | None = None) -> Tensor:
+                return super().forward(x, t) if x.ndim == 2 else self(x[None], t)[0]
+
+        own = Unbatched().eval()
+        with pytest.raises(RunError, match="a denoiser that calls itself, in evaluation 1"):
+            stepmask.record(own, run=lambda: own(own(noise(), 1.0)[0], 0.5))
+        assert stepmask.record(own, run=lambda: own(own(noise(), 1.0), 0.5)).steps == 2
+
+    def test_one_that_failed_in_between(self) -> None:
+        class Failing(Network):
+            def forward(self, x: Tensor, t: float = 0.0, label: Tensor | None = None) -> Tensor:
+                if t > 1:
+                    raise ValueError(t)
+                return super().forward(x, t)
+
+        failing = Failing().eval()
+
+        def run() -> Tensor:
+            with suppress(ValueError):
+                failing(noise(), 2.0)
+            return failing(noise(), 0.5)
+
+        with pytest.raises(RunError, match="goes on after an evaluation of the denoiser has failed: ValueError"):
+            stepmask.record(failing, run=run)
+
+    def test_a_refusal_that_the_run_catches_is_one_all_the_same(self, network: Network) -> None:
+        def run() -> Tensor:
+            with suppress(RuntimeError):  # as one that falls back when memory runs out
+                return torch.vmap(network)(noise())
+            return network(noise(), 0.5)
+
+        with pytest.raises(RunError, match=r"inside torch\.vmap"):
+            stepmask.record(network, run=run)
+
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_one_inside_vmap(self, network: Network, steps: int) -> None:
+        def run() -> Tensor:
+            x = noise()
+            for _ in range(steps):
+                x = x - 0.1 * torch.vmap(network)(x)
+            return x
+
+        with pytest.raises(RunError, match=r"inside torch\.vmap"):
+            stepmask.record(network, run=run)
+
+    def test_but_one_may_be_differentiated(self, network: Network) -> None:
+        def run() -> Tensor:
+            x = noise()
+            for step in range(2):
+                x = x - 0.1 * torch.func.grad(lambda y, t: network(y, t).square().sum())(x, 1 - step / 2)
+            return x.detach()
+
+        assert stepmask.record(network, run=run).steps == 2
 
 
 class TestMissingData:
