@@ -25,6 +25,7 @@ from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError, ScheduleMismatch
 from stepmask.executors.filed import Kind, finish
 from stepmask.executors.local import Executor, LocalExecutor
+from stepmask.files import as_path
 from stepmask.learning.floats import wide
 from stepmask.learning.guidance import samples_of
 from stepmask.learning.memory import predict
@@ -57,7 +58,7 @@ def sweep(
     decode: Decode | None = None,
     checkpoint_blocks: bool = False,
     executor: Executor | None = None,
-    folder: str | Path | None = None,
+    folder: str | bytes | Path | None = None,
 ) -> Profile:
     """Measure to first order what reusing any value of any block at any step does to the final sample.
 
@@ -104,7 +105,7 @@ def sweep(
     for each in trajectories:
         around.denoiser.check(each.denoiser)
         around.sampler.check(each.sampler)
-    executor, folder = executor or LocalExecutor(), Path(folder) if folder else None
+    executor, folder = executor or LocalExecutor(), as_path(folder) if folder else None
     if folder:
         _check_named(decode)
         claim_for(pipe, folder)
