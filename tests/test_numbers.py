@@ -1,6 +1,6 @@
 """Numbers: errors are wide whatever the latents' dtype, and what is no floating number is left alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from stepmask.evaluation.metrics import latent_errors
 from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.objective import relative_error, sample_errors
 from stepmask.learning.per_timestep import PerTimestep
+from stepmask.learning.relax import Concrete, Relaxation, Sigmoid, StraightThrough
 from stepmask.learning.sample_rows import SampleRows
 from stepmask.learning.sweep import _Measure
 from stepmask.learning.trained import TrainedForecasts
@@ -275,3 +276,47 @@ class TestSameNumbers:
             assert not same_numbers(one, other)
         assert not same_numbers(torch.tensor([1, 2]), torch.tensor([1, 3]))
         assert same_numbers(torch.tensor([True]), torch.tensor([True]))
+
+
+class Plain(nn.Module):
+    """x ↦ x + Σ tanh(layer(x)), in the dtype that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x + t))
+        return x
+
+
+@pytest.fixture
+def double_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class TestDefaultDtype:
+    """What learners make for themselves is of their own dtype, whatever torch's default is around them."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("relaxation", [None, Sigmoid(), StraightThrough(), Concrete()])
+    def test_a_table_is_learned(
+        self, double_by_default: None, relaxation: Relaxation | None, dtype: torch.dtype
+    ) -> None:
+        network = Plain().to(dtype)
+
+        def run() -> Tensor:
+            x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+            for step in range(4):
+                x = x - 0.1 * network(x, torch.tensor(1 - step / 4, dtype=dtype))
+            return x
+
+        trajectory = stepmask.record(network, run=run)
+        learner = TrainedForecasts(passes=1.5) if relaxation is None else PerTimestep(relaxation, iterations=2)
+        schedule = stepmask.learn(network, trajectory, 0.8, learner=learner)
+        assert schedule.steps == 4
+        assert not schedule.rows.all()

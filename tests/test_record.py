@@ -2,15 +2,18 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor, nn
 
 import stepmask
@@ -278,6 +281,137 @@ class TestBranchesThatAreTold:
             stepmask.record(pipe, branches=2, **call)
 
 
+class TestOrder:
+    """Guidance in several calls: each has a store of its own, told by its place within the step."""
+
+    @staticmethod
+    def loop(network: nn.Module, conditions: Sequence[Any], orders: Sequence[Sequence[int]]) -> Run:
+        def run() -> Tensor:
+            x = noise()
+            for step, order in enumerate(orders):
+                said = {place: network(x, 1 - step / len(orders), conditions[place]) for place in order}
+                x = x - 0.1 * sum((place + 1) * said[place] for place in sorted(said))
+            return x
+
+        return run
+
+    @pytest.mark.parametrize(
+        "orders",
+        [
+            [(0, 1), (1, 0), (0, 1), (1, 0)],
+            [(0, 1), (0, 1), (0, 1), (1, 0)],
+            [(0, 1, 2), (0, 1, 2), (1, 2, 0)],
+            [(0, 1, 2), (0, 2, 1), (0, 1, 2)],
+        ],
+    )
+    @pytest.mark.parametrize("kind", [lambda number: torch.full((4,), float(number)), float, lambda number: [number]])
+    def test_one_that_changes_is_refused(self, kind: Callable[[int], Any], orders: Sequence[Sequence[int]]) -> None:
+        network = Labelled().eval()
+        conditions = [kind(number) for number in range(3)]
+        with pytest.raises(RunError, match=r"evaluations a step in changing order: .* as 'label'"):
+            stepmask.record(network, run=self.loop(network, conditions, orders))
+        same = self.loop(network, conditions, [orders[0]] * len(orders))
+        assert stepmask.record(network, run=same).sampler.branches == len(orders[0])
+
+    def test_prompts_that_change_from_step_to_step_are_in_order(self, network: Network) -> None:
+        def run() -> Tensor:
+            x = noise()
+            for step in range(4):
+                said = [network(x, 1 - step / 4, torch.full((4,), float(step + more))) for more in (0, 1)]
+                x = x - 0.1 * (2 * said[1] - said[0])
+            return x
+
+        assert stepmask.record(network, run=run).sampler.branches == 2
+
+    def test_two_calls_for_one_prompt_are_in_order(self, network: Network) -> None:
+        run = self.loop(network, [torch.ones(4), torch.ones(4)], [(0, 1), (1, 0), (0, 1)])
+        assert stepmask.record(network, run=run).sampler.branches == 2
+
+
+class Labelled(Network):
+    """Takes its label as a tensor, a number or a list of one."""
+
+    def forward(self, x: Tensor, t: float = 0.0, label: Any = None) -> Tensor:
+        return super().forward(x, t, torch.as_tensor(label[0] if isinstance(label, list) else label))
+
+
+@dataclass
+class Unregistered:
+    """An output class that torch's pytree does not know."""
+
+    sample: Any
+
+
+class TestDenoisersThatAreRefused:
+    @pytest.mark.parametrize("answer", [Unregistered, lambda x: SimpleNamespace(x=x), lambda x: x.detach().numpy()])
+    def test_an_answer_without_a_tensor(self, answer: Callable[[Tensor], Any]) -> None:
+        class Odd(Network):
+            def forward(self, x: Tensor, t: float = 0.0, label: Tensor | None = None) -> Any:
+                return answer(super().forward(x, t))
+
+        odd = Odd().eval()
+        with torch.no_grad():
+            name = type(odd(noise())).__name__
+        with pytest.raises(RunError, match=f"answers with a {name}, in which no tensor was found"):
+            stepmask.record(odd, run=lambda: (odd(noise(), 0.5), noise())[1])
+
+    def test_one_that_calls_itself(self) -> None:
+        class Unbatched(Network):
+            def forward(self, x: Tensor, t: float = 0.0, label: Tensor | None = None) -> Tensor:
+                return super().forward(x, t) if x.ndim == 2 else self(x[None], t)[0]
+
+        own = Unbatched().eval()
+        with pytest.raises(RunError, match="a denoiser that calls itself, in evaluation 1"):
+            stepmask.record(own, run=lambda: own(own(noise(), 1.0)[0], 0.5))
+        assert stepmask.record(own, run=lambda: own(own(noise(), 1.0), 0.5)).steps == 2
+
+    def test_one_that_failed_in_between(self) -> None:
+        class Failing(Network):
+            def forward(self, x: Tensor, t: float = 0.0, label: Tensor | None = None) -> Tensor:
+                if t > 1:
+                    raise ValueError(t)
+                return super().forward(x, t)
+
+        failing = Failing().eval()
+
+        def run() -> Tensor:
+            with suppress(ValueError):
+                failing(noise(), 2.0)
+            return failing(noise(), 0.5)
+
+        with pytest.raises(RunError, match="goes on after an evaluation of the denoiser has failed: ValueError"):
+            stepmask.record(failing, run=run)
+
+    def test_a_refusal_that_the_run_catches_is_one_all_the_same(self, network: Network) -> None:
+        def run() -> Tensor:
+            with suppress(RuntimeError):  # as one that falls back when memory runs out
+                return torch.vmap(network)(noise())
+            return network(noise(), 0.5)
+
+        with pytest.raises(RunError, match=r"inside torch\.vmap"):
+            stepmask.record(network, run=run)
+
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_one_inside_vmap(self, network: Network, steps: int) -> None:
+        def run() -> Tensor:
+            x = noise()
+            for _ in range(steps):
+                x = x - 0.1 * torch.vmap(network)(x)
+            return x
+
+        with pytest.raises(RunError, match=r"inside torch\.vmap"):
+            stepmask.record(network, run=run)
+
+    def test_but_one_may_be_differentiated(self, network: Network) -> None:
+        def run() -> Tensor:
+            x = noise()
+            for step in range(2):
+                x = x - 0.1 * torch.func.grad(lambda y, t: network(y, t).square().sum())(x, 1 - step / 2)
+            return x.detach()
+
+        assert stepmask.record(network, run=run).steps == 2
+
+
 class TestMissingData:
     """A condition that marks what is missing by NaN."""
 
@@ -401,6 +535,95 @@ class Uneven:
             said = [self.transformer(x, 0.001 * float(t), torch.full((4,), float(number))) for number in range(count)]
             x = self.scheduler.step(torch.stack(said).mean(0), t, x, return_dict=False)[0]
         return (x,)
+
+
+class OwnScheduler:
+    """Four steps of Euler's method; how `step` answers and what `timesteps` are is told."""
+
+    def __init__(self, answer: Callable[[Tensor], Any] = lambda x: x, held: Callable[[Tensor], Any] = lambda x: x):
+        self.answer, self.held = answer, held
+
+    def set_timesteps(self) -> None:
+        self.timesteps = self.held(torch.tensor([1.0, 0.75, 0.5, 0.25]))
+
+    def step(self, eps: Tensor, time: float, x: Tensor) -> Any:
+        return self.answer(x - 0.25 * eps)
+
+
+class OwnPipeline:
+    """A pipeline that samples with a scheduler of one's own, and takes its answers apart itself."""
+
+    def __init__(self, scheduler: Any, by_name: bool = False) -> None:
+        self.unet, self.scheduler, self.by_name = Network().eval(), scheduler, by_name
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        self.scheduler.set_timesteps()
+        x = torch.randn(2, 4, generator=generator)
+        for t in self.scheduler.timesteps:
+            eps = self.unet(x, float(t))
+            call = self.scheduler.step
+            call(x=x, time=t, eps=eps) if self.by_name else call(eps, t, x)
+            x = x - 0.25 * eps
+        return x
+
+
+class TestOwnSchedulers:
+    """A scheduler that is not diffusers' may answer and be called as it likes, or is refused for the true reason."""
+
+    ANSWERS = (
+        *(lambda x: x, lambda x: (x, 3), lambda x: [x], lambda x: {"prev_sample": x}),
+        *(lambda x: SimpleNamespace(prev_sample=x), lambda x: DDIMSchedulerOutput(prev_sample=x)),
+    )
+
+    @pytest.mark.parametrize("by_name", [False, True])
+    @pytest.mark.parametrize("answer", ANSWERS)
+    @pytest.mark.parametrize("held", [lambda x: x, list, torch.Tensor.tolist, torch.Tensor.numpy])
+    def test_all_are_recorded_alike(self, answer: Any, held: Any, by_name: bool) -> None:
+        pipe = OwnPipeline(OwnScheduler(answer, held), by_name)
+        trajectory = stepmask.record(pipe)
+        assert torch.equal(trajectory.sampled.latent, trajectory.sampled.output)
+        assert torch.equal(trajectory.sampling.latent(), trajectory.sampled.output)
+        assert trajectory.sampler.timesteps == (1.0, 0.75, 0.5, 0.25)
+        assert [*map(torch.equal, trajectory.sampled.handed, trajectory.outputs)] == [True] * 4
+
+    def test_one_is_learned_for_and_masked(self) -> None:
+        pipe = OwnPipeline(OwnScheduler(held=torch.Tensor.tolist))
+        trajectory = stepmask.record(pipe)
+        schedule = fixed_interval(all_compute(pipe.unet, trajectory), 0.5)
+        with stepmask.apply(pipe, schedule):
+            masked = stepmask.record(pipe).sampled.latent
+        assert not torch.equal(masked, trajectory.sampled.latent)
+        assert stepmask.learn(pipe, trajectory, 0.9).steps == 4
+
+    @pytest.mark.parametrize("answer", [lambda x: None, lambda x: (), lambda x: {"x": x}, lambda x: x.numpy()])
+    def test_an_answer_without_a_latent_is_refused(self, answer: Any) -> None:
+        with pytest.raises(RunError, match=r"step returns a .* without a latent"):
+            stepmask.record(OwnPipeline(OwnScheduler(answer)))
+
+    @pytest.mark.parametrize("held", [lambda x: None, lambda x: ["first"], lambda x: 3])
+    def test_timesteps_that_are_no_numbers_are_refused(self, held: Any) -> None:
+        with pytest.raises(RunError, match="whose timesteps are"):
+            stepmask.record(OwnPipeline(OwnScheduler(held=held)))
+
+    def test_what_lacks_a_method_is_refused(self) -> None:
+        lacking = SimpleNamespace(step=lambda eps, time, x: x, timesteps=[1.0])
+        with pytest.raises(RunError, match="on which there is no set_timesteps"):
+            stepmask.record(OwnPipeline(lacking))
+        with pytest.raises(RunError, match="a pipeline with no scheduler"):
+            stepmask.record(OwnPipeline(None))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [lambda x: (x, 3), lambda x: None, lambda x: x.numpy(), list, lambda x: {"x": x}, lambda x: float(x.sum())],
+)
+def test_a_loop_that_does_not_return_one_tensor_is_refused(network: Network, odd: Callable[[Tensor], Any]) -> None:
+    @torch.no_grad()
+    def run() -> Any:
+        return odd(network(noise(), 0.5))
+
+    with pytest.raises(RunError, match=f"a run= that returns a {type(run()).__name__}"):
+        stepmask.record(network, run=run)
 
 
 class TestPipelines:

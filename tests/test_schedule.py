@@ -56,6 +56,14 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert MaskSchedule.from_pretrained(tmp_path / "stepmask.json") == schedule
 
 
+def test_a_path_may_be_bytes(tmp_path: Path) -> None:
+    schedule = forecasting()
+    assert schedule.save_pretrained(os.fsencode(tmp_path / "ünï")) == tmp_path / "ünï" / "stepmask.json"
+    assert MaskSchedule.from_pretrained(os.fsencode(tmp_path / "ünï")) == schedule
+    with pytest.raises(InvalidScheduleFile, match="nowhere"):
+        MaskSchedule.from_pretrained(os.fsencode(tmp_path / "nowhere"), local_files_only=True)
+
+
 @st.composite
 def schedules(draw: st.DrawFn) -> MaskSchedule:
     """Valid tables with forecasts of any order, some per channel, and blends, over up to 7 steps of the toy U-Net."""

@@ -367,6 +367,8 @@ class TestReportFile:
         loaded = Report.load(report.save(tmp_path / "report.json"))
         assert str(loaded) == str(report)
         assert loaded.to_json() == report.to_json()
+        path = os.fsencode(tmp_path / "bytes.json")
+        assert Report.load(os.fsencode(report.save(path))).to_json() == report.to_json()
 
     @pytest.mark.parametrize(
         "text",

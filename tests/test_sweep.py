@@ -1,6 +1,7 @@
 """The reverse sweep: exact where theory says so, against finite differences on real samplers, and what it allocates."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -537,6 +538,8 @@ class TestProfile:
         profile = replace(profile, around=around, samples=samples, provenance={"probes": 8})
         profile.save_pretrained(tmp_path)
         loaded = Profile.from_pretrained(tmp_path)
+        assert profile.save_pretrained(os.fsencode(tmp_path)).parent == tmp_path
+        assert Profile.from_pretrained(os.fsencode(tmp_path)).around == loaded.around
         assert loaded.provenance == {"probes": 8}
         assert loaded.around == profile.around
         assert loaded.samples.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]

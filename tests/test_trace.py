@@ -55,6 +55,54 @@ def test_what_cannot_be_copied_is_evaluated() -> None:
     assert len(stepmask.trace(chain, (torch.ones(2), 0.0), blocks="layers.*").blocks) == 3
 
 
+class Added(nn.Module):
+    """x ↦ x + first(x + t) + second(x + t)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + self.first(x + t) + self.second(x + t)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        said: Tensor = self.inner(x, t)
+        return x - said
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [torch.jit.script, lambda module: torch.jit.trace(module, (torch.ones(2, 4), torch.ones(())))],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_blocks_inside_a_module_of_torch_jit_are_refused_and_itself_is_one(compiled: Any) -> None:
+    inner = compiled(Added())
+
+    def loop(network: nn.Module) -> Tensor:
+        x = torch.ones(2, 4)
+        for step in range(3):
+            x = x - 0.1 * network(x, torch.tensor(1 - step / 4))
+        return x
+
+    trajectory = stepmask.record(inner, run=lambda: loop(inner))
+    assert trajectory.sampler.timesteps == (1.0, 0.75, 0.5)
+    with pytest.raises(TraceError, match=r"block 'first' inside a module that torch\.jit has compiled, the denoiser"):
+        stepmask.trace(inner, trajectory, blocks=["first", "second"])
+
+    outer = Wrapped(inner)
+    whole = stepmask.record(outer, run=lambda: loop(outer))
+    with pytest.raises(TraceError, match=r"block 'inner\.second\.0' inside .*, 'inner'"):
+        stepmask.trace(outer, whole, blocks="inner.second.0")
+    assert stepmask.trace(outer, whole, blocks={"inner": "output"}).names == ("inner", DENOISER)
+
+
 def test_shapes_decide_how_a_pattern_is_reused() -> None:
     denoiser = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 5))
     graph = stepmask.trace(denoiser, (torch.zeros(7, 3),), blocks="*")

@@ -24,6 +24,11 @@ SEAL = b"\nsha256 "
 """Begins the line that `sealed` adds to a content; its hash in hexadecimal digits follows."""
 
 
+def as_path(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Path:
+    """A path as the file system's functions take it: text, or the bytes of a name."""
+    return Path(os.fsdecode(path))
+
+
 def write_whole(path: str | Path, content: str | bytes) -> Path:
     """Write `content` to `path` through a temporary neighbour, so that a reader never sees half a file.
 

@@ -35,7 +35,8 @@ class Call:
 def parameters_of(denoiser: nn.Module) -> tuple[str, ...]:
     """The names of what a denoiser is called with, in order."""
     if isinstance(denoiser, torch.jit.ScriptModule):
-        return tuple(argument.name for argument in denoiser.forward.schema.arguments)[1:]
+        compiled: Any = denoiser.forward
+        return tuple(argument.name for argument in compiled.schema.arguments)[1:]
     return tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
 
 
@@ -91,5 +92,6 @@ def _is_one_per_sample(given: Any, latent: Any) -> bool:
         return True
     if math.prod(given.shape) == 1:
         return True
-    samples = len(latent) if isinstance(latent, Sequence) or getattr(latent, "ndim", 0) else 1
+    is_listed = isinstance(latent, Sequence) or (isinstance(latent, Tensor) and latent.ndim > 0)
+    samples = len(latent) if is_listed else 1
     return math.prod(given.shape) == samples and given.shape[0] == samples

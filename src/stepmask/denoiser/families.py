@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from stepmask.errors import NoSuchBlock, TraceError
@@ -165,7 +166,8 @@ def find_blocks(
 
     Raises:
         NoSuchBlock: A pattern matches no module.
-        TraceError: The class is unknown and no pattern was given, or one block contains another.
+        TraceError: The class is unknown and no pattern was given, one block contains another, or one is inside a
+            module of torch.jit.
     """
     found: dict[str, Reuse | None] = {}
     for pattern, reuse in _patterns(denoiser, granularity, blocks).items():
@@ -174,6 +176,7 @@ def find_blocks(
             raise _no_match(denoiser, pattern)
         found.update(dict.fromkeys(names, reuse))
     for name in found:
+        _check_reachable(denoiser, name)
         if outer := next((other for other in found if name.startswith(f"{other}.")), None):
             raise TraceError(
                 given=f"block {outer!r}, which contains block {name!r}",
@@ -181,6 +184,25 @@ def find_blocks(
                 advice="Mask either the one or the other",
             )
     return found
+
+
+def _check_reachable(denoiser: nn.Module, name: str) -> None:
+    """Refuse a block inside a module of torch.jit: such a module calls its parts without Python.
+
+    Raises:
+        TraceError: It is inside one.
+    """
+    parts = name.split(".")
+    around = denoiser
+    for depth, part in enumerate(parts):
+        if isinstance(around, torch.jit.ScriptModule):
+            whose = f"{'.'.join(parts[:depth])!r}" if depth else "the denoiser itself"
+            raise TraceError(
+                given=f"block {name!r} inside a module that torch.jit has compiled, {whose}",
+                expected="blocks that Python calls",
+                advice="Mask the module before it is scripted or traced, or each block compiled on its own",
+            )
+        around = getattr(around, part)
 
 
 def _patterns(denoiser: nn.Module, granularity: Granularity, blocks: str | Iterable[str] | Patterns | None) -> Patterns:

@@ -70,6 +70,16 @@ def copied(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one of `torch.vmap`'s, which hides a dimension and cannot be looked at."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def usable(value: Any) -> Any:
     """The value, with copies of those of its tensors that were made in inference mode and can have no gradients."""
     if not any(tensor.is_inference() for tensor in tensors(value)):

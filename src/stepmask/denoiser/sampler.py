@@ -6,7 +6,7 @@ evaluation. Both are watched on the scheduler instance and put back afterwards.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import update_wrapper
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.call import TIMESTEPS, as_number
+from stepmask.errors import RunError
 from stepmask.schedule.fingerprint import SamplerFingerprint
 
 _OWN_STATE = "__getstate__"
@@ -27,7 +29,16 @@ def watched(scheduler: Any, method: str, after: Callable[..., None]) -> Iterator
 
     Any number of contexts may watch one scheduler, and end in any order. A copy or a pickle of a watched scheduler is
     watched by nobody.
+
+    Raises:
+        RunError: It has no such method, or takes no other in its place.
     """
+    if not callable(getattr(scheduler, method, None)) or not hasattr(scheduler, "__dict__"):
+        raise RunError(
+            given=f"a pipeline with {_told(scheduler)}, on which there is no {method} to watch",
+            expected="a scheduler with set_timesteps, timesteps and step, called once a run and once a step",
+            advice="Give it these, as diffusers' schedulers have them, or pass the denoiser itself with run=function",
+        )
     watch = _Watch.of(scheduler, method)
     listener = object()  # so that one function may listen twice
     watch.listeners[listener] = after
@@ -37,6 +48,10 @@ def watched(scheduler: Any, method: str, after: Callable[..., None]) -> Iterator
         del watch.listeners[listener]
         if not watch.listeners:
             watch.leave()
+
+
+def _told(scheduler: Any) -> str:
+    return "no scheduler" if scheduler is None else f"a {type(scheduler).__name__} as its scheduler"
 
 
 class _Watch:
@@ -102,16 +117,97 @@ class _Unwatched:
 
 
 def timestep_of(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The timestep among the arguments of a call of `scheduler.step`: mostly the second, but not of all."""
-    names = list(inspect.signature(type(scheduler).step).parameters)[1:]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}["timestep"]
-    return float(given.max() if isinstance(given, Tensor) else given)  # some hand over one per sample
+    """The timestep among the arguments of a call of `scheduler.step`: mostly the second, but not of all.
+
+    Raises:
+        RunError: There is none, or it is no number.
+    """
+    given = _given_to_step(scheduler, args, kwargs)
+    named = next((given[name] for name in TIMESTEPS if name in given), None)
+    second = next(iter([*given.values()][1:]), None)
+    timestep = as_number(second if named is None else named)  # some hand over one per sample
+    if timestep is None:
+        raise RunError(
+            given=f"a call of {type(scheduler).__name__}.step without a timestep",
+            expected="step(model_output, timestep, sample), as diffusers' schedulers have it",
+            advice="Hand it the timestep as its second argument, or by name",
+        )
+    return timestep
+
+
+def handed_to_step(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a call of `scheduler.step` is handed of the denoiser: `model_output`, else the first argument.
+
+    Raises:
+        RunError: It is no tensor.
+    """
+    given = _given_to_step(scheduler, args, kwargs)
+    handed = given["model_output"] if "model_output" in given else next(iter(given.values()), None)
+    if isinstance(handed, Tensor):
+        return handed
+    raise RunError(
+        given=f"a call of {type(scheduler).__name__}.step with a {type(handed).__name__} as its first argument",
+        expected="the denoiser's prediction, after guidance, as one tensor",
+        advice="Hand it step(model_output, timestep, sample), as diffusers' schedulers have it",
+    )
+
+
+def latent_of(scheduler: Any, result: Any) -> Tensor:
+    """The next latent in what `scheduler.step` returned: the tensor itself, its `prev_sample`, or the first in a tuple.
+
+    Raises:
+        RunError: There is no tensor at that place.
+    """
+    latent = getattr(result, "prev_sample", result)
+    if isinstance(latent, Mapping):
+        latent = latent.get("prev_sample")
+    if isinstance(latent, tuple | list) and latent:
+        latent = latent[0]
+    if isinstance(latent, Tensor):
+        return latent
+    raise RunError(
+        given=f"a {type(scheduler).__name__} whose step returns a {type(result).__name__} without a latent",
+        expected="the next latent: a tensor, the first in a tuple, or an output's prev_sample",
+        advice="Let its step return one of these",
+    )
+
+
+def _given_to_step(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `scheduler.step` by name, in the order of its parameters."""
+    step: Any = getattr(type(scheduler), "step", None)
+    if step is None:  # it is on the instance only
+        names = list(inspect.signature(scheduler.step).parameters)
+    else:
+        names = list(inspect.signature(step).parameters)[1:]
+    by_place = dict(zip(names, args, strict=False))
+    by_name = {name: kwargs[name] for name in names if name in kwargs}
+    return {**by_place, **by_name, **kwargs}
 
 
 def describe(scheduler: Any, branches: int = 1) -> SamplerFingerprint:
-    """The fingerprint of a scheduler whose timesteps are set."""
-    timesteps = tuple(float(t) for t in scheduler.timesteps.tolist())
-    return SamplerFingerprint(type(scheduler).__name__, timesteps, log_snr(scheduler), branches)
+    """The fingerprint of a scheduler whose timesteps are set.
+
+    Raises:
+        RunError: It has none.
+    """
+    return SamplerFingerprint(type(scheduler).__name__, _timesteps(scheduler), log_snr(scheduler), branches)
+
+
+def _timesteps(scheduler: Any) -> tuple[float, ...]:
+    """A scheduler's timesteps, which may be a tensor, an array or a list.
+
+    Raises:
+        RunError: It has none, or they are no numbers.
+    """
+    held = getattr(scheduler, "timesteps", None)
+    try:
+        return tuple(float(t) for t in (held.tolist() if hasattr(held, "tolist") else held))  # type: ignore[union-attr]
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            given=f"a {type(scheduler).__name__} whose timesteps are {held!r:.60}",
+            expected="numbers in scheduler.timesteps, one for each step, once set_timesteps was called",
+            advice="Let its set_timesteps fill them in, as diffusers' schedulers do",
+        ) from error
 
 
 def describe_steps(scheduler: Any, num_inference_steps: int, branches: int = 1) -> SamplerFingerprint:
@@ -133,7 +229,7 @@ def log_snr(scheduler: Any) -> tuple[float, ...]:
     exploding, x = x₀ + σ·ε, told by a σ above 1: −2·log σ. Neither α nor σ is taken to be less than `LEAST`: what is
     infinite can neither be saved nor interpolated.
     """
-    timesteps = scheduler.timesteps.detach().cpu().double()
+    timesteps = torch.tensor(_timesteps(scheduler), dtype=torch.float64)
     sigmas, bars = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
     sigma = sigmas[: len(timesteps)].detach().cpu().double() if isinstance(sigmas, Tensor) else torch.zeros(0)
     if isinstance(bars, Tensor) and not _follows_a_flow(scheduler, sigma):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stepmask.denoiser.families import denoiser_of, scheduler_of
 from stepmask.denoiser.modes import Autocast, autocast_as, copied, usable, without_inference_mode
 from stepmask.denoiser.noise import Noise
-from stepmask.denoiser.sampler import watched
+from stepmask.denoiser.sampler import handed_to_step, latent_of, watched
 from stepmask.errors import RunError
 
 
@@ -69,20 +69,22 @@ class Sampling:
 
         Raises:
             RunError: A plain denoiser without `run`, arguments that `run` does not name, a generator among the
-                arguments, a run without a step, or one that was interrupted.
+                arguments, a run without a step, one that was interrupted, or one that does not end with one tensor.
         """
         with self._repeated(), torch.no_grad():
             if self.run is not None:
-                latent = usable(self.run(**self._told(self.run)))
+                latent = usable(self._ran(self.run))
                 return Sampled(latent, latent)
             latents: list[Tensor] = []
             handed: list[Tensor] = []
 
-            def keep(result: Any, model_output: Tensor, *_: Any, **__: Any) -> None:
-                latents.append(usable(result[0].detach()))
-                handed.append(copied(model_output))
+            scheduler: Any = scheduler_of(self.pipe)
 
-            with watched(scheduler_of(self.pipe), "step", keep):
+            def keep(result: Any, *args: Any, **kwargs: Any) -> None:
+                latents.append(usable(latent_of(scheduler, result).detach()))
+                handed.append(copied(handed_to_step(scheduler, args, kwargs)))
+
+            with watched(scheduler, "step", keep):
                 output = self.pipe(**self.call, **self._generator())
         self._check_ended(len(latents))
         return Sampled(latents[-1], output, tuple(handed), tuple(latents))
@@ -94,7 +96,22 @@ class Sampling:
             RunError: As for a whole run.
         """
         with self._repeated():
-            return self._latent_of_steps() if self.run is None else self.run(**self._told(self.run))
+            return self._latent_of_steps() if self.run is None else self._ran(self.run)
+
+    def _ran(self, run: Callable[..., Tensor]) -> Tensor:
+        """What `run` returns.
+
+        Raises:
+            RunError: It is not one tensor.
+        """
+        latent: Any = run(**self._told(run))
+        if not isinstance(latent, Tensor):
+            raise RunError(
+                given=f"a run= that returns a {type(latent).__name__}",
+                expected="the final latent as one tensor",
+                advice="Return the latent alone: the tensor that the last step made",
+            )
+        return latent
 
     def _latent_of_steps(self) -> Tensor:
         scheduler: Any = scheduler_of(self.pipe)
@@ -102,7 +119,7 @@ class Sampling:
         done: list[Tensor] = []
 
         def stop_after_the_last(result: Any, *_: Any, **__: Any) -> None:
-            done.append(result[0])
+            done.append(latent_of(scheduler, result))
             if len(done) == (self.steps or len(scheduler.timesteps)):
                 raise _LastStep
 

@@ -5,7 +5,10 @@ from itertools import accumulate, groupby, pairwise
 from math import gcd
 from typing import Any
 
-from stepmask.denoiser.values import tensors
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from stepmask.denoiser.values import same_numbers, tensors
 from stepmask.errors import RunError
 from stepmask.schedule.fingerprint import SamplerFingerprint
 
@@ -151,6 +154,64 @@ def _check_shape(what: str, step: int, first: Any, now: Any) -> None:
             expected=f"the shape that it has at step 0, {_told(before)}, batch size included",
             advice="Keep guidance on or off for the whole run, and keys and values of a prompt or picture uncached",
         )
+
+
+def check_order(calls: Sequence[dict[str, Any]], branches: int) -> None:
+    """Refuse a run that evaluates its branches in another order at some steps: each branch has a store of its own.
+
+    It is seen by an argument that has the same values at every step, one for each branch (prompts, labels, flags).
+
+    Args:
+        calls: The arguments of each evaluation, by a name for each.
+        branches: Evaluations per step.
+
+    Raises:
+        RunError: The order changes.
+    """
+    for name in calls[0] if branches > 1 else ():
+        orders = _orders([call.get(name) for call in calls], branches)
+        for step, order in enumerate(orders):
+            if order != orders[0]:
+                moved = next(branch for branch in range(branches) if order[branch] != orders[0][branch])
+                raise RunError(
+                    given=f"{branches} evaluations a step in changing order: what evaluation {order[moved]} of step 0 "
+                    f"is given as {name!r}, evaluation {moved} of step {step} is given",
+                    expected="one order at every step, for stored values are kept by it",
+                    advice="Evaluate the denoiser for the same prompt first at every step",
+                )
+
+
+def _orders(values: Sequence[Any], branches: int) -> list[list[int]]:
+    """For each step, whose value of step 0 each branch has; empty where the steps have not the same values."""
+    first = values[:branches]
+    orders: list[list[int]] = []
+    for start in range(0, len(values), branches):
+        found = [_places(value, first) for value in values[start : start + branches]]
+        if not all(found):
+            return []
+        orders.append([places[0] for places in found])
+        if sorted(orders[-1]) != sorted(orders[0]):
+            return []
+    return orders
+
+
+def _places(value: Any, among: Sequence[Any]) -> list[int]:
+    """Where a value stands among others."""
+    return [place for place, other in enumerate(among) if _same(value, other)]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are the same: tensors by their numbers, anything else as it says itself."""
+    leaves, form = pytree.tree_flatten(one)
+    others, other_form = pytree.tree_flatten(other)
+    return form == other_form and all(map(_same_leaf, leaves, others))
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or same_numbers(one, other)
+    plain = str | int | float | bool | None
+    return one is other or (isinstance(one, plain) and isinstance(other, plain) and one == other)
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:

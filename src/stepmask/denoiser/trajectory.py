@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.call import Call, parameters_of, timestep_of_call
 from stepmask.denoiser.families import fingerprint_of, scheduler_of
-from stepmask.denoiser.modes import Autocast, autocast_as, autocast_now, copied, usable, without_inference_mode
+from stepmask.denoiser.modes import (
+    Autocast,
+    autocast_as,
+    autocast_now,
+    copied,
+    is_mapped,
+    usable,
+    without_inference_mode,
+)
 from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.other_caches import refuse_other_caches
 from stepmask.denoiser.sampler import describe, timestep_of, watched
@@ -22,11 +31,12 @@ from stepmask.denoiser.steps import (
     branches_of_a_loop,
     check_branches,
     check_one_pass,
+    check_order,
     check_shapes,
     check_told,
 )
 from stepmask.denoiser.values import each, first, same_numbers, tensors
-from stepmask.errors import LearningError, RunError
+from stepmask.errors import LearningError, RunError, StepmaskError
 from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 
@@ -103,7 +113,8 @@ def record(
 
     Raises:
         RunError: The run cannot be repeated exactly, was interrupted, samples in several passes, or its steps are not
-            alike: in the number of evaluations, or in the shapes of what the denoiser is given and answers.
+            alike: in the number of evaluations, in their order, or in the shapes of what the denoiser is given and
+            answers. Or the denoiser calls itself, is called in `torch.vmap`, or answers without a tensor.
         AlreadyApplied: Something else caches the denoiser.
         LearningError: The run gave latents that are not finite.
     """
@@ -151,9 +162,12 @@ def record_sampling(sampling: Sampling) -> Trajectory:
         listener = _Listener()
         with _steps_seen(sampling, listener) as seen, attached({sampling.denoiser: listener}):
             sampled = sampling()
+        listener.check_answered()
         _check_finite(sampled.latent)
         sampler = _sampler(seen, listener, sampling)
-        check_shapes(_named(sampling.denoiser, listener.calls), listener.outputs, sampler.branches)
+        named = _named(sampling.denoiser, listener.calls)
+        check_shapes(named, listener.outputs, sampler.branches)
+        check_order(named, sampler.branches)
         return Trajectory(
             calls=tuple(listener.calls),
             outputs=tuple(listener.outputs),
@@ -243,6 +257,8 @@ def _loop(listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
 def _named(denoiser: nn.Module, calls: Sequence[Call]) -> list[dict[str, Any]]:
     """The arguments of each call by their names."""
     names = parameters_of(denoiser)
+    most = max(len(call.args) for call in calls)
+    names += tuple(f"argument {place}" for place in range(len(names), most))  # of forward(x, *more)
     return [{**dict(zip(names, call.args, strict=False)), **call.kwargs} for call in calls]
 
 
@@ -267,12 +283,48 @@ class _Listener(Hook):
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.outputs: list[Any] = []
+        self.inside: set[int] = set()  # threads in which the denoiser is being evaluated
+        self.failure: Exception | None = None  # the first, which the run may have caught
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._listen(call, args, kwargs)
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+
+    def _listen(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        thread = get_ident()
+        if thread in self.inside:
+            raise _calls_itself(len(self.calls) - 1)
+        if any(map(is_mapped, tensors((args, kwargs)))):
+            raise _mapped()
+
         self.calls.append(self._kept(args, kwargs))
-        output = call(*args, **kwargs)
+        self.inside.add(thread)
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            self.inside.remove(thread)
+        if next(tensors(output), None) is None:
+            raise _without_tensor(output)
         self.outputs.append(each(copied, output))
         return output
+
+    def check_answered(self) -> None:
+        """Refuse a run that went on after an evaluation had failed.
+
+        Raises:
+            RunError: It did.
+        """
+        if isinstance(self.failure, StepmaskError):
+            raise self.failure
+        if self.failure is not None:
+            raise RunError(
+                given=f"a run that goes on after an evaluation of the denoiser has failed: {self.failure!r:.200}",
+                expected="evaluations that all answer",
+                advice="Record a run in which none fails, for example with a smaller batch",
+            ) from self.failure
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """A copy; a tensor equal to the one in its place a call ago (conditioning) is shared with it."""
@@ -282,6 +334,31 @@ class _Listener(Hook):
             before = [None] * len(leaves)
         kept = [_keep(leaf, old) for leaf, old in zip(leaves, before, strict=True)]
         return Call(*pytree.tree_unflatten(kept, spec))
+
+
+def _calls_itself(evaluation: int) -> RunError:
+    return RunError(
+        given=f"a denoiser that calls itself, in evaluation {evaluation}",
+        expected="evaluations that end before the next one begins",
+        advice="Let its forward call a method of its own, or a module inside it, instead of itself (to add a batch "
+        "dimension, to wrap its arguments)",
+    )
+
+
+def _mapped() -> RunError:
+    return RunError(
+        given="an evaluation of the denoiser inside torch.vmap",
+        expected="tensors whose samples lie in a batch dimension, for they are kept and compared",
+        advice="Call the denoiser on the whole batch, outside of vmap",
+    )
+
+
+def _without_tensor(output: Any) -> RunError:
+    return RunError(
+        given=f"a denoiser that answers with a {type(output).__name__}, in which no tensor was found",
+        expected="a tensor, or tensors in a tuple, a list, a dictionary or an output class of diffusers",
+        advice="Return one of these, or make the class known: torch.utils._pytree.register_dataclass",
+    )
 
 
 def _keep(leaf: Any, old: Any) -> Any:

@@ -19,6 +19,7 @@ from stepmask.evaluation.measure import machine
 from stepmask.evaluation.report import Report, Row
 from stepmask.executors.filed import Kind, finish
 from stepmask.executors.local import Executor, LocalExecutor
+from stepmask.files import as_path
 from stepmask.progress import progress
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
@@ -36,7 +37,7 @@ def evaluate(
     repeats: int = 3,
     run: Callable[..., Tensor] | None = None,
     executor: Executor | None = None,
-    folder: str | Path | None = None,
+    folder: str | bytes | Path | None = None,
     **call: Any,
 ) -> Report:
     """Measure a schedule against the reference, and rivals against both, on seeds that were not learned from.
@@ -79,7 +80,7 @@ def evaluate(
     contenders += [_contender(name, sampling, rival) for name, rival in (rivals or {}).items()]
     if any(contender.sampling.pipe is not pipe for contender in contenders):
         contenders = [replace(each, counted=each.schedule is None) for each in contenders]  # in no plan
-    executor, folder = executor or LocalExecutor(), Path(folder) if folder else None
+    executor, folder = executor or LocalExecutor(), as_path(folder) if folder else None
     batches = finish(_batches(contenders, folder), executor.share(contenders), seeds, executor, folder)
     _check_samples(seeds, [batch[0].sample for batch in batches])
     timed = _timed(contenders, seeds[0], repeats)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import InvalidReport
-from stepmask.files import write_whole
+from stepmask.files import as_path, write_whole
 from stepmask.schedule.schedule import MaskSchedule
 from stepmask.text import printable, shortened
 
@@ -100,7 +100,7 @@ class Report:
         rows = [asdict(row) for row in self.rows]
         return json.dumps({"rows": rows, "setting": self.setting, "machine": self.machine}, indent=1, default=str)
 
-    def save(self, path: str | Path, *, profile: "Profile | None" = None, command: str = "") -> Path:
+    def save(self, path: str | bytes | Path, *, profile: "Profile | None" = None, command: str = "") -> Path:
         """Write it: as JSON to a path that ends in .json, as one self-contained page to .html, as text to any other.
 
         Args:
@@ -114,7 +114,7 @@ class Report:
             ScheduleMismatch: A page with a profile of another pipeline.
             InvalidSchedule: A page with a profile that does not know values as old as the schedule reuses.
         """
-        path = Path(path)
+        path = as_path(path)
         if path.suffix == ".html":
             from stepmask.evaluation.page import render
 
@@ -137,14 +137,15 @@ class Report:
         return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
     @classmethod
-    def load(cls, path: str | Path) -> "Report":
+    def load(cls, path: str | bytes | Path) -> "Report":
         """The numbers of a report that was saved as JSON; pictures and schedule are not in it.
 
         Raises:
             InvalidReport: The file cannot be read, or is no report.
         """
+        path = as_path(path)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8"))
             report = cls([Row(**row) for row in data["rows"]], data["setting"], data["machine"])
             f"{report}{report.rows[1].macs_planned:g}"  # everything that is read of it is there, and what it should be
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:

@@ -16,14 +16,14 @@ from stepmask.evaluation.metrics import Images
 from stepmask.evaluation.pictures import pictures_of, png
 from stepmask.executors.filed import absent
 from stepmask.executors.local import Executor, LocalExecutor
-from stepmask.files import write_whole
+from stepmask.files import as_path, write_whole
 from stepmask.schedule.schedule import MaskSchedule
 
 
 def write_shards(
     pipe: Any,
     calls: Mapping[int, Mapping[str, Any]],
-    folder: str | Path,
+    folder: str | bytes | Path,
     *,
     schedule: MaskSchedule | None = None,
     executor: Executor | None = None,
@@ -49,7 +49,7 @@ def write_shards(
         ClusterError: The executor cannot hand out jobs.
         MissingExtra: Pillow is not installed.
     """
-    executor, folder = executor or LocalExecutor(), Path(folder)
+    executor, folder = executor or LocalExecutor(), as_path(folder)
     claim_for(pipe, folder, schedule=schedule and digest(schedule.to_json()))
     jobs = [_Batch(seed, dict(call)) for seed, call in calls.items()]
     paths = [folder / job.name for job in jobs]

@@ -72,7 +72,7 @@ class _Seat(Hook):
         self.mode: Callable[..., Any] = _compute
         self.stored: Any = None
         self.target: Any = None
-        self.score = self.error = torch.zeros(())
+        self.score = self.error = torch.zeros((), dtype=torch.float32)
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.mode(self, call, args, kwargs)

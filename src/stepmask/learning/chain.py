@@ -64,7 +64,7 @@ class _Gradients:
 
     def __init__(self, graph: BlockGraph, rows: SampleRows, weights: Tensor, moved: npt.NDArray[np.bool_]) -> None:
         self.graph, self.rows, self.moved = graph, rows, moved
-        self.total = torch.zeros(rows.count, *weights.shape)
+        self.total = torch.zeros(rows.count, *weights.shape, dtype=torch.float32)
 
     def __call__(self, moment: Moment) -> None:
         """Take in one evaluation."""

@@ -44,7 +44,8 @@ def guidance_of(trajectory: Trajectory, step: int) -> Guidance:
     _, outputs = trajectory.at(step)
     first = _first(outputs[0])
     if len(trajectory.sampled.handed) != trajectory.steps:
-        return Guidance(torch.eye(len(first) * len(outputs)), first.shape[1] if first.ndim > 1 else 1)
+        identity = torch.eye(len(first) * len(outputs), dtype=torch.float32)
+        return Guidance(identity, first.shape[1] if first.ndim > 1 else 1)
     handed = trajectory.sampled.handed[step]
     channels = handed.shape[1] if handed.ndim > 1 else 1
     rows = _rows(outputs, channels).double()

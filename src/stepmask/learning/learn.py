@@ -14,6 +14,7 @@ from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
 from stepmask.executors.filed import Kind, finish
 from stepmask.executors.local import Executor, LocalExecutor
+from stepmask.files import as_path
 from stepmask.learning.task import Task
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.budget import Budget
@@ -37,7 +38,7 @@ def learn(
     graph: BlockGraph | None = None,
     learner: Learner | None = None,
     executor: Executor | None = None,
-    folder: str | Path | None = None,
+    folder: str | bytes | Path | None = None,
 ) -> MaskSchedule:
     """Learn a schedule for a pipeline.
 
@@ -72,7 +73,7 @@ def learn(
     budget = Budget.of(budget)
     with autocast_as(trajectories[0].sampling.autocast):
         graph = graph or trace(pipe, trajectories[0])
-    folder = Path(folder) if folder else None
+    folder = as_path(folder) if folder else None
     if folder:
         claim_for(pipe, folder)
     executor = executor or LocalExecutor()

@@ -69,11 +69,11 @@ def expected_cost(scores: Tensor, graph: BlockGraph, costs: Floats) -> Tensor:
         graph: The blocks.
         costs: c, of each block as a share of an evaluation, shape (blocks,).
     """
-    live: list[Tensor] = [torch.ones(())] * len(graph)
+    live: list[Tensor] = [torch.ones((), dtype=torch.float32)] * len(graph)
     for column in reversed(range(len(graph) - 1)):
         readers = np.flatnonzero(graph.reads[:, column])
         asks = [live[r] if graph.blocks[r].reuse == "delta" else live[r] * scores[r] for r in readers]
-        live[column] = torch.stack(asks).max() if asks else torch.zeros(())
+        live[column] = torch.stack(asks).max() if asks else torch.zeros((), dtype=torch.float32)
     return (torch.tensor(costs, dtype=scores.dtype) * scores * torch.stack(live)).sum()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepmask.errors import HubError, InvalidProfile, InvalidSchedule, ScheduleMismatch, StepmaskError
-from stepmask.files import clear_leftovers, read_at_most, write_together
+from stepmask.files import as_path, clear_leftovers, read_at_most, write_together
 from stepmask.hub import Card, Source, push
 from stepmask.learning.allocate import allocate
 from stepmask.schedule.answers import answers
@@ -257,7 +258,7 @@ class Profile:
     def __add__(self, other: "Profile") -> "Profile":
         return Profile.merge(self, other)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | bytes | Path) -> Path:
         """Write `folder/profile.safetensors` and `folder/profile.json`; return the path of the latter.
 
         Raises:
@@ -265,9 +266,10 @@ class Profile:
             UnwritablePath: The folder cannot be written.
         """
         contents = self._contents()
-        clear_leftovers(Path(folder))
-        write_together({Path(folder) / name: content for name, content in contents.items()})
-        return Path(folder) / JSON_NAME
+        folder = as_path(folder)
+        clear_leftovers(folder)
+        write_together({folder / name: content for name, content in contents.items()})
+        return folder / JSON_NAME
 
     def _contents(self) -> dict[str, str | bytes]:
         """The files by name; the arrays go before the JSON, which names them by their hash."""
@@ -288,7 +290,7 @@ class Profile:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | bytes | Path,
         *,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -308,11 +310,12 @@ class Profile:
             InvalidProfile: There is no such folder or repository, the hub does not give it, a file is missing or cut
                 short, or the two do not belong together.
         """
+        source = os.fsdecode(source)
         place = Source(source, revision, token, cache_dir, local_files_only)
         try:
             path = place.file(JSON_NAME)
             data = parsed(read_at_most(path, MAX_TEXT).decode("utf-8"))
-            return cls._from_contents(data, place.beside(path, ARRAYS_NAME).read_bytes(), str(source))
+            return cls._from_contents(data, place.beside(path, ARRAYS_NAME).read_bytes(), source)
         except InvalidProfile:
             raise
         except HubError as error:

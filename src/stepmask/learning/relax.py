@@ -43,7 +43,7 @@ class Sigmoid:
 
     def start(self, count: int) -> Tensor:
         """θ = begin."""
-        return torch.full((count,), self.begin)
+        return torch.full((count,), self.begin, dtype=torch.float32)
 
     def sample(self, parameter: Tensor, progress: float, generator: torch.Generator) -> Tensor:
         """σ(θ)."""
@@ -85,18 +85,19 @@ class Concrete:
 
     def start(self, count: int) -> Tensor:
         """All probabilities 1; the first projection brings them to the budget."""
-        return torch.ones(count)
+        return torch.ones(count, dtype=torch.float32)
 
     def sample(self, parameter: Tensor, progress: float, generator: torch.Generator) -> Tensor:
         """One binary Concrete sample (arXiv 1611.00712, eq. 4)."""
         probability = parameter.clamp(1e-4, 1 - 1e-4)
-        noise = torch.rand(parameter.shape, generator=generator).clamp(1e-6, 1 - 1e-6).logit()  # g₁ − g₀ is logistic
+        uniform = torch.rand(parameter.shape, generator=generator, dtype=torch.float32)
+        noise = uniform.clamp(1e-6, 1 - 1e-6).logit()  # g₁ − g₀ is logistic
         temperature = (1 - progress) + self.coldest * progress
         return torch.sigmoid((probability.logit() + noise) / temperature)
 
     def project(self, parameter: Tensor, costs: Tensor, share: float) -> None:
         """S ← clip(s − v, 0, 1), v by bisection."""
-        low, high = torch.zeros(()), parameter.max().clamp_min(0.0)
+        low, high = torch.zeros((), dtype=parameter.dtype), parameter.max().clamp_min(0.0)
         if float((parameter.clamp(0, 1) * costs).sum()) <= share:
             high = low
         for _ in range(40):

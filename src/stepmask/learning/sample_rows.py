@@ -44,7 +44,7 @@ class SampleRows:
             LearningError: Samples share a tensor that is read.
         """
         samples = self.samples[branch]
-        total = torch.zeros(self.count, device=left[0].device if left else self.device)
+        total = torch.zeros(self.count, dtype=torch.float32, device=left[0].device if left else self.device)
         if self.listed and not block.name:
             left, right = [torch.stack(list(left))], [torch.stack(list(right))]
         for a, b in zip(left, right, strict=True):

@@ -25,6 +25,7 @@ from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError, ScheduleMismatch
 from stepmask.executors.filed import Kind, finish
 from stepmask.executors.local import Executor, LocalExecutor
+from stepmask.files import as_path
 from stepmask.learning.floats import wide
 from stepmask.learning.guidance import samples_of
 from stepmask.learning.memory import predict
@@ -57,7 +58,7 @@ def sweep(
     decode: Decode | None = None,
     checkpoint_blocks: bool = False,
     executor: Executor | None = None,
-    folder: str | Path | None = None,
+    folder: str | bytes | Path | None = None,
 ) -> Profile:
     """Measure to first order what reusing any value of any block at any step does to the final sample.
 
@@ -104,7 +105,7 @@ def sweep(
     for each in trajectories:
         around.denoiser.check(each.denoiser)
         around.sampler.check(each.sampler)
-    executor, folder = executor or LocalExecutor(), Path(folder) if folder else None
+    executor, folder = executor or LocalExecutor(), as_path(folder) if folder else None
     if folder:
         _check_named(decode)
         claim_for(pipe, folder)
@@ -240,7 +241,8 @@ class _Measure:
     def probe(self, latent: Tensor, seed: int) -> tuple[Tensor, npt.NDArray[np.float64]]:
         """One measurement per sample: its gradient at the latent, and its value of x_0 − x_0 ref, shape (samples,)."""
         energy = self._by_sample(self.target, self.target).sqrt().clamp_min(1e-20)
-        v = torch.randn(self.target.shape, generator=torch.Generator().manual_seed(FIRST_SEED + seed))
+        generator = torch.Generator().manual_seed(FIRST_SEED + seed)
+        v = torch.randn(self.target.shape, generator=generator, dtype=torch.float32)
         scale = energy.float()[torch.from_numpy(self.latent_samples).to(energy.device)]
         v = v.to(scale.device) / scale.reshape(-1, *[1] * (v.ndim - 1))
         with torch.enable_grad():

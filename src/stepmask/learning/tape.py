@@ -77,7 +77,7 @@ class Tape(Hook):
         self.answered, self.reader = answered, reader
         self.reads = answered != 0 if reads is None else reads
         self.seats = [_Seat(block, checkpointed=checkpoint_blocks) for block in graph.blocks]
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), dtype=torch.float32, requires_grad=True)
         self.evaluation = 0
         self.ran: dict[tuple[int, int], tuple[Evaluation, Sequence[Tensor]]] = {}  # by step and branch
         self.last = _last_readers(self.reads)
@@ -317,7 +317,7 @@ class _Again(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
         gradients = iter(ctx.evaluation.tape.backward(ctx.evaluation, inputs, list(grads)))
-        return None, torch.zeros(()), *(next(gradients) if need else None for need in needed)
+        return None, torch.zeros((), dtype=torch.float32), *(next(gradients) if need else None for need in needed)
 
 
 class _Seat(Hook):

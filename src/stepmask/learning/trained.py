@@ -289,7 +289,7 @@ def _try(trajectories: Sequence[Trajectory], trial: _Trial) -> Tensor:
 
 
 def _read_errors(content: bytes) -> Tensor:
-    return torch.tensor(json.loads(content))
+    return torch.tensor(json.loads(content), dtype=torch.float32)
 
 
 class _Training:
@@ -299,9 +299,11 @@ class _Training:
         self.start, self.trajectories = start, task.trajectories
         readable = _readable(start.table, start.family.window, task.budget)
         self.reading = _reading(start.table, readable)
-        self.moves = torch.tensor(readable) * torch.tensor(PACE)
-        self.shared = torch.zeros(start.table.steps, 1, WINDOW, requires_grad=True)  # by all blocks of a step
-        self.own = torch.zeros(*readable.shape, requires_grad=True)
+        self.moves = torch.tensor(readable) * torch.tensor(PACE, dtype=torch.float32)
+        shared = torch.zeros(start.table.steps, 1, WINDOW, dtype=torch.float32)  # by all blocks of a step
+        own = torch.zeros(*readable.shape, dtype=torch.float32)
+        self.shared = shared.requires_grad_()
+        self.own = own.requires_grad_()
         self.optimiser = torch.optim.Adam([self.shared, self.own], betas=(0.8, 0.95))
         self.rates = learner.rates(task.budget.share, start.error)
         self.iteration = 0

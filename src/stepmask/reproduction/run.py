@@ -31,7 +31,7 @@ from stepmask.evaluation.measure import Stopwatch, machine
 from stepmask.evaluation.pictures import pictures_of
 from stepmask.executors.filed import Kind, absent, claim, finish
 from stepmask.executors.local import Executor, LocalExecutor
-from stepmask.files import write_whole
+from stepmask.files import as_path, write_whole
 from stepmask.learning.learn import Learner, learn
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.reproduction.outcome import Outcome, Row
@@ -80,7 +80,7 @@ def load_pipeline(recipe: Recipe, source: str | None = None, device: str = "cpu"
 def reproduce(
     recipe: Recipe,
     pipe: Any,
-    folder: str | Path,
+    folder: str | bytes | Path,
     *,
     conditioning: Conditioning | None = None,
     reference: str | Path | None = None,
@@ -117,7 +117,7 @@ def reproduce(
     return _Reproduction(
         recipe,
         pipe,
-        Path(folder),
+        as_path(folder),
         conditioning or Conditioning.of(pipe),
         measure or best_measure(recipe.samples.count, device),
         learner or TrainedForecasts(),

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from stepmask.errors import HubError, InvalidSchedule, InvalidScheduleFile
-from stepmask.files import clear_leftovers, read_at_most, write_together
+from stepmask.files import as_path, clear_leftovers, read_at_most, write_together
 from stepmask.hub import Source
 from stepmask.schedule.channels import Channels, Vectors, reads_of
 from stepmask.schedule.limits import MAX_TEXT
@@ -27,11 +27,12 @@ def contents(text: str, tensors: bytes | None) -> dict[str, str | bytes]:
     return {**beside, FILE_NAME: text}
 
 
-def write(folder: str | Path, files: Mapping[str, str | bytes]) -> Path:
+def write(folder: str | bytes | Path, files: Mapping[str, str | bytes]) -> Path:
     """Write the files of a schedule to a folder, and return the path of its JSON."""
-    clear_leftovers(Path(folder))
-    write_together({Path(folder) / name: content for name, content in files.items()})
-    return Path(folder) / FILE_NAME
+    folder = as_path(folder)
+    clear_leftovers(folder)
+    write_together({folder / name: content for name, content in files.items()})
+    return folder / FILE_NAME
 
 
 def read(source: Source) -> tuple[str, bytes | None]:

@@ -1,5 +1,6 @@
 """`MaskSchedule`: the table of what is computed and what is reused at every step, and its explicit changes."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -204,7 +205,7 @@ class MaskSchedule:
         source = {"resampled_from": {"class": self.sampler.class_name, "steps": self.steps}}
         return replace(self, rows=rows, weights=weights, sampler=sampler, provenance={**self.provenance, **source})
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | bytes | Path) -> Path:
         """Write `folder/stepmask.json` and return its path.
 
         Per-channel forecasts go to `folder/stepmask.safetensors`, which the JSON names with its hash.
@@ -217,7 +218,7 @@ class MaskSchedule:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | bytes | Path,
         *,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -237,11 +238,12 @@ class MaskSchedule:
             InvalidScheduleFile: There is no such file or repository, the hub does not give it, the file is truncated
                 or not a schedule, or its tensor file is missing, truncated or another.
         """
+        source = os.fsdecode(source)
         text, tensors = file.read(Source(source, revision, token, cache_dir, local_files_only))
         try:
             return cls.from_json(text, tensors)
         except InvalidScheduleFile as error:
-            raise file.not_a_schedule(str(source), error.parts["given"].removeprefix("the text: ")) from error
+            raise file.not_a_schedule(source, error.parts["given"].removeprefix("the text: ")) from error
 
     def push_to_hub(
         self,
