@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stepmask.denoiser.regions import unwrapped
+
 TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
 """What denoisers call their timestep."""
 
@@ -21,7 +23,7 @@ class Call:
 
 def parameters_of(denoiser: nn.Module) -> tuple[str, ...]:
     """The names of what a denoiser is called with, in order."""
-    return tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
+    return tuple(inspect.signature(type(unwrapped(denoiser)).forward).parameters)[1:]
 
 
 def given_timestep(call: Call, parameters: Sequence[str] = ()) -> Any:

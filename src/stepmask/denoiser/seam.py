@@ -10,11 +10,13 @@ out of copies and pickles: those are bare. Nothing else in this package changes 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
 
 _PLACE = "_compiled_call_impl"
+_SLOT = "_stepmask_slot"
 
 
 class Hook(Protocol):
@@ -87,6 +89,25 @@ def detach(module: nn.Module, hook: Hook) -> None:
         del vars(module)[_PLACE]
     else:
         vars(module)[_PLACE] = hooked.bare
+
+
+def attach_traced(module: nn.Module, forward: Callable[..., Any], slot: Any) -> None:
+    """Put a function in the place of a module's `forward`, which reads a slot: `module._stepmask_slot`.
+
+    Args:
+        module: The module.
+        forward: Unbound, and the same object for all modules that are to share a graph.
+        slot: What it reads.
+    """
+    vars(module)[_SLOT] = slot
+    vars(module)["forward"] = MethodType(forward, module)
+
+
+def detach_traced(module: nn.Module, slot: Any) -> None:
+    """Give a module its own `forward` back, if it has this slot."""
+    if vars(module).get(_SLOT) is slot:
+        del vars(module)[_SLOT]
+        del vars(module)["forward"]
 
 
 def own_compiled_call(module: nn.Module) -> Callable[..., Any] | None:

@@ -15,6 +15,7 @@ from stepmask.denoiser.call import Call
 from stepmask.denoiser.dataflow import Flow, Recorder, TracedBlock
 from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, is_known
+from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.proof import AnotherPath, check_against_record
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import Hook, attached_by_name, frozen
@@ -32,6 +33,7 @@ MOST_PATHS = 12
 """The number of recorded calls that are traced at most."""
 
 
+@uncompiled()
 def trace(
     pipe: Any,
     example: Trajectory | Call | tuple[Any, ...] | Mapping[str, Any],

@@ -11,7 +11,15 @@ from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.call import Call, parameters_of, timestep_of_call
 from stepmask.denoiser.families import fingerprint_of, scheduler_of
-from stepmask.denoiser.modes import Autocast, autocast_as, autocast_now, copied, usable, without_inference_mode
+from stepmask.denoiser.modes import (
+    Autocast,
+    autocast_as,
+    autocast_now,
+    copied,
+    uncompiled,
+    usable,
+    without_inference_mode,
+)
 from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.other_caches import refuse_other_caches
 from stepmask.denoiser.sampler import describe, timestep_of, watched
@@ -147,7 +155,7 @@ def _recorded(pipe: Any, job: tuple[int, Mapping[str, Any], Autocast]) -> Trajec
 
 def record_sampling(sampling: Sampling) -> Trajectory:
     """Run a sampling once and keep what its denoiser was given. It may be masked: then that is what is recorded."""
-    with without_inference_mode():
+    with without_inference_mode(), uncompiled():
         listener = _Listener()
         with _steps_seen(sampling, listener) as seen, attached({sampling.denoiser: listener}):
             sampled = sampling()
