@@ -9,10 +9,10 @@ demo: $(VENV)/ready
 	$(BIN)/stepmask demo --out demo-out
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 slow: $(VENV)/ready
-	$(BIN)/python -m pytest tests/test_fuzz.py tests/test_law.py --hypothesis-profile=slow -n auto
+	$(BIN)/python -m pytest tests/test_fuzz.py tests/test_law.py --hypothesis-profile=slow -n auto --dist worksteal
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -13,6 +13,7 @@ from stepmask.denoiser.families import Granularity, denoiser_of
 from stepmask.denoiser.runtime import Masked
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.evaluation.measure import MacCounter
+from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import Plan, lower
 
 
@@ -22,8 +23,12 @@ def all_compute(pipe: Any, trajectory: Trajectory, granularity: Granularity = "s
 
 
 def random_table(pipe: Any, trajectory: Trajectory, granularity: Granularity = "sublayer") -> MaskSchedule:
+    """A table of the pipeline's blocks with `half_of` its bits."""
+    return half_of(all_compute(pipe, trajectory, granularity))
+
+
+def half_of(full: MaskSchedule) -> MaskSchedule:
     """Half of the bits at random; the first row and the denoiser itself are computed."""
-    full = all_compute(pipe, trajectory, granularity)
     rows = np.random.default_rng(0).random(full.rows.shape) < 0.5
     rows[0], rows[:, -1] = True, True
     return full.with_rows(rows)
@@ -66,15 +71,16 @@ def peak_of_branches(plan: Plan, branches: int) -> int:
     return peak
 
 
-def check_promises(pipe: Any, trajectory: Trajectory, granularity: Granularity = "sublayer") -> None:
+def check_promises(pipe: Any, trajectory: Trajectory, graph: BlockGraph | None = None) -> None:
     """All-compute is bitwise the bare run; a table's plan is kept, in MACs and bytes; nothing stays behind.
 
     Whether feeders are called changes nothing; where all of them are, torch counts the MACs that the plan states.
     """
-    full = all_compute(pipe, trajectory, granularity)
+    graph = graph or stepmask.trace(pipe, trajectory, prove=False)  # what is promised proves it
+    full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
     with stepmask.apply(pipe, full):
         assert torch.equal(trajectory.sampling().latent, trajectory.sampled.latent)
-    table, branches = random_table(pipe, trajectory, granularity), trajectory.sampler.branches
+    table, branches = half_of(full), trajectory.sampler.branches
     with stepmask.apply(pipe, table) as masked:
         memory: list[tuple[int, int]] = []
         hook = denoiser_of(pipe).register_forward_hook(lambda *_: memory.append((masked.store_bytes, held(masked))))

@@ -1,10 +1,10 @@
 """The command line, on a tiny pipeline folder, as a user would call it."""
 
+import contextlib
 import io
 import json
+import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ from stepmask.progress import hidden, progress
 runner = CliRunner()
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for a hub that may be out of reach: what is not there is not there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture
 def folder(pipe: Any, tmp_path: Path) -> str:
     pipe.save_pretrained(tmp_path / "pipe")
@@ -28,7 +34,7 @@ def folder(pipe: Any, tmp_path: Path) -> str:
 @pytest.fixture
 def learned(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     out = tmp_path / "learned"
-    made = run("learn", folder, "--out", str(out), "--steps", "4", "--budget", "0.6", "--samples", "1")
+    made = run("learn", folder, "--out", str(out), "--steps", "3", "--budget", "0.6", "--samples", "1")
     assert "wrote" in made
     return str(out)
 
@@ -69,7 +75,7 @@ def test_learn_show_sample_evaluate(folder: str, learned: str, tmp_path: Path) -
 
 
 def test_a_budget_in_time_with_a_small_store(folder: str, tmp_path: Path) -> None:
-    made = run("learn", folder, "--out", str(tmp_path / "fast"), "--steps", "4", "--samples", "1",
+    made = run("learn", folder, "--out", str(tmp_path / "fast"), "--steps", "3", "--samples", "1",
                "--time", "0.6", "--store-mib", "1")  # fmt: skip
     assert "of the measured time" in made
     schedule = MaskSchedule.from_pretrained(tmp_path / "fast")
@@ -143,12 +149,20 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_verbose_tells_what_is_decided_and_traces_errors(folder: str, tmp_path: Path) -> None:
+def test_verbose_tells_what_is_decided_and_traces_errors(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     def told(*arguments: str) -> str:
-        command = [sys.executable, "-c", "from stepmask.cli import main; main()", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        with monkeypatch.context() as process:  # as if in one of its own
+            process.setattr("sys.argv", ["stepmask", *arguments])
+            process.setattr(logging.root, "handlers", [])
+            process.setattr(logging.getLogger("stepmask"), "level", logging.NOTSET)
+            logging.getLogger("stepmask").manager._clear_cache()
+            with contextlib.suppress(SystemExit):
+                main()
+        return str(capsys.readouterr().err)
 
-    learning = ["learn", folder, "--out", str(tmp_path / "out"), "--steps", "4", "--budget", "0.6", "--samples", "1"]
+    learning = ["learn", folder, "--out", str(tmp_path / "out"), "--steps", "3", "--budget", "0.6", "--samples", "1"]
     assert "stepmask.learning.trained: fixed-interval" in told("--verbose", *learning)
     assert "Traceback" not in told("show", "nowhere")
     assert "Traceback" in (verbose := told("-v", "show", "nowhere"))

@@ -1,5 +1,7 @@
 """Every denoiser class at a tiny size: traced, masked and learned for; and the page that says what is covered."""
 
+import re
+from functools import lru_cache
 from pathlib import Path
 from typing import get_args
 
@@ -8,17 +10,18 @@ import torch
 from torch import nn
 
 import stepmask
-from denoisers import BATCH, TINY, at, build, sampler, timestep_name
+from denoisers import BATCH, TINY, build, sampler
 from pipelines import PIPELINES
 from promises import check_promises
 from stepmask import Trajectory
 from stepmask.denoiser.families import FAMILIES, Granularity
 from stepmask.learning.trained import TrainedForecasts
+from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 from test_pipelines import EVALUATIONS, FLOW_EVALUATIONS, scheduler
 from test_together import BESIDES
 
-STEPS = 4
+STEPS = 3
 TABLE = Path(__file__).parent.parent / "docs" / "coverage.md"
 
 NOT_COVERED = {
@@ -32,8 +35,13 @@ NOT_COVERED = {
 }
 """Classes of diffusers that look like the others."""
 
-every_class = pytest.mark.parametrize("name", TINY)
 every_granularity = pytest.mark.parametrize("granularity", get_args(Granularity))
+
+
+@pytest.fixture(scope="module", params=TINY)
+def name(request: pytest.FixtureRequest) -> str:
+    """Every class, all tests of one before those of the next, which share what was traced."""
+    return str(request.param)
 
 
 def recorded(name: str) -> tuple[nn.Module, Trajectory]:
@@ -41,20 +49,31 @@ def recorded(name: str) -> tuple[nn.Module, Trajectory]:
     return denoiser, stepmask.record(denoiser, run=sampler(denoiser, inputs, STEPS))
 
 
-@every_class
+@lru_cache(maxsize=2)
+def graph_of(name: str, granularity: Granularity) -> BlockGraph:
+    """A class's graph; of sublayers, proven as where one learns."""
+    return stepmask.trace(*recorded(name), granularity=granularity, prove=granularity == "sublayer")
+
+
 @every_granularity
 def test_masks_keep_their_promises(name: str, granularity: Granularity) -> None:
-    denoiser, trajectory = recorded(name)
-    check_promises(denoiser, trajectory, granularity)
+    check_promises(*recorded(name), graph_of(name, granularity))
 
 
-@pytest.mark.parametrize("name", TINY)
 def test_a_schedule_is_learned(name: str) -> None:
     denoiser, trajectory = recorded(name)
-    schedule = stepmask.learn(denoiser, trajectory, budget=0.7, learner=TrainedForecasts(passes=1.2))
+    learner, graph = TrainedForecasts(passes=1.2), graph_of(name, "sublayer")
+    schedule = stepmask.learn(denoiser, trajectory, budget=0.7, learner=learner, graph=graph)
     assert lower(schedule).macs_share <= 0.7
     with stepmask.apply(denoiser, schedule):
         assert torch.isfinite(trajectory.sampling().latent).all()
+
+
+def test_the_page_says_what_is_found(name: str) -> None:
+    """Writes the class's line anew where it is not there."""
+    if (found := line(name)) != (said := lines().get(name, found)):
+        TABLE.write_text(TABLE.read_text().replace(said, found))
+        pytest.fail(f"{TABLE} said otherwise of {name} and has been written anew: look at it and commit it")
 
 
 def test_clean_tokens_may_have_a_timestep_of_their_own() -> None:
@@ -62,7 +81,7 @@ def test_clean_tokens_may_have_a_timestep_of_their_own() -> None:
     denoiser, inputs = build("WanTransformer3DModel")
     noisy = torch.arange(32).expand(BATCH, -1) >= 16
     trajectory = stepmask.record(denoiser, run=sampler(denoiser, {**inputs, "timestep": noisy.float()}, STEPS))
-    assert trajectory.sampler.timesteps == (900, 800, 700, 600)
+    assert trajectory.sampler.timesteps == (900, 800, 700)
     check_promises(denoiser, trajectory)
 
 
@@ -70,7 +89,7 @@ def test_the_page_in_the_docs_is_what_the_tests_cover() -> None:
     """Writes the page anew where it is not."""
     samplers = sorted([*EVALUATIONS, *FLOW_EVALUATIONS])
     written = PAGE.format(
-        denoisers="\n".join(map(line, TINY)),
+        denoisers="\n".join(lines().get(name) or line(name) for name in TINY),
         pipelines=", ".join(f"`{name}`" for name in PIPELINES),
         samplers=", ".join(f"`{type(scheduler(name)).__name__}`" for name in samplers),
         others="\n".join(f"- `{name}`: {reason}." for name, reason in NOT_COVERED.items()),
@@ -144,9 +163,12 @@ Not tested: sequential CPU offload, which needs an accelerator.
 
 
 def line(name: str) -> str:
-    denoiser, inputs = build(name)
-    example = {timestep_name(denoiser): at(900.0), **inputs}
-    blocks, sublayers = (stepmask.trace(denoiser, example, granularity=each).blocks for each in get_args(Granularity))
+    blocks, sublayers = (graph_of(name, each).blocks for each in get_args(Granularity))
     delta = sum(block.reuse == "delta" for block in blocks)
     found = "name" if name in FAMILIES else "its module lists"
     return f"| {name} | {found} | {len(blocks)} | {delta} | {len(sublayers)} |"
+
+
+def lines() -> dict[str, str]:
+    """The page's lines of classes."""
+    return {match[1]: match[0] for match in re.finditer(r"^\| (\w+) \|.*\|$", TABLE.read_text(), re.MULTILINE)}

@@ -152,6 +152,7 @@ class TestState:
         with pytest.raises(TraceError, match=r"'layers\.0' made or wrote to"):
             traced(network)
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     @pytest.mark.parametrize("layout", ["nested", "jagged", "sparse"])
     def test_what_is_not_dense_is_refused(self, layout: str) -> None:
         class Ragged(nn.Linear):
@@ -300,6 +301,17 @@ class TestWrites:
         alone = Network(lambda net, x, t: net.layers[0](x + t) * 2)
         alone.layers[0] = network.layers[0]
         traced(alone, {"layers.0": "output"})
+
+    def test_by_delta_is_not_for_blocks_that_answer_in_another_dtype(self) -> None:
+        class Half(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x).bfloat16()
+
+        network = Network(lambda net, x, t: net.layers[0](x + t).float() * 2, lambda: Half(4, 4))
+        _, graph = traced(network, {"layers.0": None})
+        assert graph.blocks[0].reuse == "output"
+        with pytest.raises(TraceError, match="another dtype"):
+            traced(network, {"layers.0": "delta"})
 
     def test_by_delta_is_not_for_blocks_that_change_their_stream(self) -> None:
         class Residual(nn.Linear):
@@ -562,3 +574,38 @@ class TestFusedLayers:
             assert len(stepmask.trace(Encoder(), example, blocks="layers.*.self_attn")) == 3
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_lists_that_are_popped_are_the_calls_own() -> None:
+    def forward(net: Network, x: Tensor, control: Any) -> Tensor:
+        scales = net.scales(x)
+        for layer in net.layers:
+            x = layer(x * scales.pop(0)) + control.pop()
+        return x
+
+    class Scales(nn.Linear):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [*super().forward(x).chunk(3, dim=-1)]
+
+    network = Network(forward)
+    network.scales = Scales(4, 3)
+    control = [torch.full((2, 4), float(number)) for number in range(3)]
+
+    def run() -> Tensor:
+        x = torch.ones(2, 4)
+        with torch.no_grad():
+            for _ in range(STEPS):
+                x = x - 0.1 * network(x, list(control))
+        return x
+
+    bare = run()
+    trajectory = stepmask.record(network, run=run)
+    graph = stepmask.trace(network, trajectory, blocks={"layers.*": "output"})
+    assert graph.fed == {"scales": (0, 1, 2)}
+    whole = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+    with stepmask.apply(network, whole):
+        assert torch.equal(run(), bare)
+    rows = whole.rows.copy()
+    rows[1::2, :-1] = False
+    with stepmask.apply(network, whole.with_rows(rows)):
+        run()

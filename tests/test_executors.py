@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 import stepmask
+from cluster_jobs import end, host, power
 from stepmask import Budget, LocalExecutor, MaskSchedule, RayExecutor, Trajectory
 from stepmask.denoiser.identity import digest, weights_digest
 from stepmask.denoiser.trajectory import recorded
@@ -39,21 +41,7 @@ CHEAP = TrainedForecasts(passes=1)
 QUICK = PerTimestep(iterations=2, rounds=2)
 
 
-def power(base: int, exponent: int) -> int:
-    if exponent == 13:
-        raise InvalidBudget(given="thirteen", expected="another number", advice="Do not")
-    return int(base**exponent)
-
-
 POWERS = Kind[int, int]("powers", power, lambda exponent: f"{exponent}.json", json.dumps, json.loads)
-
-
-def host(_: Any, job: Path) -> int:
-    """The process that did a job; a slow one leaves a file as soon as it has begun."""
-    if job.name.startswith("slow"):
-        job.with_suffix(f".{os.getpid()}").touch()
-        time.sleep(2)
-    return os.getpid()
 
 
 @pytest.fixture(scope="module")
@@ -371,10 +359,6 @@ class TestRay:
             list(executor.map(end, executor.share(None), [0], title="dying"))
 
 
-def end(_: Any, job: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def torchrun(*arguments: str) -> list[str]:
     """A command line of two processes that meet on this machine."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
@@ -386,9 +370,9 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def learning(out: Path) -> list[str]:
+def learning(pipe: Path, out: Path) -> list[str]:
     """Arguments of a small learning run."""
-    told = ["learn", "zoo:ddpm-emoji", "--steps", "4", "--samples", "1", "--batches", "2", "--budget", "0.6"]
+    told = ["learn", str(pipe), "--steps", "3", "--samples", "1", "--batches", "2", "--budget", "0.6"]
     return ["-m", "stepmask", "--quiet", *told, "--out", str(out)]
 
 
@@ -437,18 +421,20 @@ class TestProcesses:
         for rank, task in enumerate(tasks):
             assert task.communicate()[0].splitlines()[-1] == f"{rank} knows"
 
-    def test_a_killed_torchrun_goes_on_and_ends_as_one_process_does(self, tmp_path: Path) -> None:
+    def test_a_killed_torchrun_goes_on_and_ends_as_one_process_does(self, pipe: Any, tmp_path: Path) -> None:
+        pipe.save_pretrained(tmp_path / "pipe")
+        learn = partial(learning, tmp_path / "pipe")
         # one thread, as torchrun gives each process: sums of more are rounded otherwise
         one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.check_output([sys.executable, *learning(tmp_path / "one")], env=one_thread)
-        killed = subprocess.Popen(torchrun(*learning(tmp_path / "two")), start_new_session=True)
+        subprocess.check_output([sys.executable, *learn(tmp_path / "one")], env=one_thread)
+        killed = subprocess.Popen(torchrun(*learn(tmp_path / "two")), start_new_session=True)
         while len(kept := list((tmp_path / "two" / "training").glob("trial-*"))) < 3:
             time.sleep(0.05)
             assert killed.poll() is None
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
         written = {path: path.stat().st_mtime_ns for path in kept}
-        said = subprocess.check_output(torchrun(*learning(tmp_path / "two")), text=True)
+        said = subprocess.check_output(torchrun(*learn(tmp_path / "two")), text=True)
         assert said.count("wrote") == 1  # by one of the processes alone
         one, two = (MaskSchedule.from_pretrained(tmp_path / name) for name in ("one", "two"))
         assert two == one

@@ -13,6 +13,7 @@ import stepmask
 from promises import counted_macs
 from stepmask import MaskSchedule, Trajectory
 from stepmask.denoiser.families import fingerprint_of
+from stepmask.denoiser.values import same_numbers
 from stepmask.errors import LearningError
 from stepmask.evaluation.metrics import latent_errors
 from stepmask.learning.chain import loss_and_gradients
@@ -251,3 +252,26 @@ class TestMacs:
         for step in range(5):
             for _ in range(branches):
                 network(noise(2, 8), float(4 - step))
+
+
+class TestSameNumbers:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64])
+    def test_nan_is_the_same_as_nan_in_its_place(self, dtype: torch.dtype) -> None:
+        one = torch.tensor([1.0, torch.nan, 2.0]).to(dtype)
+        assert same_numbers(one, one.clone())
+        assert not same_numbers(one, torch.tensor([1.0, 2.0, torch.nan]).to(dtype))
+        assert not same_numbers(one, torch.tensor([1.0, 0.0, 2.0]).to(dtype))
+        assert not same_numbers(one, torch.tensor([1.5, torch.nan, 2.0]).to(dtype))
+
+    def test_infinity_is_a_number_with_a_sign(self) -> None:
+        one = torch.tensor([torch.inf, torch.nan])
+        assert same_numbers(one, torch.tensor([torch.inf, torch.nan]))
+        assert not same_numbers(one, torch.tensor([-torch.inf, torch.nan]))
+        assert not same_numbers(one, torch.tensor([torch.finfo(torch.float32).max, torch.nan]))
+
+    def test_another_shape_dtype_or_device_is_another_tensor(self) -> None:
+        one = torch.ones(2)
+        for other in (torch.ones(1, 2), one.double(), one.int(), one.to("meta")):
+            assert not same_numbers(one, other)
+        assert not same_numbers(torch.tensor([1, 2]), torch.tensor([1, 3]))
+        assert same_numbers(torch.tensor([True]), torch.tensor([True]))

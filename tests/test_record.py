@@ -1,12 +1,14 @@
 """What `record` takes for a run, how it repeats it, and what it refuses, for the reason that is the true one."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,11 @@ from torch import Tensor, nn
 import stepmask
 from denoisers import stirred
 from pipelines import STEPS, autoencoder, dit, make, stable_diffusion
-from stepmask.denoiser.call import Call, timestep_of_call
+from stepmask.denoiser.call import TIMESTEPS, Call, timestep_of_call
 from stepmask.denoiser.modes import Autocast, autocast_now
 from stepmask.denoiser.steps import branches_counted
 from stepmask.denoiser.values import tensors
-from stepmask.errors import AlreadyApplied, LearningError, RunError
+from stepmask.errors import AlreadyApplied, LearningError, RunError, ScheduleMismatch
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.baselines import fixed_interval
@@ -276,12 +278,114 @@ class TestBranchesThatAreTold:
             stepmask.record(pipe, branches=2, **call)
 
 
+class TestMissingData:
+    """A condition that marks what is missing by NaN."""
+
+    def test_it_is_kept_once_for_all_calls(self, network: Network) -> None:
+        condition = torch.tensor([1.0, 2.0, torch.nan, 4.0])
+
+        def run() -> Tensor:
+            x = noise()
+            for step in range(3):
+                x = x - 0.1 * network(x, 1 - step / 3, condition.clone()).nan_to_num()
+            return x
+
+        first, *others = stepmask.record(network, run=run).calls
+        assert all(call.args[2] is first.args[2] for call in others)
+
+    def test_calls_that_are_given_it_are_branches(self, network: Network) -> None:
+        latent = torch.cat([noise(), torch.full((1, 4), torch.nan)])
+
+        def run() -> Tensor:
+            x = latent.clone()
+            for step in range(3):
+                said = [network(x.clone(), 1 - step / 3, torch.full((4,), label)) for label in (1.0, 2.0)]
+                x = x - 0.1 * (2 * said[0] - said[1])
+            return x[:-1]
+
+        assert stepmask.record(network, run=run).sampler.branches == 2
+
+    def test_the_same_numbers_in_another_dtype_are_kept_as_they_are(self, network: Network) -> None:
+        def run() -> Tensor:
+            x = noise()
+            for dtype in (torch.float32, torch.float64):
+                x = x - 0.1 * network(x, torch.ones(4, dtype=dtype)).float()
+            return x
+
+        network.double()
+        network.forward = lambda x, t: Network.forward(network, x.double(), t)  # type: ignore[method-assign]
+        calls = stepmask.record(network, run=run).calls
+        assert [call.args[1].dtype for call in calls] == [torch.float32, torch.float64]
+
+
 def test_the_timestep_of_a_call() -> None:
-    x = torch.ones(1)
+    x = torch.ones(2)
     assert timestep_of_call(Call((x, 0.5), {}), 3) == 0.5
     assert timestep_of_call(Call((x, torch.tensor([0.0, 0.5])), {}), 3) == 0.5
     assert timestep_of_call(Call((x,), {"sigma": 2}), 3) == 2
     assert timestep_of_call(Call((x,), {"label": 2}), 3) == 3
+
+
+@pytest.mark.parametrize("name", TIMESTEPS)
+def test_the_timestep_has_many_names(name: str) -> None:
+    x, prompt = torch.ones(3, 4), torch.full((3, 4), 7.0)
+    assert timestep_of_call(Call((x, prompt, 0.5), {}), 3, ("x", "context", name)) == 0.5
+    assert timestep_of_call(Call((x, prompt), {name: 0.5}), 3, ("x", "context", name)) == 0.5
+    assert timestep_of_call(Call((x, 0.5), {name: None}), 3) == 0.5
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *(kind(2) for kind in (int, float, Fraction, np.float32, np.float16, np.int64, np.uint8, np.array)),
+        *(np.array([0, 2]), torch.tensor(2), torch.tensor([0.0, 2.0])),
+        *(torch.tensor([2]), torch.tensor([[2.0], [1.0]]), np.array([[[2.0]]])),
+    ],
+)
+def test_the_timestep_is_any_number(told: Any) -> None:
+    x = torch.ones(2, 4)
+    assert timestep_of_call(Call((x, told), {}), 3) == 2
+    assert timestep_of_call(Call((x,), {"t": told}), 3) == 2
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *(torch.ones(2, 4), torch.ones(3), torch.ones(1, 2), np.ones((2, 4)), torch.ones(0), np.ones(0)),
+        *("a prompt", None, np.str_("a prompt"), 1 + 2j, torch.ones((), dtype=torch.complex64), np.complex64(1)),
+    ],
+)
+def test_a_prompt_is_no_timestep(prompt: Any) -> None:
+    assert timestep_of_call(Call((torch.full((2, 4), 5.0), prompt), {}), 3) == 3
+
+
+def test_samples_in_a_list_are_counted() -> None:
+    latents = [torch.ones(4, 1, 2), torch.ones(4, 1, 3)]
+    assert timestep_of_call(Call((latents, torch.tensor([0.0, 0.5])), {}), 3) == 0.5
+    assert timestep_of_call(Call((latents, torch.ones(4)), {}), 3) == 3
+
+
+class TestNumpyTimesteps:
+    @pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+    def test_they_are_read_as_python_s(self, network: Network, kind: Any) -> None:
+        def loop(timesteps: Sequence[Any]) -> Run:
+            def run() -> Tensor:
+                x = noise()
+                for t in timesteps:
+                    said = [network(x, t, torch.full((4,), label)) for label in (0.0, 1.0)]
+                    x = x - 0.01 * (said[1] + 0.5 * (said[1] - said[0]))
+                return x
+
+            return run
+
+        timesteps = np.arange(4, 0, -1).astype(kind)
+        trajectory = stepmask.record(network, run=loop(list(timesteps)))
+        assert trajectory.sampler == stepmask.record(network, run=loop(timesteps.tolist())).sampler
+        assert (trajectory.sampler.branches, trajectory.sampler.timesteps) == (2, (4, 3, 2, 1))
+
+        schedule = fixed_interval(all_compute(network, trajectory), 0.5)
+        with stepmask.apply(network, schedule), pytest.raises(ScheduleMismatch, match="timestep 9 at step 1"):
+            loop([4, *timesteps[1:] ** 2])()
 
 
 class Uneven:

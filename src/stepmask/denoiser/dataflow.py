@@ -333,9 +333,11 @@ class TracedBlock(Hook):
             if asked == "delta":
                 raise _no_delta(self.name, "whose output has not the shape of its input")
             return "output"
-        if self.recorder.writes_to(stream(args, kwargs)) or not output.is_floating_point():
+        given = stream(args, kwargs)
+        if self.recorder.writes_to(given) or output.dtype != given.dtype or not output.is_floating_point():
             if asked == "delta":
-                raise _no_delta(self.name, "which changes its input in place, or answers with whole numbers")
+                raise _no_delta(self.name, "which changes its input in place, or answers in another dtype or in whole "
+                                "numbers")  # fmt: skip
             return "output"
         return "delta"
 

@@ -22,7 +22,7 @@ from stepmask.denoiser.seam import Hook, attached, attached_by_name
 from stepmask.denoiser.store import Store
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.unread import Unread
-from stepmask.denoiser.values import each, stream, tensors
+from stepmask.denoiser.values import each, same_numbers, stream, tensors
 from stepmask.errors import RunError, StepmaskError, TraceError
 from stepmask.schedule.graph import Block, BlockGraph
 from stepmask.schedule.rectify import Plan, lower, lower_whole
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 SEED = 20260319
 """The random table of every proof is drawn with this seed."""
+
+MOST_REPEATED = 8
+"""How many recorded calls are evaluated once more, in the opposite order."""
 
 SHARE = 0.3
 """The share of the random table's cells that are computed."""
@@ -64,9 +67,10 @@ def check_against_record(trajectory: Trajectory, graph: BlockGraph) -> None:
         TraceError: The denoiser or its sampling loop does not repeat itself; or values reach others past the graph: the
             first step where numbers differ is named, and a block that was left out before it.
     """
-    log.info("proving the graph of a %s on about two samplings", trajectory.denoiser.class_name)
+    log.info("proving the graph of a %s: about two samplings", trajectory.denoiser.class_name)
     full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
     _check_repeated(trajectory, full)
+    _check_order(trajectory)
     if trajectory.steps < 2:
         return
 
@@ -101,7 +105,7 @@ class _Unchanged(Hook):
         given = stream(args, kwargs)
         before = given if isinstance(given, Unread) else given.clone()
         output = call(*args, **kwargs)
-        if not isinstance(given, Unread) and not torch.equal(given, before):
+        if not isinstance(given, Unread) and not same_numbers(given, before):
             raise TraceError(
                 given=f"block {self.block.label!r}, which changes its input in place",
                 expected="an input that stays as it is, for what is stored is the output without it",
@@ -127,6 +131,23 @@ def _check_repeated(trajectory: Trajectory, full: MaskSchedule) -> None:
     if not _repeats_itself(denoiser, trajectory.calls[evaluation], trajectory.outputs[evaluation]):
         raise _unsteady_error(denoiser, step)
     raise _difference_error(full, step)
+
+
+def _check_order(trajectory: Trajectory) -> None:
+    """Evaluate recorded calls in the opposite order: what counts evaluations, or keeps something of the last, differs.
+
+    Raises:
+        TraceError: The denoiser answers otherwise than in the recorded order.
+    """
+    count = len(trajectory.calls)
+    every = -(-count // MOST_REPEATED)
+    denoiser = trajectory.sampling.denoiser
+    for evaluation in reversed(range(0, count, every)):
+        call = trajectory.calls[evaluation]
+        with torch.no_grad(), torch.random.fork_rng():
+            output = call.evaluate(denoiser)
+        if not _equal(output, trajectory.outputs[evaluation]):
+            raise _order_error(denoiser, evaluation // trajectory.sampler.branches)
 
 
 class _Comparison(Hook):
@@ -262,6 +283,10 @@ def _random_table(full: MaskSchedule) -> MaskSchedule:
     rows[0] = True
     rows[:, -1] = True
 
+    # One step reuses every block, so that all that feeds blocks alone is left out.
+    if len(rows) > 4:
+        rows[1, :-1] = False
+
     # In the middle a step whose blocks are all computed for nothing: with what nobody reads left out, nothing runs.
     middle = len(rows) // 2
     if middle + 1 < len(rows):
@@ -286,13 +311,14 @@ def _equal(one: Any, other: Any) -> bool:
     """Whether two values have the same tensors, bit by bit; other things in them are not compared."""
     pairs = list(zip(tensors(one), tensors(other), strict=False))
     same_count = len(pairs) == sum(1 for _ in tensors(one)) == sum(1 for _ in tensors(other))
-    return same_count and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+    return same_count and all(same_numbers(a, b) for a, b in pairs)
 
 
 def _repeats_itself(denoiser: nn.Module, call: Call, recorded: Any) -> bool:
     """Whether the bare denoiser answers a recorded call twice as it did then."""
     with torch.no_grad(), torch.random.fork_rng():
-        return all(_equal(denoiser(*call.args, **call.kwargs), recorded) for _ in range(2))
+        answers = [call.evaluate(denoiser) for _ in range(2)]
+    return all(_equal(answer, recorded) for answer in answers)
 
 
 def _dropped(table: MaskSchedule, step: int) -> str | None:
@@ -317,6 +343,16 @@ def _difference_error(table: MaskSchedule, step: int) -> TraceError:
         expected="blocks whose outputs reach others as tensors, in arguments and return values alone",
         advice="Mask others, by blocks=[...]: a value goes past these, in a number, the state of a module, or memory "
         "that is written to",
+    )
+
+
+def _order_error(denoiser: nn.Module, step: int) -> TraceError:
+    return TraceError(
+        given=f"a {type(denoiser).__name__} that answers the call of step {step} otherwise when the calls come in "
+        "another order",
+        expected="the same answer to the same input, whatever was evaluated before: a step that is reused whole runs "
+        "nothing, and a block that is reused does not count",
+        advice="Look for a counter of steps, or a value kept from the last one; take the step from the timestep",
     )
 
 

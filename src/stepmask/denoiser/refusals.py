@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.regions import unwrapped
 from stepmask.denoiser.replay import MaskedDenoiser
 from stepmask.denoiser.seam import hooks_of
@@ -83,17 +82,21 @@ def refuse_cuda_graphs(denoiser: nn.Module, options: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_if_replaced(pipe: Any, denoiser: nn.Module) -> None:
-    """Refuse a pipeline whose denoiser is not the one that is masked.
+def refuse_if_replaced(now: nn.Module, denoiser: nn.Module) -> None:
+    """Refuse a pipeline whose denoiser is not the one that is masked, nor a compiled form of it with its very weights.
+
+    Args:
+        now: The pipeline's denoiser now.
+        denoiser: The masked one.
 
     Raises:
-        RunError: It is another one, or a compiled wrapper that has been put around it since.
+        RunError: It is another one.
     """
-    now = denoiser_of(pipe)
-    if now is denoiser:
+    same_class = type(unwrapped(now)) is type(unwrapped(denoiser))
+    if same_class and list(map(id, now.parameters())) == list(map(id, denoiser.parameters())):
         return
     raise RunError(
-        given=f"a {type(now).__name__} in the pipeline that is not the one which is masked",
-        expected=f"the {type(denoiser).__name__} that the schedule was applied to",
+        given=f"a {type(unwrapped(now)).__name__} in the pipeline that is not the one which is masked",
+        expected=f"the {type(unwrapped(denoiser)).__name__} that the schedule was applied to",
         advice="Call .remove(), and apply the schedule to the pipeline as it is now",
     )

@@ -131,6 +131,13 @@ class MaskedBlock(Values, Hook):
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the block."""
+        try:
+            return self._answer(call, args, kwargs)
+        except Exception as error:
+            self.run.note_failure(self.column, error)
+            raise
+
+    def _answer(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cell = self.run.answer(self.column)
         if cell.action == "reuse":
             return self.reuse(cell, args, kwargs)
@@ -164,7 +171,7 @@ class MaskedFeeder(Hook):
         """Answer for the module."""
         run = self.run
         if run.row and not any(run.row[column].action == "compute" for column in self.columns):
-            return self.unread[run.branch]
+            return rebuilt(self.unread[run.branch])
         output = call(*args, **kwargs)
         if run.step == 0:  # where everything is computed
             self.unread[run.branch] = each(run.stand_in, output)
@@ -187,6 +194,7 @@ class MaskedDenoiser(Values, Hook):
         self.parameters = parameters
         self.region: Hook | None = None  # the denoiser as a compiled region
         self.most_graphs = 0  # that its compiled regions may need; 0 = it has none
+        self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
         self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,6 +202,8 @@ class MaskedDenoiser(Values, Hook):
         run = self.run
         run.check_thread()
         try:
+            if self.at_start is not None and run.running and run.evaluation == 0:
+                self.at_start()
             run.begin(tuple(tuple(tensor.shape) for tensor in first(args, kwargs)), self._timestep(args, kwargs))
             output = self._answer(run.row[-1], call, args, kwargs)
             run.end()

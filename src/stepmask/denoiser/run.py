@@ -9,9 +9,9 @@ from torch import Tensor
 from stepmask.denoiser.held import Held, Owner
 from stepmask.denoiser.modes import usable
 from stepmask.denoiser.store import Store
-from stepmask.denoiser.unread import Unread
+from stepmask.denoiser.unread import Unread, forget_reads, last_read
 from stepmask.denoiser.values import rebuilt, tensors
-from stepmask.errors import RunError, RunNotStarted
+from stepmask.errors import RunError, RunNotStarted, StepmaskError
 from stepmask.schedule.fingerprint import SamplerFingerprint
 from stepmask.schedule.rectify import Cell, Plan
 
@@ -51,6 +51,7 @@ class Run:
 
         # The present evaluation.
         self.row: tuple[Cell, ...] = ()  # empty between evaluations
+        self.refused: StepmaskError | None = None  # what a block has refused, whoever caught it
         self.answered: list[bool] = []  # by column
 
         # What is held, by branch and column, and what is known of it.
@@ -132,6 +133,8 @@ class Run:
         self.latents[self.branch] = latents
         self.row = self.plans[self.plan].cells[self.step]
         self.answered = [False] * len(self.row)
+        self.refused = None
+        forget_reads()
 
     def check_thread(self) -> None:
         """Refuse an evaluation from another thread than the one that began the run, which goes on.
@@ -147,7 +150,13 @@ class Run:
             )
 
     def end(self) -> None:
-        """Check that every block has answered where forward ran, and go on to the next evaluation."""
+        """Go on to the next evaluation, if every block has answered where forward ran.
+
+        Raises:
+            RunError: One has not; or one has refused to, and the denoiser went on (`except RuntimeError`).
+        """
+        if refused := self.refused or last_read():
+            raise refused
         if self.runs_forward and not all(self.answered[:-1]):
             missing = [name for name, answered in zip(self.names, self.answered[:-1], strict=False) if not answered]
             raise RunError(
@@ -201,6 +210,25 @@ class Run:
             )
         self.answered[column] = True
         return self.row[column]
+
+    def note_failure(self, column: int, error: Exception) -> None:
+        """Note that a block has failed, or refused: the denoiser may catch that and go on, the run may not.
+
+        Args:
+            column: The block's.
+            error: What it raised; the first one of an evaluation is the reason.
+        """
+        if self.refused is not None:
+            return
+        if isinstance(error, StepmaskError):
+            self.refused = error
+            return
+        self.refused = RunError(
+            given=f"block {self.names[column]!r}, which failed at step {self.step} ({type(error).__name__}: {error}), "
+            "and a denoiser that went on without it",
+            expected="every block's answer, for it may be stored",
+            advice="Mend the failure, or mask the module that catches it",
+        )
 
     def put(self, column: int, value: Any) -> None:
         """Hold a block's newest value.

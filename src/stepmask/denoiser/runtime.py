@@ -76,6 +76,7 @@ class Masked:
         _check_branches(schedules)
         schedule = schedules[0]
         schedule.denoiser.check(fingerprint_of(self.denoiser))
+        _check_scheduler(schedule, self.scheduler)
         for device in {weight.device for weight in self.denoiser.parameters() if not weight.is_meta}:
             store.check(device)
 
@@ -87,6 +88,7 @@ class Masked:
         self.own = MaskedDenoiser(self.run, self.blocks, own, parameters_of(self.denoiser))
         feeders = {name: MaskedFeeder(self.run, columns) for name, columns in schedule.graph.fed.items()}
         self.placement = Placement(self.denoiser, self.run, self.blocks, feeders, self.own)
+        self.own.at_start = self.placement.put  # modules may have been put in others' places since
         self._stack = self._put_on()
         if self.scheduler is None:
             self.restart()
@@ -106,9 +108,21 @@ class Masked:
     def _start(self) -> None:
         """The pipeline has set its scheduler's timesteps."""
         self.run.stop()
-        refuse_if_replaced(self.pipe, self.denoiser)
+        self._follow_denoiser()
         self.sampler.check_whole(describe(self.scheduler, self.sampler.branches))
         self.restart()
+
+    def _follow_denoiser(self) -> None:
+        """Turn to the compiled form of the denoiser that somebody has put into the pipeline, if there is one.
+
+        Raises:
+            RunError: The pipeline has another denoiser.
+        """
+        now = denoiser_of(self.pipe)
+        if now is not self.denoiser:
+            refuse_if_replaced(now, self.denoiser)
+            self.denoiser = now
+            self.placement.denoiser = now
 
     def _end_step(self, _: Any, *args: Any, **kwargs: Any) -> None:
         """The scheduler has made a step: it must be the schedule's."""
@@ -238,4 +252,15 @@ def _check_branches(schedules: Sequence[MaskSchedule]) -> None:
             given=f"{len(schedules)} schedules",
             expected="one, or as many as a step has branches, over the same graph, denoiser and sampler",
             advice="Pass a single schedule, or make them from one: schedule.with_rows(...)",
+        )
+
+
+def _check_scheduler(schedule: MaskSchedule, scheduler: Any) -> None:
+    """Refuse a scheduler's schedule where no scheduler tells when a run starts, and at which timesteps."""
+    if schedule.sampler.class_name and scheduler is None:
+        raise ScheduleMismatch(
+            given=f"a denoiser alone, and a schedule for steps of a {schedule.sampler.class_name}",
+            expected="the pipeline, whose scheduler tells when a run starts and what its timesteps are",
+            advice="Apply the schedule to the pipeline, or to any object with this denoiser and its scheduler as "
+            "attributes; or learn one for the denoiser alone, with record(denoiser, run=...)",
         )

@@ -69,7 +69,8 @@ def attach(module: nn.Module, hook: Hook) -> None:
     """
     hooked = _hooked(module)
     if hooked is None:
-        hooked = _Hooked(module, vars(module).get(_PLACE))
+        bare = vars(module).get(_PLACE)
+        hooked = _Hooked(module, None if isinstance(bare, _Hooked) else bare)
     if any(own is hook for own in hooked.hooks):
         return
     hooked.hooks.append(hook)
@@ -113,8 +114,10 @@ def detach_traced(module: nn.Module, slot: Any) -> None:
 def own_compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     """A module's compiled call, behind its hooks; `None` if it was not compiled on its own."""
     hooked = _hooked(module)
-    call: Callable[..., Any] | None = vars(module).get(_PLACE) if hooked is None else hooked.bare
-    return call
+    if hooked is not None:
+        return hooked.bare
+    call: Callable[..., Any] | None = vars(module).get(_PLACE)
+    return None if isinstance(call, _Hooked) else call
 
 
 @contextmanager
@@ -154,5 +157,6 @@ def frozen(pipe: Any) -> Iterator[None]:
 
 
 def _hooked(module: nn.Module) -> _Hooked | None:
+    """A module's own hooks; those in a copy of its dictionary (as accelerate makes one) are another module's."""
     place = vars(module).get(_PLACE)
-    return place if isinstance(place, _Hooked) else None
+    return place if isinstance(place, _Hooked) and place.module is module else None

@@ -33,7 +33,7 @@ from stepmask.denoiser.steps import (
     check_shapes,
     check_told,
 )
-from stepmask.denoiser.values import each, first, tensors
+from stepmask.denoiser.values import each, first, same_numbers, tensors
 from stepmask.errors import LearningError, RunError
 from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
@@ -295,8 +295,7 @@ class _Listener(Hook):
 def _keep(leaf: Any, old: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    same = isinstance(old, Tensor) and old.shape == leaf.shape and torch.equal(old, leaf)
-    return old if same else copied(leaf)
+    return old if isinstance(old, Tensor) and same_numbers(old, leaf) else copied(leaf)
 
 
 class _Replay(Hook):
@@ -330,8 +329,4 @@ class _SeenEnough(BaseException):
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return len(some) == len(others) and all(map(_equal, some, others))
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+    return len(some) == len(others) and all(map(same_numbers, some, others))

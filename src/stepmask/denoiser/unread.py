@@ -1,5 +1,6 @@
 """`Unread`: a poison value, which stands for a tensor that nobody is to read. What is made of it is not computed."""
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,7 +175,31 @@ def refuse_unread(value: Any, by: str) -> None:
         raise _read(by)
 
 
+class _Refused(threading.local):
+    """The last read of a value that nobody was to read, by thread."""
+
+    error: RunError | None = None
+
+
+_REFUSED = _Refused()
+
+
+def forget_reads() -> None:
+    """Begin anew to note reads of what nobody was to read."""
+    _REFUSED.error = None
+
+
+def last_read() -> RunError | None:
+    """The last read of such a value since then, in this thread, whatever became of its error."""
+    return _REFUSED.error
+
+
 def _read(by: str) -> RunError:
+    _REFUSED.error = _read_error(by)
+    return _REFUSED.error
+
+
+def _read_error(by: str) -> RunError:
     return RunError(
         given=f"a value, read by {by}, that nothing but masked blocks read when the denoiser was traced",
         expected="the same operations as then",

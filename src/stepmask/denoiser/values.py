@@ -35,6 +35,18 @@ def prediction(output: Any) -> Tensor | list[Tensor]:
     return first
 
 
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are of one shape and dtype, on one device, and hold the same numbers; NaN is one of them."""
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    if torch.equal(one, other):
+        return True
+    if not (one.is_floating_point() or one.is_complex()):
+        return False
+    both_nan = one.isnan() & other.isnan()
+    return bool(((one == other) | both_nan).all())
+
+
 def rebuilt(value: Any) -> Any:
     """The value in lists, tuples and dictionaries of its own: who pops from one takes nothing out of the other."""
     return value if isinstance(value, Tensor) else each(lambda tensor: tensor, value)

@@ -45,7 +45,7 @@ class Bench:
             return
         for seat, computes in zip(self.seats, row[:-1], strict=True):
             seat.mode = _compute if computes else _reuse
-        output = self.denoiser(*call.args, **call.kwargs)
+        output = call.evaluate(self.denoiser)
         if row[-1]:
             self.stored = each(torch.clone, output)
 
@@ -54,13 +54,13 @@ class Bench:
         """Evaluate one step in full, keep every block's value as the target, and return the denoiser's output."""
         for seat in self.seats:
             seat.mode = _observe
-        return self.denoiser(*call.args, **call.kwargs)
+        return call.evaluate(self.denoiser)
 
     def blend(self, call: Call, scores: Tensor) -> tuple[Any, list[Tensor]]:
         """Evaluate one step with scores, shape (blocks,): the output, and each block's relative error."""
         for seat, score in zip(self.seats, scores[:-1], strict=True):
             seat.mode, seat.score = _blend, score
-        output = _mix(self.stored, self.denoiser(*call.args, **call.kwargs), scores[-1])
+        output = _mix(self.stored, call.evaluate(self.denoiser), scores[-1])
         return output, [seat.error for seat in self.seats]
 
 
