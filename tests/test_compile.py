@@ -1,21 +1,30 @@
-"""Compiled blocks stay compiled: masks add no graph, whether they come before or after compiling."""
+"""Compiled regions: masks add as many graphs as there are patterns, whenever they come, and the samples stay."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from torch import nn
+from accelerate.utils import compile_regions
+from torch import Tensor, nn
 
 import stepmask
+from pipelines import make
+from promises import random_table
 from stepmask import MaskSchedule
-from stepmask.denoiser.families import fingerprint_of
+from stepmask.denoiser.families import denoiser_of, fingerprint_of
+from stepmask.denoiser.regions import modules_by_name, repeated_regions, unwrapped
 from stepmask.errors import RunError
-from test_runtime import DIT, UNET, random_table
+from stepmask.schedule.graph import DENOISER
+from stepmask.schedule.rectify import lower
+from test_runtime import DIT, PIXART, UNET
+from test_runtime import random_table as random_plain_table
 
-from toys import per_channel, tiny_dit, tiny_unet
+from toys import Chain, per_channel, table, tiny_dit, tiny_pixart, tiny_unet, untimed
 
+OPTIONS: dict[str, Any] = {"backend": "eager", "fullgraph": True}
 STEPS = 8
 
 
@@ -27,78 +36,327 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compile_blocks(denoiser: nn.Module, schedule: MaskSchedule) -> None:
-    for block in map(denoiser.get_submodule, schedule.graph.names[:-1]):
-        if not type(block).__module__.startswith("torch.nn."):  # the compiler skips a bare layer's forward
-            block.compile(backend="eager", fullgraph=True)
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def sample(denoiser: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
+def breaks() -> dict[str, int]:
+    return dict(torch._dynamo.utils.counters["graph_break"])
+
+
+def patterns(schedule: MaskSchedule, region: str) -> set[Any]:
+    """What the blocks of a region are told at the steps of a plan: bits, and how many values they read."""
+    plan = lower(schedule)
+    columns = [
+        column
+        for column, block in enumerate(schedule.graph.blocks[:-1])
+        if not region or block.name.startswith(f"{region}.")
+    ]
+    rows = [row for row in plan.cells if any(cell.action == "compute" for cell in row)]
+    cells = [[row[column] for column in columns] for row in rows]
+    return {
+        tuple((cell.action, len(cell.weights) if cell.vectors is None else len(cell.vectors)) for cell in row)
+        for row in cells
+    }
+
+
+def expected_graphs(denoiser: nn.Module, schedule: MaskSchedule, regions: list[str]) -> int:
+    """A graph for each pattern of each class of regions, and of each size of what its blocks answer."""
+    modules = modules_by_name(denoiser)
+    alike: dict[Any, set[Any]] = {}
+    for region in regions:
+        inside = [block for block in schedule.graph.blocks if block.name.startswith(f"{region}.")]
+        kind = type(unwrapped(modules[region])), tuple(block.shapes for block in inside)
+        alike.setdefault(kind, set()).update(patterns(schedule, region))
+    return sum(map(len, alike.values()))
+
+
+def with_masks_inside(schedule: MaskSchedule, regions: list[str]) -> list[str]:
+    names = schedule.graph.names[:-1]
+    return [region for region in regions if any(name.startswith(f"{region}.") for name in names)]
+
+
+def compile_blocks(denoiser: Any) -> None:
+    """As diffusers recommends it, or by hand where the class does not name its repeated blocks."""
+    if denoiser._repeated_blocks:
+        denoiser.compile_repeated_blocks(**OPTIONS)
+    else:
+        for block in denoiser.transformer_blocks:
+            block.compile(**OPTIONS)
+
+
+class TestPipelines:
+    """On real pipelines, at both granularities, compiled before and after."""
+
+    @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+    @pytest.mark.parametrize("granularity", ["sublayer", "block"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "DiTPipeline",
+            "StableDiffusionPipeline",
+            "FluxPipeline",
+            "StableDiffusion3Pipeline",
+            "WanPipeline",
+        ],
+    )
+    def test_repeated_blocks(self, name: str, granularity: Any, after: bool) -> None:
+        pipe, call = make(name)
+        trajectory = stepmask.record(pipe, **call)
+        schedule = random_table(pipe, trajectory, granularity)
+        with stepmask.apply(pipe, schedule):
+            eager = trajectory.sampling().latent
+
+        if not after:
+            compile_blocks(denoiser_of(pipe))
+        with stepmask.apply(pipe, schedule):
+            if after:
+                compile_blocks(denoiser_of(pipe))
+            torch.testing.assert_close(trajectory.sampling().latent, eager, rtol=1e-4, atol=1e-4)
+            count = graphs()
+            trajectory.sampling()
+            assert graphs() == count > 0
+        assert not breaks()
+
+    @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+    @pytest.mark.parametrize("how", ["accelerate", "wrapped", "in place"])
+    def test_other_ways_to_compile(self, how: str, after: bool) -> None:
+        pipe, call = make("DiTPipeline")
+        trajectory = stepmask.record(pipe, **call)
+        schedule = random_table(pipe, trajectory)
+        with stepmask.apply(pipe, schedule):
+            eager = trajectory.sampling().latent
+
+        def compiled() -> None:
+            if how == "accelerate":
+                pipe.transformer = compile_regions(pipe.transformer, **OPTIONS)
+            elif how == "wrapped":
+                pipe.transformer = torch.compile(pipe.transformer, **OPTIONS)
+            else:
+                pipe.transformer.compile(**OPTIONS)
+
+        if not after:
+            compiled()
+            assert stepmask.trace(pipe, trajectory).names == schedule.graph.names
+        with stepmask.apply(pipe, schedule) as masked:
+            if after:
+                compiled()
+            torch.testing.assert_close(trajectory.sampling().latent, eager, rtol=1e-4, atol=1e-4)
+            count = graphs()
+            trajectory.sampling()
+            assert graphs() == count > 0
+            assert masked.computed_macs == 2 * lower(schedule).macs * trajectory.sampler.branches
+            if how != "accelerate":
+                assert count <= len(patterns(schedule, ""))
+
+    def test_what_was_compiled_can_be_recorded_and_learned_from(self) -> None:
+        pipe, call = make("DiTPipeline")
+        bare = stepmask.record(pipe, **call)
+        compile_blocks(pipe.transformer)
+        trajectory = stepmask.record(pipe, **call)
+        assert torch.equal(trajectory.sampled.latent, bare.sampled.latent)
+        assert stepmask.trace(pipe, trajectory) == stepmask.trace(pipe, bare)
+        assert graphs() == 0  # nothing of that needs speed
+        trajectory.sampling()
+        assert graphs() > 0
+
+
+def sample(denoiser: nn.Module, example: tuple[Any, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         latents = [torch.randn(example[0].shape, generator=generator) for _ in range(STEPS)]
         return [denoiser(latent, *example[1:]).sample for latent in latents]
 
 
-def graphs() -> int:
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+PLAIN = [(tiny_dit, DIT), (tiny_unet, UNET), (tiny_pixart, PIXART)]
 
 
-@pytest.mark.parametrize("form", [lambda scalar: scalar, per_channel], ids=["scalar", "per_channel"])
-@pytest.mark.parametrize("granularity", ["block", "sublayer"])
-@pytest.mark.parametrize(("make", "example"), [(tiny_dit, DIT), (tiny_unet, UNET)])
-def test_masks_add_no_graph(make: Any, example: tuple[Any, ...], granularity: Any, form: Any) -> None:
-    denoiser = make()
-    graph = stepmask.trace(denoiser, example, granularity=granularity)
-    schedule = form(random_table(graph, denoiser, STEPS, seed=0))
-    full = MaskSchedule.all_compute(graph, fingerprint_of(denoiser), schedule.sampler)
-    with stepmask.apply(denoiser, schedule):
-        eager = sample(denoiser, example)
+class TestGraphs:
+    """How many there are."""
 
-    compile_blocks(denoiser, full)
-    with stepmask.apply(denoiser, full):
-        sample(denoiser, example)
-    unmasked = graphs()
-    assert unmasked > 0
-    with stepmask.apply(denoiser, schedule), torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = sample(denoiser, example)
-    assert graphs() == unmasked
-    torch.testing.assert_close(compiled, eager)
+    @pytest.mark.parametrize("form", [lambda scalar: scalar, per_channel], ids=["scalar", "per_channel"])
+    @pytest.mark.parametrize(("make_denoiser", "example"), PLAIN, ids=["dit", "unet", "pixart"])
+    def test_one_for_each_pattern_of_a_class(
+        self, make_denoiser: Callable[[], nn.Module], example: tuple[Any, ...], form: Any
+    ) -> None:
+        denoiser = make_denoiser()
+        graph = stepmask.trace(denoiser, example)
+        schedule = form(random_plain_table(graph, denoiser, STEPS, seed=0))
+        with stepmask.apply(denoiser, schedule):
+            eager = sample(denoiser, example)
+
+        # Resnets and the like have graphs of their own, with masks or without.
+        regions = repeated_regions(denoiser, graph.names[:-1])
+        inside = with_masks_inside(schedule, regions)
+        bare = make_denoiser()
+        for region in regions:
+            if region not in inside:
+                bare.get_submodule(region).compile(**OPTIONS)
+        sample(bare, example)
+        alone = graphs()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+        with stepmask.apply(denoiser, schedule) as masked:
+            masked.compile(**OPTIONS)
+            torch.testing.assert_close(sample(denoiser, example), eager)
+            count = graphs()
+            masked.restart()
+            sample(denoiser, example)
+            assert graphs() == count
+        assert inside
+        assert count <= expected_graphs(denoiser, schedule, inside) + alone
+        assert not breaks()
+
+    def test_as_many_for_twelve_layers_as_for_four(self) -> None:
+        counts = []
+        for layers in (4, 12):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            denoiser = tiny_dit(layers)
+            graph = stepmask.trace(denoiser, DIT)
+            rows = np.ones((STEPS, len(graph)), dtype=bool)
+            rows[1::2, :-1] = [name.endswith("attn1") for name in graph.names[:-1]]
+            rows[2::4, :-1] = False
+            full = MaskSchedule.all_compute(graph, fingerprint_of(denoiser), untimed(STEPS))
+            with stepmask.apply(denoiser, full.with_rows(rows)) as masked:
+                masked.compile(**OPTIONS)
+                sample(denoiser, DIT)
+            counts.append(graphs())
+        assert counts[0] == counts[1] == 3
+
+    def test_none_more_for_another_table_of_the_same_patterns(self) -> None:
+        denoiser = tiny_dit()
+        graph = stepmask.trace(denoiser, DIT)
+        full = MaskSchedule.all_compute(graph, fingerprint_of(denoiser), untimed(STEPS))
+        rows = full.rows.copy()
+        rows[3::2, :-1] = False
+        weights = np.tile((1.0, 0.0, 0.0), (*rows.shape, 1))
+        weights[~rows] = (1.5, -0.5, 0.0)
+        one = full.with_rows(rows, weights)
+        weights[~rows] = (1.25, -0.25, 0.0)
+        other = full.with_rows(rows, weights)
+        with stepmask.apply(denoiser, one) as masked:
+            masked.compile(**OPTIONS)
+            said = sample(denoiser, DIT)
+        count = graphs()
+        with stepmask.apply(denoiser, other), torch._dynamo.config.patch(error_on_recompile=True):
+            again = sample(denoiser, DIT)
+        assert graphs() == count
+        assert not torch.equal(said[-1], again[-1])
+
+    def test_the_bare_denoiser_keeps_its_own(self) -> None:
+        denoiser = tiny_dit()
+        schedule = random_plain_table(stepmask.trace(denoiser, DIT), denoiser, STEPS, seed=0)
+        for block in denoiser.transformer_blocks:
+            block.compile(**OPTIONS)
+        bare = sample(denoiser, DIT)
+        count = graphs()
+        with stepmask.apply(denoiser, schedule):
+            sample(denoiser, DIT)
+        assert graphs() > count
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert all(map(torch.equal, sample(denoiser, DIT), bare))
+        assert not any(key in vars(part) for part in denoiser.modules() for key in ("forward", "_stepmask_slot"))
 
 
-@pytest.mark.parametrize("granularity", ["block", "sublayer"])
-@pytest.mark.parametrize(("make", "example"), [(tiny_dit, DIT), (tiny_unet, UNET)])
-def test_as_many_graphs_as_the_bare_denoiser(make: Any, example: tuple[Any, ...], granularity: Any) -> None:
-    bare = make()
-    graph = stepmask.trace(bare, example, granularity=granularity)
-    full = MaskSchedule.all_compute(graph, fingerprint_of(bare), random_table(graph, bare, STEPS, seed=0).sampler)
-    compile_blocks(bare, full)
-    sample(bare, example)
-    expected = graphs()
+class TestInside:
+    """What holds inside a region, too."""
 
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    denoiser = make()
-    with stepmask.apply(denoiser, full) as masked:
-        masked.compile(backend="eager", fullgraph=True)
-        sample(denoiser, example)
-    assert graphs() == expected > 0
+    def test_by_hand(self) -> None:
+        # layer 0 says 2, then 4: forecast 1.5·4 − 0.5·2 = 5; on the stream: (4 + 5)·5 = 45
+        denoiser = Chain()
+        graph = stepmask.trace(denoiser, (torch.ones(2), 0.0), blocks={"layers.*": "output"})
+        schedule = table(graph, "11", "11", "01", denoiser=fingerprint_of(denoiser))
+        weights = schedule.forecasts.copy()
+        weights[2, 0] = (1.5, -0.5, 0.0)
+        denoiser.compile(**OPTIONS)
+        with stepmask.apply(denoiser, schedule.with_rows(schedule.rows, weights)) as masked:
+            said = [denoiser(torch.full((2,), x), 0.0).tolist() for x in (1.0, 2.0, 4.0)]
+            assert masked.peak_store_bytes == 2 * 2 * 4
+            assert masked.store_bytes == 0
+        assert said == [[15.0] * 2, [30.0] * 2, [45.0] * 2]
+
+    def test_what_nobody_reads_is_not_a_number(self) -> None:
+        class Reader(Chain):
+            """Adds what layer 0 says to its answer when it is told to."""
+
+            reads_too_much = False
+
+            def forward(self, x: Tensor, t: float) -> Tensor:
+                first = self.layers[0](x)
+                return self.layers[1](x + first) + t + (first if self.reads_too_much else 0)
+
+        denoiser = Reader()
+        graph = stepmask.trace(denoiser, (torch.ones(2), 0.0), blocks={"layers.*": "output"})
+        schedule = table(graph, "11", "10", denoiser=fingerprint_of(denoiser))
+        denoiser.compile(**OPTIONS)
+        with stepmask.apply(denoiser, schedule):
+            denoiser(torch.ones(2), 0.0)
+            assert denoiser(torch.ones(2), 1.0).tolist() == [16.0] * 2  # layer 1 says 15 again
+        denoiser.reads_too_much = True
+        with stepmask.apply(denoiser, schedule):
+            denoiser(torch.ones(2), 0.0)
+            assert denoiser(torch.ones(2), 1.0).isnan().all()
+
+    def test_copies_are_bare(self) -> None:
+        import copy
+
+        denoiser = tiny_dit()
+        schedule = random_plain_table(stepmask.trace(denoiser, DIT), denoiser, STEPS, seed=0)
+        bare = sample(denoiser, DIT)
+        with stepmask.apply(denoiser, schedule) as masked:
+            masked.compile(**OPTIONS)
+            sample(denoiser, DIT)
+            assert all(map(torch.equal, sample(copy.deepcopy(denoiser), DIT), bare))
+
+    def test_a_block_that_is_called_twice_is_refused(self) -> None:
+        class Twice(Chain):
+            """Calls layer 0 twice when it is told to."""
+
+            twice = False
+
+            def forward(self, x: Tensor, t: float) -> Tensor:
+                return super().forward(self.layers[0](x) if self.twice else x, t)
+
+        denoiser = Twice()
+        graph = stepmask.trace(denoiser, (torch.ones(2), 0.0), blocks={"layers.*": "output"})
+        denoiser.compile(**OPTIONS)
+        with stepmask.apply(denoiser, table(graph, "11", "11", denoiser=fingerprint_of(denoiser))):
+            denoiser(torch.ones(2), 0.0)
+            denoiser.twice = True
+            with pytest.raises(RunError, match=r"'layers\.0', which is called 2 times at step 1"):
+                denoiser(torch.ones(2), 0.0)
+        assert not any("forward" in vars(part) for part in denoiser.modules())
+
+    def test_an_own_forward_is_refused(self) -> None:
+        denoiser = tiny_dit()
+        schedule = random_plain_table(stepmask.trace(denoiser, DIT), denoiser, STEPS, seed=0)
+        denoiser.transformer_blocks[0].compile(**OPTIONS)
+        attention = denoiser.transformer_blocks[0].attn1
+        attention.forward = attention.forward  # as hooks of accelerate and diffusers do
+        with pytest.raises(RunError, match="whose forward is not that of its class"):
+            stepmask.apply(denoiser, schedule)
+        del attention.forward
+        with stepmask.apply(denoiser, schedule):
+            sample(denoiser, DIT)
 
 
 class TestAsAWhole:
-    def test_a_denoiser_compiled_before_is_refused(self) -> None:
+    def test_too_many_rows_are_refused(self) -> None:
         denoiser = tiny_dit()
-        schedule = random_table(stepmask.trace(denoiser, DIT), denoiser, STEPS, seed=0)
-        with pytest.raises(RunError, match=r"masked\.compile"):
-            stepmask.apply(torch.compile(denoiser, backend="eager"), schedule)
-        denoiser.compile(backend="eager")
-        with pytest.raises(RunError, match=r"masked\.compile"):
-            stepmask.apply(denoiser, schedule)
+        graph = stepmask.trace(denoiser, DIT)
+        full = MaskSchedule.all_compute(graph, fingerprint_of(denoiser), untimed(40))
+        rows = np.random.default_rng(0).random(full.rows.shape) < 0.5
+        rows[0] = True
+        rows[:, graph.column(DENOISER)] = True
+        denoiser.compile(**OPTIONS)
+        with pytest.raises(RunError, match=r"different rows, each a graph of its own.*masked\.compile"):
+            stepmask.apply(denoiser, full.with_rows(rows))
 
-    def test_a_denoiser_compiled_after_is_refused(self) -> None:
+    @pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}])
+    def test_cuda_graphs_are_for_devices_that_have_them(self, options: dict[str, Any]) -> None:
         denoiser = tiny_dit()
-        schedule = random_table(stepmask.trace(denoiser, DIT), denoiser, STEPS, seed=0)
-        masked = stepmask.apply(denoiser, schedule)
-        denoiser.compile(backend="eager")
-        with pytest.raises(RunError, match=r"masked\.compile"):
-            masked.restart()
+        schedule = random_plain_table(stepmask.trace(denoiser, DIT), denoiser, STEPS, seed=0)
+        with stepmask.apply(denoiser, schedule) as masked:
+            masked.compile(**options)  # refused on CUDA alone

@@ -344,28 +344,6 @@ class TestPipelines:
             with pytest.raises(RunError, match="not the one which is masked"):
                 pipe(**call)
 
-    def test_a_compiled_wrapper_is_noticed(self) -> None:
-        pipe, call = make("StableDiffusionPipeline")
-        schedule = random_table(pipe, stepmask.record(pipe, **call))
-        with stepmask.apply(pipe, schedule):
-            pipe.unet = torch.compile(pipe.unet, backend="eager")
-            with pytest.raises(RunError, match=r"compiled as a whole.*masked\.compile"):
-                pipe(**call)
-
-    def test_masks_inside_compiled_blocks_are_refused(self) -> None:
-        pipe, call = make("DiTPipeline")
-        schedule = random_table(pipe, stepmask.record(pipe, **call))
-        whole_blocks = random_table(pipe, stepmask.record(pipe, **call), "block")
-        masked = stepmask.apply(pipe, schedule)
-        pipe.transformer.transformer_blocks[0].compile(backend="eager")
-        with pytest.raises(RunError, match=r"attn1', inside 'transformer_blocks\.0', which is compiled"):
-            pipe(**call)
-        masked.remove()
-        with pytest.raises(RunError, match="inside 'transformer_blocks"):
-            stepmask.apply(pipe, schedule)
-        with stepmask.apply(pipe, whole_blocks):
-            pipe(**call)
-
     def test_a_cancelled_run_keeps_its_picture_and_frees_the_store(self) -> None:
         pipe, call = make("StableDiffusionPipeline")
         schedule = fixed_interval(all_compute(pipe, stepmask.record(pipe, **call)), 0.6, order=1)

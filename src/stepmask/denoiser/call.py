@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepmask.denoiser.regions import unwrapped
 from stepmask.denoiser.values import rebuilt
 
 TIMESTEPS = (
@@ -35,9 +36,9 @@ class Call:
 def parameters_of(denoiser: nn.Module) -> tuple[str, ...]:
     """The names of what a denoiser is called with, in order."""
     if isinstance(denoiser, torch.jit.ScriptModule):
-        compiled: Any = denoiser.forward
-        return tuple(argument.name for argument in compiled.schema.arguments)[1:]
-    return tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
+        forward: Any = denoiser.forward
+        return tuple(argument.name for argument in forward.schema.arguments)[1:]
+    return tuple(inspect.signature(type(unwrapped(denoiser)).forward).parameters)[1:]
 
 
 def given_timestep(call: Call, parameters: Sequence[str] = ()) -> Any:

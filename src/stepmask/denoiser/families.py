@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from stepmask.denoiser.regions import modules_by_name, unwrapped
 from stepmask.errors import NoSuchBlock, TraceError
 from stepmask.schedule.fingerprint import DenoiserFingerprint
 from stepmask.schedule.graph import Reuse
@@ -138,6 +139,7 @@ def casts_weights(denoiser: nn.Module) -> bool:
 
 def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:
     """A denoiser's class and public configuration; a plain module is known by its number of parameters."""
+    denoiser = unwrapped(denoiser)
     class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not _is_fsdp(cls))
     config = getattr(denoiser, "config", None)
     if not isinstance(config, Mapping):
@@ -171,7 +173,7 @@ def find_blocks(
     """
     found: dict[str, Reuse | None] = {}
     for pattern, reuse in _patterns(denoiser, granularity, blocks).items():
-        names = [name for name, _ in denoiser.named_modules() if name and _matches(name, pattern)]
+        names = [name for name in modules_by_name(denoiser) if name and _matches(name, pattern)]
         if not names and blocks is not None:
             raise _no_match(denoiser, pattern)
         found.update(dict.fromkeys(names, reuse))
@@ -217,7 +219,7 @@ def _patterns(denoiser: nn.Module, granularity: Granularity, blocks: str | Itera
         return FAMILIES[class_name][granularity]
     if repeated := _repeated(denoiser):
         return repeated if granularity == "block" else _sublayers(denoiser, repeated)
-    lists = [name for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [name for name, module in modules_by_name(denoiser).items() if isinstance(module, nn.ModuleList)]
     raise TraceError(
         given=f"a {class_name}, whose blocks stepmask does not know",
         expected=f"one of {', '.join(FAMILIES)}, or a pattern",
@@ -227,8 +229,8 @@ def _patterns(denoiser: nn.Module, granularity: Granularity, blocks: str | Itera
 
 def _repeated(denoiser: nn.Module) -> Patterns:
     """The elements of a denoiser's own module lists, where one class is there at least twice."""
-    lists = {name: part for name, part in denoiser.named_children() if isinstance(part, nn.ModuleList)}
-    blocks = {f"{name}.{index}": block for name, part in lists.items() for index, block in enumerate(part)}
+    lists = {name: part for name, part in unwrapped(denoiser).named_children() if isinstance(part, nn.ModuleList)}
+    blocks = {f"{name}.{index}": unwrapped(block) for name, part in lists.items() for index, block in enumerate(part)}
     counts = Counter(map(type, blocks.values()))
     return {name: None for name, block in blocks.items() if counts[type(block)] > 1}
 
@@ -237,7 +239,7 @@ def _sublayers(denoiser: nn.Module, blocks: Patterns) -> Patterns:
     """Attention and feed-forward modules of blocks; a block that has none, or projections beside them, as it is."""
     found: dict[str, Reuse | None] = {}
     for block in blocks:
-        parts = dict(denoiser.get_submodule(block).named_children())
+        parts = dict(unwrapped(denoiser.get_submodule(block)).named_children())
         inside = [name for name in parts if _is_sublayer(name)]
         split = inside and not any(isinstance(part, nn.Linear) for part in parts.values())
         found.update({f"{block}.{name}": "output" for name in inside} if split else {block: None})
@@ -255,10 +257,10 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _no_match(denoiser: nn.Module, pattern: str) -> NoSuchBlock:
-    names = [name for name, _ in denoiser.named_modules() if name]
+    names = [name for name in modules_by_name(denoiser) if name]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return NoSuchBlock(
-        given=f"pattern {pattern!r}, which matches no module of {type(denoiser).__name__}",
+        given=f"pattern {pattern!r}, which matches no module of {type(unwrapped(denoiser)).__name__}",
         expected=f"a pattern over {shown}",
         advice="A star stands for one component of the name: 'layers.*' or 'layers.*.attn'",
     )

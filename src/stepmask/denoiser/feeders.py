@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from stepmask.denoiser.regions import modules_by_name
 from stepmask.denoiser.seam import Hook
 from stepmask.denoiser.unread import keeps_unread
 from stepmask.denoiser.values import tensors
@@ -34,7 +35,7 @@ class Feeders:
 
     def hooks(self, denoiser: nn.Module, blocks: Collection[str]) -> dict[str, Hook]:
         """What stands in front of every module that has no part in a block, by name."""
-        names = (name for name, _ in denoiser.named_modules() if name)
+        names = (name for name in modules_by_name(denoiser) if name)
         return {name: TracedFeeder(self, name) for name in names if not any(_related(name, block) for block in blocks)}
 
     def enter(self, module: str) -> None:

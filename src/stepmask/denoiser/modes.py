@@ -64,6 +64,25 @@ def without_inference_mode() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def at_least_graphs(count: int) -> Iterator[None]:
+    """The compiler may make so many graphs of one function while the context lasts, if it may not anyway."""
+    from torch._dynamo import config
+
+    if config.recompile_limit >= count:
+        yield
+    else:
+        with config.patch(recompile_limit=count):
+            yield
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """What is compiled runs as it is written while the context lasts: to learn needs other hooks, and no speed."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def copied(tensor: Tensor) -> Tensor:
     """A detached copy that may take part in gradients, whatever mode the original was made in."""
     with torch.inference_mode(False):

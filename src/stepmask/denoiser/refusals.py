@@ -1,13 +1,13 @@
 """Denoisers that cannot be masked as they are: something else skips, has fused, or stands for their blocks."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from stepmask.denoiser.families import denoiser_of
+from stepmask.denoiser.regions import unwrapped
 from stepmask.denoiser.replay import MaskedDenoiser
-from stepmask.denoiser.seam import hooks_of, own_compiled_call
+from stepmask.denoiser.seam import hooks_of
 from stepmask.errors import AlreadyApplied, RunError
 
 
@@ -26,49 +26,77 @@ def refuse_if_taken(denoiser: nn.Module) -> None:
         )
 
 
-def refuse_if_compiled(denoiser: nn.Module) -> None:
-    """Refuse a denoiser that is one compiled graph: every row would be another, and soon one too many.
+MOST_WHOLE_GRAPHS = 16
+"""How many graphs a denoiser that is compiled as a whole may need: one for each row that differs from the others."""
+
+
+def refuse_too_many_graphs(denoiser: nn.Module, count: int) -> None:
+    """Refuse a denoiser that is one compiled graph for each of too many different rows.
 
     Raises:
-        RunError: It is.
+        RunError: There are too many.
     """
-    wrapped = hasattr(denoiser, "_orig_mod")  # by torch.compile(denoiser); denoiser.compile() leaves its class alone
-    if wrapped or own_compiled_call(denoiser) is not None:
+    if count > MOST_WHOLE_GRAPHS:
         raise RunError(
-            given=f"a {type(denoiser).__name__} that is compiled as a whole",
-            expected="blocks that are compiled each on its own",
-            advice="Leave the denoiser as it is, and call masked.compile()",
+            given=f"a {type(unwrapped(denoiser)).__name__} that is compiled as a whole, and {count} different rows, "
+            "each a graph of its own",
+            expected=f"at most {MOST_WHOLE_GRAPHS}",
+            advice="Compile its repeated blocks instead, which share graphs: leave the denoiser as it is, and call "
+            "masked.compile()",
         )
 
 
-def refuse_if_inside_compiled(denoiser: nn.Module, names: Iterable[str]) -> None:
-    """Refuse blocks and feeders inside compiled modules, whose graphs would not see what stands in front of them.
+def refuse_replaced_forward(module: nn.Module, slot: Any) -> None:
+    """Refuse a block inside a compiled region whose `forward` something else has put there.
+
+    Args:
+        module: The block.
+        slot: What a masked run has put there itself.
 
     Raises:
-        RunError: There is one.
+        RunError: Something else has.
     """
-    compiled = [name for name, module in denoiser.named_modules() if name and own_compiled_call(module) is not None]
-    for name in names:
-        if around := next((outer for outer in compiled if name.startswith(f"{outer}.")), None):
-            raise RunError(
-                given=f"block {name!r}, inside {around!r}, which is compiled",
-                expected="blocks that are compiled each on its own, or not at all",
-                advice="Mask whole blocks (granularity='block'), or leave them as they are and call masked.compile()",
-            )
+    if "forward" in vars(module) and vars(module).get("_stepmask_slot") is not slot:
+        raise RunError(
+            given=f"block {slot.name!r}, inside a compiled region, whose forward is not that of its class",
+            expected="blocks in compiled regions as their class has them",
+            advice="Take the hooks of accelerate or diffusers off it, compile after them, or mask whole blocks "
+            "(granularity='block')",
+        )
 
 
-def refuse_if_replaced(pipe: Any, denoiser: nn.Module) -> None:
-    """Refuse a pipeline whose denoiser is not the one that is masked.
+def refuse_cuda_graphs(denoiser: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuse to compile with CUDA graphs, which answer in memory that the next call overwrites.
 
     Raises:
-        RunError: It is another one, or a compiled wrapper around it.
+        RunError: The options ask for them, on a device that has them.
     """
-    now = denoiser_of(pipe)
-    if now is denoiser:
+    is_cuda = any(weight.is_cuda for weight in denoiser.parameters())
+    asks = options.get("mode") in ("reduce-overhead", "max-autotune")
+    asks = asks or bool((options.get("options") or {}).get("triton.cudagraphs"))
+    if is_cuda and asks:
+        raise RunError(
+            given="options of torch.compile that ask for CUDA graphs",
+            expected="graphs whose outputs stay as they are until a later step has read them",
+            advice="Compile without: mode='default', or mode='max-autotune-no-cudagraphs'",
+        )
+
+
+def refuse_if_replaced(now: nn.Module, denoiser: nn.Module) -> None:
+    """Refuse a pipeline whose denoiser is not the one that is masked, nor a compiled form of it with its very weights.
+
+    Args:
+        now: The pipeline's denoiser now.
+        denoiser: The masked one.
+
+    Raises:
+        RunError: It is another one.
+    """
+    same_class = type(unwrapped(now)) is type(unwrapped(denoiser))
+    if same_class and list(map(id, now.parameters())) == list(map(id, denoiser.parameters())):
         return
-    refuse_if_compiled(now)
     raise RunError(
-        given=f"a {type(now).__name__} in the pipeline that is not the one which is masked",
-        expected=f"the {type(denoiser).__name__} that the schedule was applied to",
+        given=f"a {type(unwrapped(now)).__name__} in the pipeline that is not the one which is masked",
+        expected=f"the {type(unwrapped(denoiser)).__name__} that the schedule was applied to",
         advice="Call .remove(), and apply the schedule to the pipeline as it is now",
     )

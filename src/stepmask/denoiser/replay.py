@@ -8,10 +8,10 @@ from torch import Tensor
 
 from stepmask.denoiser.call import Call, given_timestep, timestep_of_call
 from stepmask.denoiser.held import private_copy
-from stepmask.denoiser.modes import usable
+from stepmask.denoiser.modes import at_least_graphs, usable
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.seam import Hook
-from stepmask.denoiser.unread import Unread, refuse_unread
+from stepmask.denoiser.unread import refuse_unread
 from stepmask.denoiser.values import (
     each,
     first,
@@ -46,8 +46,7 @@ class Values:
         run = self.run
         column = self.column
         refuse_unread(output, self.block.label)
-        if self.may_be_dead and run.unread[run.branch][column] is None:
-            run.unread[run.branch][column] = each(Unread.of, output)
+        self._stand_in(output)
         if not (cell.keeps or cell.weights):
             run.free(column, 0)
             return output
@@ -56,10 +55,24 @@ class Values:
         if cell.weights:
             blend = forecast(cell.weights, [value, *run.newest(column, len(cell.weights) - 1)])
             output = to_output(self.block.reuse, blend, args, kwargs)
-        run.free(column, max(cell.keeps - 1, 0))
-        if cell.keeps:
-            run.put(column, self.own(value))
+        self._store(cell, value)
         return output
+
+    def keep(self, cell: Cell, value: Any) -> None:
+        """Store what was computed inside a compiled region, if a later step reads it."""
+        self.computed += 1
+        self._stand_in(value)
+        self._store(cell, value)
+
+    def _store(self, cell: Cell, value: Any) -> None:
+        self.run.free(self.column, max(cell.keeps - 1, 0))
+        if cell.keeps:
+            self.run.put(self.column, self.own(value))
+
+    def _stand_in(self, output: Any) -> None:
+        """Make what stands for an output at steps at which nobody reads it, where there are any."""
+        if self.may_be_dead and self.run.unread[self.run.branch][self.column] is None:
+            self.run.unread[self.run.branch][self.column] = each(self.run.stand_in, output)
 
     def own(self, value: Any) -> Any:
         """A value that nobody else can write to unseen; what is added to the stream was made here."""
@@ -161,7 +174,7 @@ class MaskedFeeder(Hook):
             return rebuilt(self.unread[run.branch])
         output = call(*args, **kwargs)
         if run.step == 0:  # where everything is computed
-            self.unread[run.branch] = each(Unread.of, output)
+            self.unread[run.branch] = each(run.stand_in, output)
         return output
 
 
@@ -179,6 +192,8 @@ class MaskedDenoiser(Values, Hook):
         super().__init__(run, len(blocks), own)
         self.blocks = blocks
         self.parameters = parameters
+        self.region: Hook | None = None  # the denoiser as a compiled region
+        self.most_graphs = 0  # that its compiled regions may need; 0 = it has none
         self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
         self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
 
@@ -201,7 +216,7 @@ class MaskedDenoiser(Values, Hook):
         output = None
         if self.run.runs_forward:
             self.computed += 1
-            output = call(*args, **kwargs)
+            output = self._run(call, args, kwargs)
         else:
             for block, own in zip(self.blocks, self.run.row, strict=False):
                 block.skip(own)  # not called: what nobody reads any more goes here
@@ -209,6 +224,13 @@ class MaskedDenoiser(Values, Hook):
         if cell.action == "compute":
             return self.compute(cell, output, args, kwargs)
         return self.reuse(cell, args, kwargs)
+
+    def _run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the denoiser, with as many graphs as its compiled regions need."""
+        if self.most_graphs == 0:
+            return call(*args, **kwargs)
+        with at_least_graphs(self.most_graphs):
+            return call(*args, **kwargs) if self.region is None else self.region(call, args, kwargs)
 
     def own(self, value: Any) -> Any:
         """A copy: the sampler may write into what it was given, into a stored value it must not."""

@@ -1,6 +1,6 @@
 """`Run`: where a masked run is, which row it follows, and what it holds. Hooks read it and write to it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from stepmask.denoiser.held import Held, Owner
 from stepmask.denoiser.modes import usable
 from stepmask.denoiser.store import Store
-from stepmask.denoiser.unread import forget_reads, last_read
+from stepmask.denoiser.unread import Unread, forget_reads, last_read
 from stepmask.denoiser.values import rebuilt, tensors
 from stepmask.errors import RunError, RunNotStarted, StepmaskError
 from stepmask.schedule.fingerprint import SamplerFingerprint
@@ -38,6 +38,7 @@ class Run:
         self.names = [block.label for block in plans[0].graph.blocks]
         self.branches = sampler.branches
         self.evaluations = sampler.steps * sampler.branches
+        self.stand_in: Callable[[Tensor], Tensor] = Unread.of  # makes what stands for a tensor that nobody reads
         self.forwards = [[any(cell.action == "compute" for cell in row) for row in plan.cells] for plan in plans]
 
         # Where the run is.

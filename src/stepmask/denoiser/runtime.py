@@ -5,21 +5,15 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from torch import nn
-
 from stepmask.denoiser.call import parameters_of
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.other_caches import refuse_other_caches
-from stepmask.denoiser.refusals import (
-    refuse_if_compiled,
-    refuse_if_inside_compiled,
-    refuse_if_replaced,
-    refuse_if_taken,
-)
+from stepmask.denoiser.placement import Placement
+from stepmask.denoiser.refusals import refuse_cuda_graphs, refuse_if_replaced, refuse_if_taken
+from stepmask.denoiser.regions import modules_by_name, repeated_regions
 from stepmask.denoiser.replay import MaskedBlock, MaskedDenoiser, MaskedFeeder
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.sampler import describe, timestep_of, watched
-from stepmask.denoiser.seam import Hook, attach, detach
 from stepmask.denoiser.store import Store
 from stepmask.denoiser.values import size
 from stepmask.errors import RunError, ScheduleMismatch
@@ -51,7 +45,8 @@ def apply(pipe: Any, schedule: MaskSchedule | Sequence[MaskSchedule], *, store: 
         ScheduleMismatch: The schedule is for another denoiser, or names blocks that are not there; or several are not
             one for each branch, over the same blocks and sampler.
         AlreadyApplied: The denoiser is masked, or cached by something else, already.
-        RunError: The denoiser is compiled as a whole, or a block lies inside a module that is compiled.
+        RunError: The denoiser is compiled as a whole, and would need too many graphs; or something else has replaced
+            the `forward` of a block inside a compiled region.
         InvalidStore: What the denoiser's device holds cannot be put into the store.
     """
     return Masked(pipe, [schedule] if isinstance(schedule, MaskSchedule) else schedule, store or Store())
@@ -78,7 +73,6 @@ class Masked:
         self.store = store
         refuse_other_caches(pipe)
         refuse_if_taken(self.denoiser)
-        refuse_if_compiled(self.denoiser)
         _check_branches(schedules)
         schedule = schedules[0]
         schedule.denoiser.check(fingerprint_of(self.denoiser))
@@ -92,13 +86,9 @@ class Masked:
         *blocks, own = schedule.graph.blocks
         self.blocks = [MaskedBlock(self.run, column, block) for column, block in enumerate(blocks)]
         self.own = MaskedDenoiser(self.run, self.blocks, own, parameters_of(self.denoiser))
-        self.hooks: dict[str, Hook] = {
-            **{hook.block.name: hook for hook in self.blocks},
-            **{name: MaskedFeeder(self.run, columns) for name, columns in schedule.graph.fed.items()},
-            own.name: self.own,
-        }
-        self.modules: dict[str, nn.Module] = {}  # where the hooks are now
-        self.own.at_start = self._attach  # modules may have been put in others' places since
+        feeders = {name: MaskedFeeder(self.run, columns) for name, columns in schedule.graph.fed.items()}
+        self.placement = Placement(self.denoiser, self.run, self.blocks, feeders, self.own)
+        self.own.at_start = self.placement.put  # modules may have been put in others' places since
         self._stack = self._put_on()
         if self.scheduler is None:
             self.restart()
@@ -106,8 +96,8 @@ class Masked:
     def _put_on(self) -> ExitStack:
         """Attach the hooks, and watch the scheduler and the pipeline; what is returned takes it all back."""
         with ExitStack() as stack:
-            stack.callback(self._detach)
-            self._attach()
+            stack.callback(self.placement.take_off)
+            self.placement.put()
             if self.scheduler is not None:
                 stack.enter_context(watched(self.scheduler, "set_timesteps", lambda *_, **__: self._start()))
                 stack.enter_context(watched(self.scheduler, "step", self._end_step))
@@ -115,31 +105,24 @@ class Masked:
                 stack.enter_context(watched(self.pipe, "maybe_free_model_hooks", lambda *_, **__: self._end_call()))
             return stack.pop_all()
 
-    def _attach(self) -> None:
-        """Put the hooks where the modules of their names are now; others may have been put in their places.
-
-        Raises:
-            ScheduleMismatch: A module is not there.
-            RunError: One lies inside a compiled module.
-        """
-        modules = {name: _module(self.denoiser, name) for name in self.hooks}
-        refuse_if_inside_compiled(self.denoiser, modules)
-        for name, hook in self.hooks.items():
-            if name in self.modules and self.modules[name] is not modules[name]:
-                detach(self.modules[name], hook)
-            self.modules[name] = modules[name]
-            attach(modules[name], hook)
-
-    def _detach(self) -> None:
-        for name, module in self.modules.items():
-            detach(module, self.hooks[name])
-
     def _start(self) -> None:
         """The pipeline has set its scheduler's timesteps."""
         self.run.stop()
-        refuse_if_replaced(self.pipe, self.denoiser)
+        self._follow_denoiser()
         self.sampler.check_whole(describe(self.scheduler, self.sampler.branches))
         self.restart()
+
+    def _follow_denoiser(self) -> None:
+        """Turn to the compiled form of the denoiser that somebody has put into the pipeline, if there is one.
+
+        Raises:
+            RunError: The pipeline has another denoiser.
+        """
+        now = denoiser_of(self.pipe)
+        if now is not self.denoiser:
+            refuse_if_replaced(now, self.denoiser)
+            self.denoiser = now
+            self.placement.denoiser = now
 
     def _end_step(self, _: Any, *args: Any, **kwargs: Any) -> None:
         """The scheduler has made a step: it must be the schedule's."""
@@ -172,26 +155,37 @@ class Masked:
 
         Raises:
             AlreadyApplied: Something else caches the denoiser by now.
-            RunError: The denoiser, or a module around a block, was compiled.
+            RunError: The denoiser was compiled as a whole, and would need too many graphs.
             ScheduleMismatch: A block is not there any more.
         """
         self.run.stop()
         refuse_other_caches(self.pipe)
-        refuse_if_compiled(self.denoiser)
-        self._attach()
+        self.placement.put()
         self.run.start()
 
     def compile(self, **options: Any) -> None:
-        """Compile every block, with the options of `torch.compile`. Masks add no graph. It outlasts `remove`.
+        """Compile the repeated modules around masked blocks, and the blocks that lie in none. It outlasts `remove`.
 
-        A block that is a single layer of torch (a projection) stays as it is: the compiler skips its forward.
+            masked = stepmask.apply(pipe, schedule)
+            masked.compile(fullgraph=True)
+
+        Masks are traced with them: all layers of a class share a graph for each pattern of computed blocks and stored
+        values that are read. A single layer of torch (a projection) stays as it is.
+
+        Args:
+            **options: Of `torch.compile`.
+
+        Raises:
+            RunError: The options ask for CUDA graphs, and the denoiser is on such a device.
         """
-        for hook in self.blocks:
-            module = self.modules[hook.block.name]
-            if not type(module).__module__.startswith("torch.nn."):
-                detach(module, hook)
-                module.compile(**options)
-                attach(module, hook)
+        refuse_cuda_graphs(self.denoiser, options)
+        self.placement.take_off()
+        modules = modules_by_name(self.denoiser)
+        try:
+            for name in repeated_regions(self.denoiser, [hook.block.name for hook in self.blocks]):
+                modules[name].compile(**options)
+        finally:
+            self.placement.put()
 
     def remove(self) -> None:
         """Take the schedule off and free the store. Doing it twice is fine."""
@@ -270,14 +264,3 @@ def _check_scheduler(schedule: MaskSchedule, scheduler: Any) -> None:
             advice="Apply the schedule to the pipeline, or to any object with this denoiser and its scheduler as "
             "attributes; or learn one for the denoiser alone, with record(denoiser, run=...)",
         )
-
-
-def _module(denoiser: nn.Module, name: str) -> nn.Module:
-    try:
-        return denoiser.get_submodule(name)
-    except AttributeError as error:
-        raise ScheduleMismatch(
-            given=f"a {type(denoiser).__name__} without {name!r}",
-            expected="the blocks of the schedule, and the modules that feed them",
-            advice="Apply the schedule to the denoiser it was made for, or learn a new one",
-        ) from error

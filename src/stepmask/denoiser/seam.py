@@ -10,11 +10,13 @@ out of copies and pickles: those are bare. Nothing else in this package changes 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
 
 _PLACE = "_compiled_call_impl"
+_SLOT = "_stepmask_slot"
 
 
 class Hook(Protocol):
@@ -67,7 +69,8 @@ def attach(module: nn.Module, hook: Hook) -> None:
     """
     hooked = _hooked(module)
     if hooked is None:
-        hooked = _Hooked(module, vars(module).get(_PLACE))
+        bare = vars(module).get(_PLACE)
+        hooked = _Hooked(module, None if isinstance(bare, _Hooked) else bare)
     if any(own is hook for own in hooked.hooks):
         return
     hooked.hooks.append(hook)
@@ -89,11 +92,32 @@ def detach(module: nn.Module, hook: Hook) -> None:
         vars(module)[_PLACE] = hooked.bare
 
 
+def attach_traced(module: nn.Module, forward: Callable[..., Any], slot: Any) -> None:
+    """Put a function in the place of a module's `forward`, which reads a slot: `module._stepmask_slot`.
+
+    Args:
+        module: The module.
+        forward: Unbound, and the same object for all modules that are to share a graph.
+        slot: What it reads.
+    """
+    vars(module)[_SLOT] = slot
+    vars(module)["forward"] = MethodType(forward, module)
+
+
+def detach_traced(module: nn.Module, slot: Any) -> None:
+    """Give a module its own `forward` back, if it has this slot."""
+    if vars(module).get(_SLOT) is slot:
+        del vars(module)[_SLOT]
+        del vars(module)["forward"]
+
+
 def own_compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     """A module's compiled call, behind its hooks; `None` if it was not compiled on its own."""
     hooked = _hooked(module)
-    call: Callable[..., Any] | None = vars(module).get(_PLACE) if hooked is None else hooked.bare
-    return call
+    if hooked is not None:
+        return hooked.bare
+    call: Callable[..., Any] | None = vars(module).get(_PLACE)
+    return None if isinstance(call, _Hooked) else call
 
 
 @contextmanager
@@ -133,5 +157,6 @@ def frozen(pipe: Any) -> Iterator[None]:
 
 
 def _hooked(module: nn.Module) -> _Hooked | None:
+    """A module's own hooks; those in a copy of its dictionary (as accelerate makes one) are another module's."""
     place = vars(module).get(_PLACE)
-    return place if isinstance(place, _Hooked) else None
+    return place if isinstance(place, _Hooked) and place.module is module else None

@@ -1,6 +1,7 @@
 """`trace`: a denoiser's blocks, their order, who reads whom, and their cost, from evaluations on fake tensors."""
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from stepmask.denoiser.call import Call
 from stepmask.denoiser.dataflow import Flow, Recorder, TracedBlock
 from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, is_known
-from stepmask.denoiser.modes import autocast_as
+from stepmask.denoiser.modes import autocast_as, uncompiled
 from stepmask.denoiser.proof import AnotherPath, check_against_record
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import Hook, attached_by_name, frozen
@@ -33,6 +34,7 @@ MOST_PATHS = 12
 """The number of recorded calls that are traced at most."""
 
 
+@uncompiled()
 def trace(
     pipe: Any,
     example: Trajectory | Call | tuple[Any, ...] | Mapping[str, Any],
@@ -179,6 +181,7 @@ class _Tracer:
             stack.enter_context(attached_by_name(denoiser, hooks))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_unfused_attention())
+            stack.enter_context(_no_warning_of_global_hooks())
             stack.enter_context(recorder.flops)
             stack.enter_context(Flow(recorder))
             output = call.evaluate(denoiser)
@@ -315,6 +318,14 @@ def _unfused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _no_warning_of_global_hooks() -> Iterator[None]:
+    """Without the warning that the counter's hooks are called twice for compiled wrappers, which does not matter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
+        yield
 
 
 def _not_followed_error(denoiser: nn.Module, error: NotImplementedError) -> TraceError:

@@ -18,6 +18,7 @@ from stepmask.denoiser.modes import (
     autocast_now,
     copied,
     is_mapped,
+    uncompiled,
     usable,
     without_inference_mode,
 )
@@ -158,7 +159,7 @@ def _recorded(pipe: Any, job: tuple[int, Mapping[str, Any], Autocast]) -> Trajec
 
 def record_sampling(sampling: Sampling) -> Trajectory:
     """Run a sampling once and keep what its denoiser was given. It may be masked: then that is what is recorded."""
-    with without_inference_mode():
+    with without_inference_mode(), uncompiled():
         listener = _Listener()
         with _steps_seen(sampling, listener) as seen, attached({sampling.denoiser: listener}):
             sampled = sampling()

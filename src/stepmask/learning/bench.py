@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stepmask.denoiser.call import Call
 from stepmask.denoiser.held import Owner
+from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.seam import Hook, attached_by_name
 from stepmask.denoiser.values import each, to_output, to_stored_form
 from stepmask.learning.floats import mixed
@@ -34,7 +35,7 @@ class Bench:
     @contextmanager
     def attached(self) -> Iterator["Bench"]:
         """The seats in place for as long as the context lasts."""
-        with attached_by_name(self.denoiser, {seat.block.name: seat for seat in self.seats}):
+        with uncompiled(), attached_by_name(self.denoiser, {seat.block.name: seat for seat in self.seats}):
             yield self
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.seam import attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
@@ -52,7 +53,7 @@ def loss_and_gradients(
         ages = np.flatnonzero(reads[step, column])
         answered[step, column, ages] = weights[step, column, : len(ages)]
     tape = Tape(trajectory, reading.graph, answered, gradients, reads=reads)
-    with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad():
+    with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad(), uncompiled():
         value = loss(trajectory.sampling.latent())
         _check(value)
         torch.autograd.grad(value, tape.anchor)

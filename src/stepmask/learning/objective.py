@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import each
@@ -121,7 +122,7 @@ class MeasuredGain:
 
     def _gain(self, trajectory: Trajectory, step: int) -> float:
         nudge = _Nudge(trajectory, step, self.fraction)
-        with attached({trajectory.sampling.denoiser: nudge}):
+        with attached({trajectory.sampling.denoiser: nudge}), uncompiled():
             latent = trajectory.sampling().latent
         moved = float((wide(latent) - wide(trajectory.sampled.latent)).float().square().sum())
         if not np.isfinite(moved):

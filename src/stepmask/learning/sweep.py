@@ -17,7 +17,7 @@ from torch import Tensor
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.memory import peak_memory
-from stepmask.denoiser.modes import autocast_as, own_modes, refuse_made_in_inference_mode
+from stepmask.denoiser.modes import autocast_as, own_modes, refuse_made_in_inference_mode, uncompiled
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.denoiser.trace import trace
@@ -192,7 +192,7 @@ def _run(tape: Tape, trajectory: Trajectory, *, reference: bool) -> Tensor:
     Raises:
         LearningError: It is cut off from the tape, or not what was recorded.
     """
-    with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad():
+    with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad(), uncompiled():
         latent = trajectory.sampling.latent()
     if tape.evaluation != len(trajectory.calls) or latent.shape != trajectory.sampled.latent.shape:
         raise _another_run(f"a run of {tape.evaluation} evaluations that ends with shape {tuple(latent.shape)}")

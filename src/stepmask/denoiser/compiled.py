@@ -1,0 +1,284 @@
+"""Masks inside compiled regions: what the compiler traces in a block's place, and what is filled in around the region.
+
+A compiled region (a transformer block after `compile_repeated_blocks`, a denoiser after `torch.compile`) runs no Python
+of its own once the compiler has traced it. So a block inside one has a `forward` that reads nothing but a plain `Slot`:
+what to do, stored values, and weights as tensors. The compiler guards what to do and how many values there are, and
+takes the values and weights as inputs: blocks of a class share a graph for each pattern, and forecast, gate and
+residual are fused. The region's hook fills the slots before the region runs, and takes out what was computed after it.
+
+What nobody reads is left out by the compiler. A value that stands for it is not a number, for there is no error from
+inside a graph.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepmask.denoiser.replay import MaskedBlock
+from stepmask.denoiser.seam import Hook
+from stepmask.denoiser.values import each, tensors, to_output, to_stored_form
+from stepmask.errors import RunError, RunNotStarted
+from stepmask.schedule.channels import reads_of
+from stepmask.schedule.graph import Reuse
+from stepmask.schedule.rectify import Action, Cell, Plan
+
+Pattern = tuple[Any, ...]
+"""What the compiler guards of a block: the action, how many stored values it reads, and in which way."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """What a block inside a compiled region does at the next call, and what it has done.
+
+    Args:
+        name: The block's.
+        reuse: What is stored of its output.
+        action: What it does; `None` outside of an evaluation.
+        stored: The stored values that it reads, newest first; of a dead block what it answers with.
+        weights: Of the values that it answers with, newest first, along the first dimension.
+        bias: Of a per-channel forecast.
+        computed: What it has computed, as it is stored.
+        calls: How often it was called.
+    """
+
+    name: str
+    reuse: Reuse
+    action: Action | None = None
+    stored: tuple[Any, ...] = ()
+    weights: Tensor | None = None
+    bias: Tensor | None = None
+    computed: Any = None
+    calls: int = 0
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self.action = None
+        self.stored = ()
+        self.weights = None
+        self.bias = None
+        self.computed = None
+        self.calls = 0
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Copies of a masked denoiser are bare."""
+
+    def __reduce__(self) -> Any:
+        """So are pickles."""
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """What a pickle has in the place of a slot."""
+
+
+@cache
+def masked_forward(bare: Callable[..., Any]) -> Callable[..., Any]:
+    """The `forward` of blocks inside compiled regions, in place of their own: one function for all of a class.
+
+    Args:
+        bare: Their own, unbound.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        slot = self._stepmask_slot  # where the seam has put it
+        if slot is None:  # a copy
+            return bare(self, *args, **kwargs)
+        slot.calls += 1
+        if slot.action is None:
+            raise _outside_error(slot.name)
+        if slot.action == "dead":
+            return slot.stored[0]
+        if slot.action == "reuse":
+            return to_output(slot.reuse, mixed(slot.weights, slot.bias, slot.stored), args, kwargs)
+
+        output = bare(self, *args, **kwargs)
+        computed = to_stored_form(slot.reuse, output, args, kwargs)
+        slot.computed = computed
+        if not slot.stored:
+            return output
+        return to_output(slot.reuse, mixed(slot.weights, slot.bias, (computed, *slot.stored)), args, kwargs)
+
+    return forward
+
+
+def mixed(weights: Tensor, bias: Tensor | None, values: Sequence[Any]) -> Any:
+    """Σ_i weights[i] · values[i] + bias, newest first; of tensors that are not of floating point, the newest."""
+
+    def mix(*parts: Tensor) -> Tensor:
+        if not (parts[0].is_floating_point() or parts[0].is_complex()):
+            return parts[0]
+        total = weights[0] * parts[0]
+        for index in range(1, len(parts)):
+            total = total + weights[index] * parts[index]
+        return total if bias is None else total + bias
+
+    return each(mix, *values)
+
+
+class Weights:
+    """The weights of all scalar forecasts of a run as tensors, moved to where the values are in one piece.
+
+    Args:
+        plans: The plans.
+    """
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self.cells = {
+            (number, step, column): cell.weights
+            for number, plan in enumerate(plans)
+            for step, row in enumerate(plan.cells)
+            for column, cell in enumerate(row)
+            if cell.weights
+        }
+        self.moved: dict[tuple[torch.device, torch.dtype], dict[tuple[int, int, int], Tensor]] = {}
+
+    def of(self, cell: tuple[int, int, int], like: Tensor) -> Tensor:
+        """The weights of a cell, by plan, step and column, beside a value; float32, or float64 for such values."""
+        dtype = torch.float64 if like.dtype in (torch.float64, torch.complex128) else torch.float32
+        where = like.device, dtype
+        if where not in self.moved:
+            self.moved[where] = self._moved(*where)
+        return self.moved[where][cell]
+
+    def _moved(self, device: torch.device, dtype: torch.dtype) -> dict[tuple[int, int, int], Tensor]:
+        rows = np.zeros((len(self.cells), 4))  # of 16 bytes at least: compiled code likes them aligned
+        for row, weights in zip(rows, self.cells.values(), strict=True):
+            row[: len(weights)] = weights
+        with torch.inference_mode(False):
+            matrix = torch.from_numpy(rows).to(dtype).to(device)
+        return {
+            cell: row[: len(weights)] for (cell, weights), row in zip(self.cells.items(), matrix.unbind(), strict=True)
+        }
+
+
+class InsideBlock:
+    """A masked block inside a compiled region.
+
+    Args:
+        values: What it shares with its hook outside of regions: the run, the column, the counts.
+        weights: Of all forecasts.
+    """
+
+    def __init__(self, values: MaskedBlock, weights: Weights) -> None:
+        self.values = values
+        self.weights = weights
+        self.slot = Slot(values.block.label, values.block.reuse)
+        self.cell = Cell("compute", (), 0)
+        self.channels: dict[int, tuple[Tensor, Tensor]] = {}  # id of a bias -> itself, and its weights in one tensor
+
+    def fill(self) -> None:
+        """Put the present row's action into the slot, and the stored values that it reads."""
+        values = self.values
+        slot = self.slot
+        run = values.run
+        self.cell = run.answer(values.column)
+        slot.clear()
+        slot.action = self.cell.action
+        if slot.action == "dead":
+            slot.stored = (run.unread[run.branch][values.column],)
+            return
+        if self.cell.vectors is not None:
+            slot.stored = tuple(run.newest(values.column, reads_of(self.cell.vectors)))
+            slot.weights, slot.bias = self._channels(slot.stored[0])
+            return
+        count = len(self.cell.weights) - (slot.action == "compute")
+        if count > 0:
+            slot.stored = tuple(run.newest(values.column, count))
+            like = next(tensors(slot.stored[0]))
+            slot.weights = self.weights.of((run.plan, run.step, values.column), like)
+
+    def _channels(self, value: Any) -> tuple[Tensor, Tensor]:
+        """Weights, (reads, channels, ...), and bias of a per-channel forecast, beside a value."""
+        *weights, bias = self.values.vectors_for(value)
+        held, stacked = self.channels.get(id(bias), (None, None))
+        if held is not bias or stacked is None:
+            stacked = torch.stack(weights)
+            self.channels[id(bias)] = bias, stacked
+        return stacked, bias
+
+    def collect(self) -> None:
+        """Take out what was computed, and store it, if a later step reads it.
+
+        Raises:
+            RunError: The block was not called, or more than once.
+        """
+        values = self.values
+        run = values.run
+        if self.slot.calls != 1:
+            raise RunError(
+                given=f"block {self.slot.name!r}, which is called {self.slot.calls} times at step {run.step} inside a "
+                "compiled region",
+                expected="one call at every step, as when the denoiser was traced",
+                advice="Trace and learn with these inputs",
+            )
+        if self.cell.action != "compute":
+            run.free(values.column, self.cell.keeps)
+            return
+        values.keep(self.cell, self.slot.computed)
+
+
+class MaskedRegion(Hook):
+    """Stands in front of a compiled region: fills the slots of its blocks, and empties them.
+
+    Args:
+        blocks: The blocks inside, in call order.
+    """
+
+    def __init__(self, blocks: Sequence[InsideBlock]) -> None:
+        self.blocks = blocks
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer for the region."""
+        try:
+            for block in self.blocks:
+                block.fill()
+            output = call(*map(_in_one_layout, args), **{name: _in_one_layout(value) for name, value in kwargs.items()})
+            for block in self.blocks:
+                block.collect()
+        finally:
+            for block in self.blocks:
+                block.slot.clear()
+        return output
+
+
+def _in_one_layout(value: Any) -> Any:
+    """Tokens in the layout of all layers: the first ones come transposed from the patches, and would need graphs."""
+    if isinstance(value, Tensor) and value.ndim == 3:
+        return value.contiguous()
+    return value
+
+
+def pattern_of(cell: Cell) -> Pattern:
+    """What the compiler guards of a cell."""
+    if cell.vectors is not None:
+        return cell.action, reads_of(cell.vectors), "channels"
+    return cell.action, len(cell.weights), "scalar"
+
+
+def patterns(plans: Iterable[Plan], columns: Sequence[int]) -> set[tuple[Pattern, ...]]:
+    """The patterns of a region that holds the blocks of some columns, at all steps at which anything is computed."""
+    return {
+        tuple(pattern_of(row[column]) for column in columns)
+        for plan in plans
+        for row in plan.cells
+        if any(cell.action == "compute" for cell in row)
+    }
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """What stands for a tensor that nobody reads: not a number, in no memory to speak of."""
+    what = float("nan") if tensor.is_floating_point() or tensor.is_complex() else 0
+    return tensor.new_full((), what).expand(tensor.shape)
+
+
+def _outside_error(name: str) -> RunNotStarted:
+    return RunNotStarted(
+        given=f"a call of block {name!r} outside an evaluation of the masked denoiser",
+        expected="blocks that are called by the denoiser, in the thread that runs it",
+        advice="Remove the schedule before you call blocks yourself, and let runs take turns",
+    )

@@ -1,0 +1,129 @@
+"""Where the hooks of a masked denoiser stand: in front of modules, or inside and around its compiled regions."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from stepmask.denoiser.compiled import InsideBlock, MaskedRegion, Pattern, Weights, masked_forward, patterns, stand_in
+from stepmask.denoiser.refusals import refuse_replaced_forward, refuse_too_many_graphs
+from stepmask.denoiser.regions import compiled_regions, region_around, unwrapped
+from stepmask.denoiser.replay import MaskedBlock, MaskedDenoiser, MaskedFeeder
+from stepmask.denoiser.run import Run
+from stepmask.denoiser.seam import Hook, attach, attach_traced, detach, detach_traced
+from stepmask.denoiser.unread import Unread
+from stepmask.errors import ScheduleMismatch
+
+GRAPHS_OF_OTHERS = 16
+"""Graphs that a compiled region may have beside those of a masked run: bare, at other sizes, in other modes."""
+
+
+class Placement:
+    """The hooks of a masked denoiser, and where they are now.
+
+    Args:
+        denoiser: The denoiser.
+        run: The run.
+        blocks: The hooks of its blocks, by column.
+        feeders: The hooks of what feeds blocks alone, by name.
+        own: The hook of the denoiser itself.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        run: Run,
+        blocks: Sequence[MaskedBlock],
+        feeders: Mapping[str, MaskedFeeder],
+        own: MaskedDenoiser,
+    ) -> None:
+        self.denoiser = denoiser
+        self.run = run
+        self.feeders = feeders
+        self.own = own
+        weights = Weights(run.plans)
+        self.inside = {block: InsideBlock(block, weights) for block in blocks}  # for those in compiled regions
+        self.hooked: dict[Hook, nn.Module] = {}
+        self.traced: dict[InsideBlock, nn.Module] = {}
+
+    def put(self) -> None:
+        """Put the hooks where the modules of their names are now; others may have been put there, or been compiled.
+
+        Raises:
+            ScheduleMismatch: A module is not there.
+            RunError: The denoiser is compiled as a whole, and would need too many graphs; or something else has
+                replaced the `forward` of a block inside a compiled region.
+        """
+        regions = compiled_regions(self.denoiser)
+        around = {block: region_around(block.block.name, regions) for block in self.inside}
+        held = {name: [self.inside[block] for block in around if around[block] == name] for name in regions}
+        masked = {name: MaskedRegion(inside) for name, inside in held.items() if inside}
+
+        traced = {
+            self.inside[block]: _module(self.denoiser, block.block.name)
+            for block in around
+            if around[block] is not None
+        }
+        if "" in masked:
+            refuse_too_many_graphs(self.denoiser, len(self._patterns(masked[""])))
+        for inside, module in traced.items():
+            refuse_replaced_forward(module, inside.slot)
+        hooks = dict(self._hooks(regions, around, masked))
+
+        self.take_off(keep=hooks)
+        for hook, module in hooks.items():
+            attach(module, hook)
+        for inside, module in traced.items():
+            attach_traced(module, masked_forward(type(module).forward), inside.slot)
+        self.hooked = hooks
+        self.traced = traced
+        self.run.stand_in = stand_in if traced else Unread.of
+        self.own.region = masked.get("")
+        self.own.most_graphs = self._most_graphs(masked, regions)
+
+    def take_off(self, keep: Mapping[Hook, nn.Module] | None = None) -> None:
+        """Take all hooks off, but for those that are to stay where they are."""
+        stays = keep or {}
+        for hook, module in self.hooked.items():
+            if stays.get(hook) is not module:
+                detach(module, hook)
+        for inside, module in self.traced.items():
+            detach_traced(module, inside.slot)
+
+    def _hooks(
+        self,
+        regions: Mapping[str, nn.Module],
+        around: Mapping[MaskedBlock, str | None],
+        masked: Mapping[str, MaskedRegion],
+    ) -> Iterator[tuple[Hook, nn.Module]]:
+        """What stands in front of which module, the innermost first."""
+        for block, region in around.items():
+            if region is None:
+                yield block, _module(self.denoiser, block.block.name)
+        for name, feeder in self.feeders.items():
+            if region_around(name, regions) is None:  # inside of one, the compiler leaves out what nobody reads
+                yield feeder, _module(self.denoiser, name)
+        for name, hook in masked.items():
+            if name:
+                yield hook, regions[name]
+        yield self.own, self.denoiser
+
+    def _patterns(self, region: MaskedRegion) -> set[tuple[Pattern, ...]]:
+        return patterns(self.run.plans, [inside.values.column for inside in region.blocks])
+
+    def _most_graphs(self, masked: Mapping[str, MaskedRegion], regions: Mapping[str, nn.Module]) -> int:
+        """The graphs that the compiler may need for the code of one class of regions; 0 = no region is masked."""
+        by_class: dict[type[nn.Module], set[tuple[Pattern, ...]]] = {}
+        for name, hook in masked.items():
+            by_class.setdefault(type(unwrapped(regions[name])), set()).update(self._patterns(hook))
+        return max(map(len, by_class.values())) + GRAPHS_OF_OTHERS if by_class else 0
+
+
+def _module(denoiser: nn.Module, name: str) -> nn.Module:
+    try:
+        return denoiser.get_submodule(name)
+    except AttributeError as error:
+        raise ScheduleMismatch(
+            given=f"a {type(unwrapped(denoiser)).__name__} without {name!r}",
+            expected="the blocks of the schedule, and the modules that feed them",
+            advice="Apply the schedule to the denoiser it was made for, or learn a new one",
+        ) from error
