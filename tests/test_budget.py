@@ -236,8 +236,8 @@ class TestTimeBlocks:
 
     def test_forecasts_that_take_longer_than_blocks_leave_these_nothing(self) -> None:
         graph = chain_graph(2, "output")
-        assert [block.ms for block in _shared_out(graph, [1, 3, 5], reused=7).blocks] == [0.5, 1.5, 7]
-        assert [block.ms for block in _shared_out(graph, [1, 2, 3], reused=7).blocks] == [0, 0, 6]
+        assert [block.ms for block in _shared_out(graph, [1, 3, 5], whole=9, reused=7).blocks] == [0.5, 1.5, 7]
+        assert [block.ms for block in _shared_out(graph, [1, 2, 3], whole=6, reused=7).blocks] == [0, 0, 6]
 
     def test_what_cannot_be_timed_is_refused(self, reference: MaskSchedule) -> None:
         denoiser, trajectory, graph = slow_chain()

@@ -106,7 +106,7 @@ def _timed(contenders: Sequence[Contender], seed: int, repeats: int) -> list[Tim
             contender.run(seed)
     found = [Timed() for _ in contenders]
     for contender, own in progress(list(zip(contenders, found, strict=True)) * repeats, "timing"):
-        own.add(contender.run(seed))
+        own.add(contender.run(seed), contender.pipeline_ms(seed))
     return found
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load, save
 from torch import Tensor
 
+from stepmask.denoiser.device import device_of
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.memory import peak_memory
@@ -160,7 +161,7 @@ class _Setting:
 def _swept(setting: _Setting, shard: _Shard) -> Arrays:
     """A profile's `inner`, `held` and `offset` for some probes of one trajectory, and the bytes that it took, or −1."""
     trajectory, around = setting.trajectories[shard.trajectory], setting.around
-    with peak_memory() as peak, frozen(trajectory.sampling.pipe):
+    with peak_memory(device_of(trajectory.sampling.denoiser)) as peak, frozen(trajectory.sampling.pipe):
         measure = _Measure.of(trajectory, setting.decode)
         readings = _Readings(trajectory, around.graph, measure.output_samples, setting.ages)
         answered = swept_answers(around, setting.ages)

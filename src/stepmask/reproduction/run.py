@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load, save
 
 from stepmask import zoo
+from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.conditioning import Conditioning
+from stepmask.denoiser.device import device_of
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import weights_of
 from stepmask.denoiser.runtime import apply
@@ -113,7 +115,7 @@ def reproduce(
         TooFewSamples: There are too few samples for the measure.
         InvalidPictures: The reference holds no pictures, or those of another size.
     """
-    device = str(next(denoiser_of(pipe).parameters()).device)
+    device = str(device_of(denoiser_of(pipe)))
     return _Reproduction(
         recipe,
         pipe,
@@ -234,7 +236,7 @@ def _drawn(shared: tuple[Any, Measure, Mapping[str, MaskSchedule | None]], job: 
 
 
 def _sampled(sampling: Sampling, table: MaskSchedule | None, measure: Measure) -> _Batch:
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(Clock(device_of(sampling.denoiser)))
     with ExitStack() as stack:
         if table is not None:
             stack.enter_context(apply(sampling.pipe, table))
