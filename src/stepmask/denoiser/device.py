@@ -1,10 +1,11 @@
 """Where a denoiser runs, and what torch has for a device of that kind."""
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CPU = torch.device("cpu")
 
@@ -27,3 +28,19 @@ def has_streams(device: torch.device) -> bool:
     """Whether copies to and from an accelerator may run beside its work."""
     module = module_of(device)
     return all(hasattr(module, name) for name in ("Stream", "stream", "current_stream"))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; from the CPU by way of pinned memory, so that the host does not wait for the copy."""
+    if tensor.device == device or tensor.device.type != "cpu" or not has_streams(device):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def read_together(flags: Iterable[Tensor]) -> list[bool]:
+    """The truth of scalars; an accelerator is waited for once for all of them."""
+    held = list(flags)
+    if not held:
+        return []
+    told: list[bool] = torch.stack([flag.to(held[0].device) for flag in held]).tolist()
+    return told

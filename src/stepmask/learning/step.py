@@ -1,7 +1,7 @@
 """`learn_step`: the scores of one row, from one step's forward and backward passes alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,7 @@ def learn_step(denoiser: nn.Module, job: StepJob) -> npt.NDArray[np.float64]:
     optimiser = torch.optim.Adam([parameter], lr=job.relaxation.rate)
     branches = [_Branch(Bench(denoiser, job.graph), calls, job.rows) for calls in job.calls]
     target = job.guidance([branch.target for branch in branches])
+    job = replace(job, guidance=job.guidance.to(target.device))  # for all iterations
     for iteration in range(job.iterations):
         with torch.no_grad():
             job.relaxation.project(parameter, costs, job.share)
@@ -121,7 +122,8 @@ class _Branch:
 def _loss(job: StepJob, branches: Sequence[_Branch], target: Tensor, scores: Tensor) -> Tensor:
     if not job.whole_steps:
         scores = torch.cat([scores[:-1], scores.new_ones(1)])
-    pairs = [branch.blend(scores) for branch in branches]
+    moved = scores.to(target.device)  # in one piece, and its gradient comes back in one
+    pairs = [branch.blend(moved) for branch in branches]
     error = relative_error(job.guidance([output for output, _ in pairs]), target)
     cost = expected_cost(scores, job.graph, job.costs)
     return job.objective(error, [feature for _, features in pairs for feature in features], cost)
