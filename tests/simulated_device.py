@@ -175,7 +175,7 @@ class OnDevice(Tensor):
         told = {"storage_offset": numbers.storage_offset(), "dtype": numbers.dtype, "device": PLACE}
         tensor: OnDevice = make(cls, numbers.shape, strides=numbers.stride(), **told)
         tensor.numbers = numbers
-        tensor.streams = set()
+        tensor.streams = {id(present().current)}
         return tensor
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]  # torch's own takes the contents
@@ -261,6 +261,8 @@ def _done(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not own and not (asked is not None and asked.type == NAME):
         return _on_host(func, args, kwargs)
     device = present()
+    if any(id(device.current) not in tensor.streams for tensor in own) and func is not aten.copy_.default:
+        raise RuntimeError(f"a tensor of another stream that was not recorded for this one ({func})")
     if func in MOVES:
         return _moved(device, func, args, kwargs)
     _refuse(func, args, kwargs, given)
@@ -336,7 +338,7 @@ def _copied(device: Device, target: Any, source: Any, *, blocks: bool) -> None:
 
 
 def _numbers(tensor: Any) -> Tensor:
-    return tensor.numbers if isinstance(tensor, OnDevice) else tensor.detach()
+    return tensor.numbers if isinstance(tensor, OnDevice) else tensor.data  # whose writes torch does not count
 
 
 def _spoil(tensor: Tensor) -> None:
@@ -347,7 +349,7 @@ def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: lis
     """Refuse what CUDA refuses."""
     name = func.overloadpacket.__name__
     foreign = [tensor for tensor in given if not isinstance(tensor, OnDevice)]
-    if foreign and name not in INDEXED:
+    if foreign and len(foreign) < len(given) and name not in INDEXED:
         is_pointwise = torch.Tag.pointwise in func.tags or name in ("lerp", "where", "addcmul", "fill_", "fill")
         if not is_pointwise or any(tensor.ndim for tensor in foreign) or foreign[0] is given[0] is _changed(func, args):
             raise RuntimeError(
@@ -385,7 +387,7 @@ def _computed(
     told.pop("pin_memory", None)
     answer = func(*tree_map(_host, args), **tree_map(_host, told))
     if asked is not None and asked.type != NAME:
-        return answer
+        return _pinned(answer) if kwargs.get("pin_memory") else answer
     wrapped = tree_map_only(Tensor, OnDevice, answer)
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.call import Call, parameters_of, timestep_of_call
-from stepmask.denoiser.families import fingerprint_of, scheduler_of
+from stepmask.denoiser.calls import Calls
+from stepmask.denoiser.device import device_of
+from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.modes import Autocast, autocast_as, autocast_now, copied, usable, without_inference_mode
 from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.other_caches import refuse_other_caches
@@ -36,7 +39,8 @@ class Trajectory:
     """What the denoiser was given and said along one run, step by step. Latents, never features.
 
     Args:
-        calls: Arguments of each evaluation, in order; branches of one step follow each other.
+        calls: Arguments of each evaluation, in order; branches of one step follow each other. An accelerator holds
+            only those that calls share.
         outputs: What the denoiser answered.
         sampled: What the run ended with.
         sampling: How to run it again.
@@ -44,7 +48,7 @@ class Trajectory:
         sampler: Fingerprint of the sampler.
     """
 
-    calls: tuple[Call, ...]
+    calls: Sequence[Call]
     outputs: tuple[Any, ...]
     sampled: Sampled
     sampling: Sampling
@@ -69,7 +73,23 @@ class Trajectory:
                 advice="Call stepmask.record(pipe, ...) first",
             )
 
-    def at(self, step: int) -> tuple[tuple[Call, ...], tuple[Any, ...]]:
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: what lies on an accelerator goes by way of the CPU."""
+        return {name: pytree.tree_map(_sent, value) for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.sampling.pipe is not None:
+            self.settle(self.sampling.denoiser)
+
+    def settle(self, denoiser: nn.Module) -> None:
+        """Bring what came from another process to the device that a denoiser is on here."""
+        device = device_of(denoiser)
+        vars(self).update({name: pytree.tree_map(partial(_arrived, device), value) for name, value in vars(self).items()})
+        if isinstance(self.calls, Calls):
+            self.calls.settle(device)
+
+    def at(self, step: int) -> tuple[Sequence[Call], tuple[Any, ...]]:
         """Calls and outputs of one step, one each per branch."""
         where = slice(step * self.sampler.branches, (step + 1) * self.sampler.branches)
         return self.calls[where], self.outputs[where]
@@ -134,6 +154,8 @@ def recorded(
     executor = executor or LocalExecutor()
     jobs = [(seed, call, autocast_now()) for seed, call in calls.items()]
     runs = dict(executor.map(_recorded, executor.share(pipe), jobs, title="recording"))
+    for run in runs.values():
+        run.settle(denoiser_of(pipe))
     return [replace(runs[job], sampling=replace(runs[job].sampling, pipe=pipe)) for job in range(len(jobs))]
 
 
@@ -155,7 +177,7 @@ def record_sampling(sampling: Sampling) -> Trajectory:
         sampler = _sampler(seen, listener, sampling)
         check_shapes(_named(sampling.denoiser, listener.calls), listener.outputs, sampler.branches)
         return Trajectory(
-            calls=tuple(listener.calls),
+            calls=listener.calls,
             outputs=tuple(listener.outputs),
             sampled=sampled,
             sampling=replace(sampling, steps=len(seen.timesteps) or None, branches=sampler.branches),
@@ -224,7 +246,7 @@ def _sampler(seen: _Seen, listener: "_Listener", sampling: Sampling) -> SamplerF
 
 def _loop(listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
     """A plain loop: told by the timesteps of its evaluations."""
-    calls, branches = listener.calls, sampling.branches
+    calls, branches = list(listener.calls.as_they_lie()), sampling.branches
     parameters = parameters_of(sampling.denoiser)
     if not calls:
         raise RunError(
@@ -240,10 +262,10 @@ def _loop(listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
     return SamplerFingerprint("", tuple(timesteps[::branches]), branches=branches)
 
 
-def _named(denoiser: nn.Module, calls: Sequence[Call]) -> list[dict[str, Any]]:
+def _named(denoiser: nn.Module, calls: Calls) -> list[dict[str, Any]]:
     """The arguments of each call by their names."""
     names = parameters_of(denoiser)
-    return [{**dict(zip(names, call.args, strict=False)), **call.kwargs} for call in calls]
+    return [{**dict(zip(names, call.args, strict=False)), **call.kwargs} for call in calls.as_they_lie()]
 
 
 def _depends(sampling: Sampling, listener: "_Listener", first_of_all: int, at: int) -> bool:
@@ -265,30 +287,14 @@ class _Listener(Hook):
     """Stands in front of the denoiser and keeps what it is given and says."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls = Calls()
         self.outputs: list[Any] = []
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.calls.append(self._kept(args, kwargs))
+        self.calls.keep(args, kwargs)
         output = call(*args, **kwargs)
         self.outputs.append(each(copied, output))
         return output
-
-    def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """A copy; a tensor equal to the one in its place a call ago (conditioning) is shared with it."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        before = pytree.tree_leaves((self.calls[-1].args, self.calls[-1].kwargs)) if self.calls else []
-        if len(before) != len(leaves):
-            before = [None] * len(leaves)
-        kept = [_keep(leaf, old) for leaf, old in zip(leaves, before, strict=True)]
-        return Call(*pytree.tree_unflatten(kept, spec))
-
-
-def _keep(leaf: Any, old: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    same = isinstance(old, Tensor) and old.shape == leaf.shape and torch.equal(old, leaf)
-    return old if same else copied(leaf)
 
 
 class _Replay(Hook):
@@ -327,3 +333,22 @@ def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A tensor of an accelerator on its way to another process.
+
+    Args:
+        tensor: On the CPU.
+    """
+
+    tensor: Tensor
+
+
+def _sent(leaf: Any) -> Any:
+    return _Sent(leaf.cpu()) if isinstance(leaf, Tensor) and leaf.device.type != "cpu" else leaf
+
+
+def _arrived(device: torch.device, leaf: Any) -> Any:
+    return leaf.tensor.to(device) if isinstance(leaf, _Sent) else leaf

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmask.denoiser.call import Call
+from stepmask.denoiser.calls import as_they_lie
 from stepmask.denoiser.identity import digest
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError
@@ -41,7 +42,7 @@ class StepJob:
     """
 
     step: int
-    calls: tuple[tuple[Call, ...], ...]
+    calls: tuple[Sequence[Call], ...]
     rows: npt.NDArray[np.bool_]
     graph: BlockGraph
     costs: npt.NDArray[np.float64]
@@ -66,7 +67,7 @@ class StepJob:
             self.seed,
             self.graph,
         )
-        calls = [(call.args, call.kwargs) for branch in self.calls for call in branch]
+        calls = [(call.args, call.kwargs) for branch in self.calls for call in as_they_lie(branch)]
         return digest(repr(settings), self.rows, self.costs, list(tensors([calls, self.guidance.weights])))
 
 
