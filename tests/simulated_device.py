@@ -200,8 +200,8 @@ class OnDevice(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # of a class, and without keyword arguments too, as torch calls it
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Do an operation."""
-        return _done(func, args, kwargs or {})
+        """Do an operation; another subclass of torch among the arguments answers for itself."""
+        return NotImplemented if _others(args, kwargs) else _done(func, args, kwargs or {})
 
 
 class _Mode(TorchDispatchMode):
@@ -255,8 +255,8 @@ def simulated(**times: float) -> Iterator[Device]:
 def _done(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     own = [tensor for tensor in given if isinstance(tensor, OnDevice)]
-    if any(type(tensor) not in (Tensor, OnDevice, torch.nn.Parameter, torch.nn.Buffer) for tensor in given):
-        return func(*args, **kwargs)  # another subclass of torch, as fake tensors, answers for itself
+    if _others(args, kwargs):
+        return func(*args, **kwargs)
     asked = _place_asked(kwargs)
     if not own and not (asked is not None and asked.type == NAME):
         return _on_host(func, args, kwargs)
@@ -268,6 +268,12 @@ def _done(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _refuse(func, args, kwargs, given)
     _count(device, func, args, kwargs, own)
     return _computed(device, func, args, kwargs, asked)
+
+
+def _others(args: Any, kwargs: Any) -> bool:
+    """Whether there is a tensor of another subclass, as fake tensors are."""
+    known = (Tensor, OnDevice, torch.nn.Parameter, torch.nn.Buffer)
+    return any(isinstance(leaf, Tensor) and type(leaf) not in known for leaf in tree_leaves((args, kwargs)))
 
 
 def _place_asked(kwargs: dict[str, Any]) -> torch.device | None:

@@ -9,11 +9,12 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepmask.schedule.fingerprint import SamplerFingerprint
 
@@ -105,12 +106,47 @@ def timestep_of(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """The timestep among the arguments of a call of `scheduler.step`: mostly the second, but not of all."""
     names = list(inspect.signature(type(scheduler).step).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}["timestep"]
-    return float(given.max() if isinstance(given, Tensor) else given)  # some hand over one per sample
+    if not isinstance(given, Tensor):
+        return float(given)
+    known = _known(scheduler, given)
+    return float(given.max()) if known is None else known  # some hand over one per sample
+
+
+def _known(scheduler: Any, given: Tensor) -> float | None:
+    """A timestep on an accelerator that is a piece of the scheduler's own, which were read before; `None` for others."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    read = _READ.get(timesteps) if isinstance(timesteps, Tensor) else None
+    if read is None or timesteps is None or given.ndim or given.dtype != timesteps.dtype or timesteps.ndim != 1:
+        return None
+    if read.version != timesteps._version or given.untyped_storage()._cdata != timesteps.untyped_storage()._cdata:
+        return None
+    place, rest = divmod(given.storage_offset() - timesteps.storage_offset(), timesteps.stride(0) or 1)
+    return float(read.numbers[place]) if not rest and 0 <= place < len(timesteps) else None
+
+
+class _Read(NamedTuple):
+    """What a tensor held when it had been written to so many times."""
+
+    version: int
+    numbers: Tensor
+
+
+_READ: Any = WeakTensorKeyDictionary()
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """A sampler's table in the CPU's memory; an accelerator is waited for once for each."""
+    if tensor.device.type == "cpu" or tensor.is_inference():
+        return tensor.detach().cpu()
+    read = _READ.get(tensor)
+    if read is None or read.version != tensor._version:
+        read = _READ[tensor] = _Read(tensor._version, tensor.detach().cpu())
+    return read.numbers
 
 
 def describe(scheduler: Any, branches: int = 1) -> SamplerFingerprint:
     """The fingerprint of a scheduler whose timesteps are set."""
-    timesteps = tuple(float(t) for t in scheduler.timesteps.tolist())
+    timesteps = tuple(float(t) for t in _numbers(scheduler.timesteps).tolist())
     return SamplerFingerprint(type(scheduler).__name__, timesteps, log_snr(scheduler), branches)
 
 
@@ -133,11 +169,11 @@ def log_snr(scheduler: Any) -> tuple[float, ...]:
     exploding, x = x₀ + σ·ε, told by a σ above 1: −2·log σ. Neither α nor σ is taken to be less than `LEAST`: what is
     infinite can neither be saved nor interpolated.
     """
-    timesteps = scheduler.timesteps.detach().cpu().double()
+    timesteps = _numbers(scheduler.timesteps).double()
     sigmas, bars = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
-    sigma = sigmas[: len(timesteps)].detach().cpu().double() if isinstance(sigmas, Tensor) else torch.zeros(0)
+    sigma = _numbers(sigmas)[: len(timesteps)].double() if isinstance(sigmas, Tensor) else torch.zeros(0)
     if isinstance(bars, Tensor) and not _follows_a_flow(scheduler, sigma):
-        bar = bars.double().cpu().clamp(LEAST**2, 1 - LEAST**2)
+        bar = _numbers(bars).double().clamp(LEAST**2, 1 - LEAST**2)
         table = torch.log(bar) - torch.log1p(-bar)
         values = np.interp(timesteps.numpy(), np.arange(len(table)), table.numpy())
     elif len(sigma) and len(sigma) == len(timesteps):

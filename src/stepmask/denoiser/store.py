@@ -40,8 +40,9 @@ class Store:
 
     Floating-point tensors are rounded to the dtype on the block's device, and then moved. From an accelerator to the
     CPU's memory they go by a stream of their own, to pinned memory: the host waits for no copy, the device for those
-    that it reads. In a dtype of a smaller range than float32's, each row of a tensor's first dimension has a scale of 4 bytes that makes
-    its largest number the dtype's largest: nothing overflows, and no sample's rounding depends on another's.
+    that it reads. In a dtype of a smaller range than float32's, each row of a tensor's first dimension has a scale of 4
+    bytes that makes its largest number the dtype's largest: nothing overflows, and no sample's rounding depends on
+    another's.
 
     Args:
         device: `None` = where the block's output is.

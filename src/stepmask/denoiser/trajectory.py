@@ -85,7 +85,8 @@ class Trajectory:
     def settle(self, denoiser: nn.Module) -> None:
         """Bring what came from another process to the device that a denoiser is on here."""
         device = device_of(denoiser)
-        vars(self).update({name: pytree.tree_map(partial(_arrived, device), value) for name, value in vars(self).items()})
+        here = {name: pytree.tree_map(partial(_arrived, device), value) for name, value in vars(self).items()}
+        vars(self).update(here)
         if isinstance(self.calls, Calls):
             self.calls.settle(device)
 
