@@ -1,5 +1,6 @@
 """`record`: run a pipeline as it is and keep what its denoiser was given; never its features."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -75,7 +76,7 @@ class Trajectory:
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: what lies on an accelerator goes by way of the CPU."""
-        return {name: pytree.tree_map(_sent, value) for name, value in vars(self).items()}
+        return self._mapped(_sent)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -85,10 +86,14 @@ class Trajectory:
     def settle(self, denoiser: nn.Module) -> None:
         """Bring what came from another process to the device that a denoiser is on here."""
         device = device_of(denoiser)
-        here = {name: pytree.tree_map(partial(_arrived, device), value) for name, value in vars(self).items()}
-        vars(self).update(here)
+        vars(self).update(self._mapped(partial(_arrived, device)))
         if isinstance(self.calls, Calls):
             self.calls.settle(device)
+
+    def _mapped(self, function: Callable[[Any], Any]) -> dict[str, Any]:
+        """All that it holds, with a function done to the leaves of its outputs and of what it ended with."""
+        sampled = Sampled(**{name: _mapped(function, value) for name, value in vars(self.sampled).items()})
+        return {**vars(self), "outputs": _mapped(function, self.outputs), "sampled": sampled}
 
     def at(self, step: int) -> tuple[Sequence[Call], tuple[Any, ...]]:
         """Calls and outputs of one step, one each per branch."""
@@ -345,6 +350,21 @@ class _Sent:
     """
 
     tensor: Tensor
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """A value with a function done to its leaves; an output class is not made anew, for it may leave fields out."""
+    if not isinstance(value, dict):
+        nested = partial(_mapped, function)
+        return pytree.tree_map(
+            lambda leaf: nested(leaf) if isinstance(leaf, dict) else function(leaf),
+            value,
+            is_leaf=lambda part: isinstance(part, dict),
+        )
+    told = copy.copy(value)
+    for name, part in value.items():
+        told[name] = _mapped(function, part)
+    return told
 
 
 def _sent(leaf: Any) -> Any:

@@ -87,7 +87,7 @@ def evaluate(
     told = {key: _brief(value) for key, value in call.items()}
     setting = {**told, "seed": seeds[0] if len(seeds) == 1 else _brief(seeds), "repeats": repeats}
     images = {each.name: own.images for each, own in zip(contenders, timed, strict=True) if own.images is not None}
-    return Report(rows, setting, machine(), images, schedule)
+    return Report(rows, setting, machine(contenders[0].clock.device), images, schedule)
 
 
 def _compared(contenders: Sequence[Contender], seed: int) -> list[Fidelity]:

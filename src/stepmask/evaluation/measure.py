@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepmask.denoiser.clock import Clock
+from stepmask.denoiser.device import CPU, module_of
 from stepmask.denoiser.seam import Hook
 
 
@@ -66,17 +67,28 @@ class MacCounter(Hook):
         return output
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+def machine(device: torch.device = CPU) -> dict[str, Any]:
+    """What the numbers were measured on.
+
+    Args:
+        device: Where the denoiser was.
+    """
     return {
         "processor": _processor(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": _accelerator(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "diffusers", "stepmask")},
     }
+
+
+def _accelerator(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return None
+    module = module_of(device)
+    return str(module.get_device_name(device)) if hasattr(module, "get_device_name") else device.type
 
 
 def _processor() -> str:
