@@ -257,6 +257,9 @@ def _done(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     own = [tensor for tensor in given if isinstance(tensor, OnDevice)]
     if _others(args, kwargs):
         return func(*args, **kwargs)
+    if torch.is_inference_mode_enabled() and _is_composite(func):
+        with _Mode():  # type: ignore[no-untyped-call]  # torch leaves it without types
+            return func.decompose(*args, **kwargs)  # as it is by gradients' own key elsewhere
     asked = _place_asked(kwargs)
     if not own and not (asked is not None and asked.type == NAME):
         return _on_host(func, args, kwargs)
@@ -268,6 +271,10 @@ def _done(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _refuse(func, args, kwargs, given)
     _count(device, func, args, kwargs, own)
     return _computed(device, func, args, kwargs, asked)
+
+
+def _is_composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def _others(args: Any, kwargs: Any) -> bool:

@@ -1,7 +1,6 @@
 """`Calls`: what a denoiser was called with along a run, kept without taking an accelerator's memory for all of it."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, overload
 
 import torch
@@ -42,19 +41,6 @@ class Kept:
         return {"tensor": self.tensor.cpu(), "device": self.device if here else None}
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """A call whose tensors are kept elsewhere.
-
-    Args:
-        leaves: Its arguments; a `Kept` in place of each tensor.
-        structure: How they hang together.
-    """
-
-    leaves: tuple[Any, ...]
-    structure: pytree.TreeSpec
-
-
 class Calls(Sequence[Call]):
     """Calls of a denoiser, in order.
 
@@ -63,37 +49,37 @@ class Calls(Sequence[Call]):
     comes back whenever its call is asked for.
 
     Args:
-        layouts: The calls.
+        kept: The calls, with a `Kept` in place of each tensor.
     """
 
-    def __init__(self, layouts: Iterable[_Layout] = ()) -> None:
-        self.layouts = list(layouts)
+    def __init__(self, kept: Iterable[Call] = ()) -> None:
+        self.kept = list(kept)
 
     def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep one more call, in copies."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        before: list[Any] = list(self.layouts[-1].leaves) if self.layouts else []
+        before = _leaves(self.kept[-1]) if self.kept else []
         alike = len(before) == len(leaves)
         kept = [_kept(leaf, before[place] if alike else None) for place, leaf in enumerate(leaves)]
         shared = {id(leaf) for leaf in kept}
         for leaf in before:
             if isinstance(leaf, Kept) and id(leaf) not in shared:
                 leaf.put_aside()
-        self.layouts.append(_Layout(tuple(kept), structure))
+        self.kept.append(Call(*pytree.tree_unflatten(kept, structure)))
 
     def as_they_lie(self) -> Iterator[Call]:
         """The calls with their tensors wherever these are: for shapes, and for small numbers."""
-        return (_call(layout, lambda kept: kept.tensor) for layout in self.layouts)
+        return (_with_tensors(call, lambda kept: kept.tensor) for call in self.kept)
 
     def settle(self, device: torch.device) -> None:
         """Have the accelerator's tensors of calls that came from another process on a device."""
-        for layout in self.layouts:
-            for leaf in layout.leaves:
+        for call in self.kept:
+            for leaf in _leaves(call):
                 if isinstance(leaf, Kept):
                     leaf.settle(device)
 
     def __len__(self) -> int:
-        return len(self.layouts)
+        return len(self.kept)
 
     @overload
     def __getitem__(self, place: int) -> Call: ...
@@ -103,8 +89,8 @@ class Calls(Sequence[Call]):
 
     def __getitem__(self, place: int | slice) -> "Call | Self":
         if isinstance(place, slice):
-            return type(self)(self.layouts[place])
-        return _call(self.layouts[place], Kept.there)
+            return type(self)(self.kept[place])
+        return _with_tensors(self.kept[place], Kept.there)
 
 
 def as_they_lie(calls: Sequence[Call]) -> Iterable[Call]:
@@ -124,6 +110,10 @@ def _is_equal(before: Tensor, leaf: Tensor) -> bool:
     return before.device == leaf.device and torch.equal(before, leaf)
 
 
-def _call(layout: _Layout, tensor_of: Any) -> Call:
-    leaves = [tensor_of(leaf) if isinstance(leaf, Kept) else leaf for leaf in layout.leaves]
-    return Call(*pytree.tree_unflatten(leaves, layout.structure))
+def _leaves(call: Call) -> list[Any]:
+    leaves: list[Any] = pytree.tree_leaves((call.args, call.kwargs))
+    return leaves
+
+
+def _with_tensors(call: Call, tensor_of: Callable[[Kept], Tensor]) -> Call:
+    return Call(*pytree.tree_map_only(Kept, tensor_of, (call.args, call.kwargs)))
