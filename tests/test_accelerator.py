@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import stepmask
 from pipelines import make
+from simulated_device import PLACE, Device, simulated
 from stepmask import Budget, MaskSchedule, Store, Trajectory
 from stepmask.denoiser import clock
 from stepmask.denoiser.clock import Clock
@@ -35,7 +36,6 @@ from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 
-from simulated_device import PLACE, Device, simulated
 from toys import per_channel
 
 WIDTH = 8
@@ -181,8 +181,9 @@ class TestRealPipelines:
     def test_a_masked_run_is_the_cpu_s_with_every_store(self, name: str, device: Device) -> None:
         _, _, recorded, graph = on_cpu(name)
         _, _, trajectory = on_device(name)
-        for table in TABLES.values():
-            schedule = table(reference_of(recorded, graph))
+        tables = list(TABLES)[:-1] if name == "FluxPipeline" else TABLES  # whose blocks say two tensors each
+        for table in tables:
+            schedule = TABLES[table](reference_of(recorded, graph))
             for store in STORES.values():
                 expected, found = latent(recorded, schedule, store), latent(trajectory, schedule, store)
                 rough = 1e-4 if store is None or store.dtype is None else 3e-2  # near a tie it is rounded either way
@@ -190,7 +191,7 @@ class TestRealPipelines:
 
     @pytest.mark.parametrize("name", REAL)
     def test_a_masked_run_waits_for_the_sampler_s_tables_alone(self, name: str, device: Device) -> None:
-        _, call, recorded, graph = on_cpu(name)
+        _, _, recorded, graph = on_cpu(name)
         _, _, trajectory = on_device(name)
         for table in TABLES.values():
             schedule = table(reference_of(recorded, graph))
@@ -243,7 +244,9 @@ class TestLearning:
 
     @pytest.mark.parametrize("calls", [1, 2])
     @pytest.mark.parametrize(
-        "learner", [PerTimestep(iterations=3, rounds=2), TrainedForecasts(passes=1)], ids=lambda made: type(made).__name__
+        "learner",
+        [PerTimestep(iterations=3, rounds=2), TrainedForecasts(passes=1)],
+        ids=lambda made: type(made).__name__,
     )
     def test_a_learner_finds_the_cpu_s_table(self, learner: Any, calls: int, device: Device) -> None:
         run, reference, moved = toy(calls=calls)

@@ -171,7 +171,7 @@ class TestStreams:
 
 class TestTime:
     def test_kernels_queue_beside_the_host(self) -> None:
-        # ten launches of 1 s each; the first kernel starts at 1 s and each takes 3: the last ends at 31, and a wait is 5
+        # ten launches of 1 s each; the first kernel starts at 1 s and each takes 3: the last ends at 31; a wait is 5
         with simulated(launch=1, kernel=3, wait=5) as device:
             x, module = torch.zeros(2, device=PLACE), torch.get_device_module(PLACE)
             for _ in range(9):

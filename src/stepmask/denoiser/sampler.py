@@ -113,7 +113,7 @@ def timestep_of(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _known(scheduler: Any, given: Tensor) -> float | None:
-    """A timestep on an accelerator that is a piece of the scheduler's own, which were read before; `None` for others."""
+    """A timestep on an accelerator that is one of the scheduler's own, which were read before; `None` for others."""
     timesteps = getattr(scheduler, "timesteps", None)
     read = _READ.get(timesteps) if isinstance(timesteps, Tensor) else None
     if read is None or timesteps is None or given.ndim or given.dtype != timesteps.dtype or timesteps.ndim != 1:

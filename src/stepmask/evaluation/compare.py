@@ -44,7 +44,8 @@ def evaluate(
         report = stepmask.evaluate(pipe, schedule, class_labels=[1, 2, 3], num_inference_steps=20)
         print(report)
 
-    Every way of sampling runs once per seed to compare samples, and then `repeats` times in this process for its time:
+    Every way of sampling runs once per seed to compare samples, and then `repeats` times in this process for the
+    denoiser's time and as often for the pipeline's:
     with the first seed, warmed up, and in turns, so that a machine that slows down slows all of them.
 
     Args:
@@ -54,7 +55,7 @@ def evaluate(
             another pipeline, sampled as it is, with whatever other cache is enabled on it. What the latter computes is
             counted.
         seed: Of the generator; choose another than the one the schedule was learned with. Of several each is a batch.
-        repeats: Timed runs of each.
+        repeats: Timed runs of each: of the denoiser under a stopwatch, and of the pipeline with nothing in front of it.
         run: For a plain denoiser: a function that samples with it and returns the final latent. It is given the seed
             and those of the arguments that it names: `def sample(seed=0, num_inference_steps=10)`.
         executor: Where batches are sampled and compared; `None` = `LocalExecutor()`.
