@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import stepmask
 from stepmask import BlockGraph, Budget, MaskSchedule, Trajectory
+from stepmask.denoiser import clock
 from stepmask.denoiser.timing import _shared_out, time_blocks
 from stepmask.errors import AlreadyApplied, InvalidBudget, InvalidSchedule, NoSuchBlock, NotTimed, RunError, TraceError
 from stepmask.learning.per_timestep import PerTimestep
@@ -226,6 +228,15 @@ class TestTimeBlocks:
         assert times.times.sum() == pytest.approx(1)
         assert [replace(block, ms=0.0) for block in times.blocks] == [*graph.blocks]
         assert [type(layer) for layer in denoiser.layers] == [Scale, Slow]
+
+    def test_looking_at_the_clock_is_no_part_of_an_evaluation(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = count()  # every look takes a second, and nothing else takes any time
+        monkeypatch.setattr(clock, "perf_counter", lambda: float(next(looks)))
+        denoiser = Chain()
+        trajectory = stepmask.record(denoiser, run=lambda: denoiser(torch.ones(2, 3), 1.0))
+        graph = stepmask.trace(denoiser, trajectory, blocks="layers.*")
+        times = time_blocks(denoiser, trajectory, graph, repeats=3)
+        assert sum(block.ms for block in times.blocks) == 1000
 
     def test_the_denoisers_own_is_a_step_that_reuses_all_blocks(self) -> None:
         denoiser = SlowGlue()

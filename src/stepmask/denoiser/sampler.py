@@ -138,7 +138,7 @@ def _numbers(tensor: Tensor) -> Tensor:
     """A sampler's table in the CPU's memory; an accelerator is waited for once for each."""
     if tensor.device.type == "cpu" or tensor.is_inference():
         return tensor.detach().cpu()
-    read = _READ.get(tensor)
+    read: _Read | None = _READ.get(tensor)
     if read is None or read.version != tensor._version:
         read = _READ[tensor] = _Read(tensor._version, tensor.detach().cpu())
     return read.numbers
