@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import stepmask
 from stepmask import BlockGraph, Budget, MaskSchedule, Trajectory
+from stepmask.denoiser import clock
 from stepmask.denoiser.timing import _shared_out, time_blocks
 from stepmask.errors import AlreadyApplied, InvalidBudget, InvalidSchedule, NoSuchBlock, NotTimed, RunError, TraceError
 from stepmask.learning.per_timestep import PerTimestep
@@ -227,6 +229,15 @@ class TestTimeBlocks:
         assert [replace(block, ms=0.0) for block in times.blocks] == [*graph.blocks]
         assert [type(layer) for layer in denoiser.layers] == [Scale, Slow]
 
+    def test_looking_at_the_clock_is_no_part_of_an_evaluation(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = count()  # every look takes a second, and nothing else takes any time
+        monkeypatch.setattr(clock, "perf_counter", lambda: float(next(looks)))
+        denoiser = Chain()
+        trajectory = stepmask.record(denoiser, run=lambda: denoiser(torch.ones(2, 3), 1.0))
+        graph = stepmask.trace(denoiser, trajectory, blocks="layers.*")
+        times = time_blocks(denoiser, trajectory, graph, repeats=3)
+        assert sum(block.ms for block in times.blocks) == 1000
+
     def test_the_denoisers_own_is_a_step_that_reuses_all_blocks(self) -> None:
         denoiser = SlowGlue()
         trajectory = stepmask.record(denoiser, run=lambda: denoiser(torch.ones(2, 3), 1.0))
@@ -236,8 +247,8 @@ class TestTimeBlocks:
 
     def test_forecasts_that_take_longer_than_blocks_leave_these_nothing(self) -> None:
         graph = chain_graph(2, "output")
-        assert [block.ms for block in _shared_out(graph, [1, 3, 5], reused=7).blocks] == [0.5, 1.5, 7]
-        assert [block.ms for block in _shared_out(graph, [1, 2, 3], reused=7).blocks] == [0, 0, 6]
+        assert [block.ms for block in _shared_out(graph, [1, 3, 5], whole=9, reused=7).blocks] == [0.5, 1.5, 7]
+        assert [block.ms for block in _shared_out(graph, [1, 2, 3], whole=6, reused=7).blocks] == [0, 0, 6]
 
     def test_what_cannot_be_timed_is_refused(self, reference: MaskSchedule) -> None:
         denoiser, trajectory, graph = slow_chain()

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.device import to_device
 from stepmask.denoiser.replay import MaskedBlock
 from stepmask.denoiser.seam import Hook
 from stepmask.denoiser.values import each, tensors, to_output, to_stored_form
@@ -150,7 +151,7 @@ class Weights:
         for row, weights in zip(rows, self.cells.values(), strict=True):
             row[: len(weights)] = weights
         with torch.inference_mode(False):
-            matrix = torch.from_numpy(rows).to(dtype).to(device)
+            matrix = to_device(torch.from_numpy(rows).to(dtype), device)
         return {
             cell: row[: len(weights)] for (cell, weights), row in zip(self.cells.items(), matrix.unbind(), strict=True)
         }

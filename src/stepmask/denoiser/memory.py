@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stepmask.denoiser.device import module_of
 from stepmask.denoiser.values import tensors
 
 
@@ -27,15 +28,20 @@ class Peak:
 
 
 @contextmanager
-def peak_memory() -> Iterator[Peak]:
-    """Watch memory: allocated by torch on CUDA, resident in the process on Linux (VmHWM, reset at entry)."""
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Watch memory: allocated by torch on an accelerator, resident in the process on Linux (VmHWM, reset at entry).
+
+    Args:
+        device: Whose memory.
+    """
     peak, resets = Peak(), Path("/proc/self/clear_refs")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        peak.before = torch.cuda.memory_allocated()
+    module = module_of(device)
+    if hasattr(module, "max_memory_allocated"):
+        module.reset_peak_memory_stats(device)
+        peak.before = module.memory_allocated(device)
         yield peak
-        peak.bytes = torch.cuda.max_memory_allocated()
-    elif os.access(resets, os.W_OK):
+        peak.bytes = module.max_memory_allocated(device)
+    elif device.type == "cpu" and os.access(resets, os.W_OK):
         resets.write_text("5")
         peak.before = _resident("VmRSS")
         yield peak

@@ -9,11 +9,12 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import update_wrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepmask.denoiser.call import TIMESTEPS, as_number
 from stepmask.errors import RunError
@@ -125,7 +126,9 @@ def timestep_of(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     given = _given_to_step(scheduler, args, kwargs)
     named = next((given[name] for name in TIMESTEPS if name in given), None)
     second = next(iter([*given.values()][1:]), None)
-    timestep = as_number(second if named is None else named)  # some hand over one per sample
+    told = second if named is None else named
+    known = _known(scheduler, told) if isinstance(told, Tensor) else None
+    timestep = as_number(told) if known is None else known  # some hand over one per sample
     if timestep is None:
         raise RunError(
             given=f"a call of {type(scheduler).__name__}.step without a timestep",
@@ -184,6 +187,38 @@ def _given_to_step(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return {**by_place, **by_name, **kwargs}
 
 
+def _known(scheduler: Any, given: Tensor) -> float | None:
+    """A timestep on an accelerator that is one of the scheduler's own, which were read before; `None` for others."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    read = _READ.get(timesteps) if isinstance(timesteps, Tensor) else None
+    if read is None or timesteps is None or given.ndim or given.dtype != timesteps.dtype or timesteps.ndim != 1:
+        return None
+    if read.version != timesteps._version or given.untyped_storage()._cdata != timesteps.untyped_storage()._cdata:
+        return None
+    place, rest = divmod(given.storage_offset() - timesteps.storage_offset(), timesteps.stride(0) or 1)
+    return float(read.numbers[place]) if not rest and 0 <= place < len(timesteps) else None
+
+
+class _Read(NamedTuple):
+    """What a tensor held when it had been written to so many times."""
+
+    version: int
+    numbers: Tensor
+
+
+_READ: Any = WeakTensorKeyDictionary()
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """A sampler's table in the CPU's memory; an accelerator is waited for once for each."""
+    if tensor.device.type == "cpu" or tensor.is_inference():
+        return tensor.detach().cpu()
+    read: _Read | None = _READ.get(tensor)
+    if read is None or read.version != tensor._version:
+        read = _READ[tensor] = _Read(tensor._version, tensor.detach().cpu())
+    return read.numbers
+
+
 def describe(scheduler: Any, branches: int = 1) -> SamplerFingerprint:
     """The fingerprint of a scheduler whose timesteps are set.
 
@@ -200,6 +235,7 @@ def _timesteps(scheduler: Any) -> tuple[float, ...]:
         RunError: It has none, or they are no numbers.
     """
     held = getattr(scheduler, "timesteps", None)
+    held = _numbers(held) if isinstance(held, Tensor) else held
     try:
         return tuple(float(t) for t in (held.tolist() if hasattr(held, "tolist") else held))  # type: ignore[union-attr]
     except (TypeError, ValueError) as error:
@@ -231,9 +267,9 @@ def log_snr(scheduler: Any) -> tuple[float, ...]:
     """
     timesteps = torch.tensor(_timesteps(scheduler), dtype=torch.float64)
     sigmas, bars = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
-    sigma = sigmas[: len(timesteps)].detach().cpu().double() if isinstance(sigmas, Tensor) else torch.zeros(0)
+    sigma = _numbers(sigmas)[: len(timesteps)].double() if isinstance(sigmas, Tensor) else torch.zeros(0)
     if isinstance(bars, Tensor) and not _follows_a_flow(scheduler, sigma):
-        bar = bars.double().cpu().clamp(LEAST**2, 1 - LEAST**2)
+        bar = _numbers(bars).double().clamp(LEAST**2, 1 - LEAST**2)
         table = torch.log(bar) - torch.log1p(-bar)
         values = np.interp(timesteps.numpy(), np.arange(len(table)), table.numpy())
     elif len(sigma) and len(sigma) == len(timesteps):

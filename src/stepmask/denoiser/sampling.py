@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.families import denoiser_of, scheduler_of
 from stepmask.denoiser.modes import Autocast, autocast_as, copied, usable, without_inference_mode
 from stepmask.denoiser.noise import Noise
@@ -88,6 +89,24 @@ class Sampling:
                 output = self.pipe(**self.call, **self._generator())
         self._check_ended(len(latents))
         return Sampled(latents[-1], output, tuple(handed), tuple(latents))
+
+    def seconds(self, clock: Clock) -> float:
+        """How long a run takes with nothing in front of it but what a schedule has put there.
+
+        Args:
+            clock: Of the denoiser's device.
+
+        Raises:
+            RunError: As for a whole run.
+        """
+        with self._repeated(), torch.no_grad():
+            generator = {} if self.run is not None else self._generator()
+            started = clock.now()
+            if self.run is not None:
+                self.run(**self._told(self.run))
+            else:
+                self.pipe(**self.call, **generator)
+            return clock.now() - started
 
     def latent(self) -> Tensor:
         """The final latent alone, in the caller's gradient mode: what comes after the last step is not run.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stepmask.denoiser.aside import brought_back, put_aside
 from stepmask.denoiser.values import each
 from stepmask.errors import InvalidStore
 from stepmask.schedule.graph import Block
@@ -24,10 +25,10 @@ class Kept(NamedTuple):
 
     def taken(self) -> Tensor:
         """The tensor that it stands for."""
-        data = self.data.to(self.device)
+        data = brought_back(self.data, self.device)
         if self.scale is None:
             return data.to(self.dtype)
-        return data.to(torch.float32).mul_(self.scale.to(self.device)).to(self.dtype)
+        return data.to(torch.float32).mul_(brought_back(self.scale, self.device)).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ class Store:
         with stepmask.apply(pipe, schedule, store=Store(dtype=torch.bfloat16)):
         with stepmask.apply(pipe, schedule, store=Store(device="cpu", dtype=torch.float8_e4m3fn)):
 
-    Floating-point tensors are rounded to the dtype on the block's device, and then moved; moves wait for each other. In
-    a dtype of a smaller range than float32's, each row of a tensor's first dimension has a scale of 4 bytes that makes
-    its largest number the dtype's largest: nothing overflows, and no sample's rounding depends on another's. Run on
-    CPUs only: that values come back from the memory of another device was not tested.
+    Floating-point tensors are rounded to the dtype on the block's device, and then moved. From an accelerator to the
+    CPU's memory they go by a stream of their own, to pinned memory: the host waits for no copy, the device for those
+    that it reads. In a dtype of a smaller range than float32's, each row of a tensor's first dimension has a scale of 4
+    bytes that makes its largest number the dtype's largest: nothing overflows, and no sample's rounding depends on
+    another's.
 
     Args:
         device: `None` = where the block's output is.
@@ -116,7 +118,8 @@ class Store:
             scale = _scale(tensor, torch.finfo(self.dtype).max) if self.is_scaled else None
             data = (tensor if scale is None else tensor / scale).to(self.dtype)
         device = tensor.device if self.device is None else self.device
-        return Kept(data.to(device), None if scale is None else scale.to(device), tensor.device, tensor.dtype)
+        moved = None if scale is None else put_aside(scale, device)
+        return Kept(put_aside(data, device), moved, tensor.device, tensor.dtype)
 
     def _invalid(self, why: str) -> InvalidStore:
         return InvalidStore(

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepmask.denoiser.clock import now
+from stepmask.denoiser.clock import Clock
+from stepmask.denoiser.device import device_of
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.runtime import apply
@@ -33,9 +34,10 @@ def time_blocks(pipe: Any, trajectory: Trajectory, graph: BlockGraph, *, repeats
         graph = time_blocks(pipe, trajectory, stepmask.trace(pipe, trajectory))
         schedule = stepmask.learn(pipe, trajectory, stepmask.Budget(time=0.5), graph=graph)
 
-    The denoiser is evaluated on recorded calls, with a stopwatch in front of every block, and then under a table that
-    reuses every block, forecast from as many stored values as there may be. An accelerator is waited for at both ends
-    of each block, so that work which would overlap is counted one after the other.
+    The denoiser is evaluated on recorded calls, whole and under a table that reuses every block, forecast from as many
+    stored values as there may be: these two times are what a step takes that computes all, and one that computes
+    nothing. Between them lies what the blocks take, and a third round, with a stopwatch in front of every block, tells
+    how it is shared out over them. An accelerator is not waited for meanwhile: the marks lie in its own work.
 
     Args:
         pipe: The pipeline, or plain denoiser, that the trajectory was recorded from.
@@ -62,66 +64,116 @@ def time_blocks(pipe: Any, trajectory: Trajectory, graph: BlockGraph, *, repeats
             advice="Call stepmask.record(pipe, ...) first",
         )
     refuse_if_taken(denoiser)
-    own = _own_times(denoiser, trajectory, graph, repeats)
-    return _shared_out(graph, own, reused=_reused_time(denoiser, trajectory, graph, repeats))
+    rounds = _Rounds(denoiser, trajectory, repeats, Clock(device_of(denoiser)))
+    own = rounds.own(graph)
+    return _shared_out(graph, own, whole=rounds.whole(), reused=rounds.reused(graph))
 
 
-def _own_times(denoiser: nn.Module, trajectory: Trajectory, graph: BlockGraph, repeats: int) -> list[float]:
-    """Milliseconds of each block in a whole evaluation, those of blocks inside it taken off."""
-    running: list[float] = []
-    watches = [_Watch(running) for _ in graph.blocks]
-    modules = [_module(denoiser, block) for block in graph.blocks]
-    with attached(dict(zip(modules, watches, strict=True))):
-        _evaluate(denoiser, trajectory, WARM_UPS + repeats, "timing blocks")
-    return [_median(block, watch) for block, watch in zip(graph.blocks, watches, strict=True)]
+@dataclass(frozen=True)
+class _Rounds:
+    """Evaluations of recorded calls, timed.
+
+    Args:
+        denoiser: The denoiser.
+        trajectory: Whose calls they are.
+        repeats: How many count.
+        clock: Of the denoiser's device.
+    """
+
+    denoiser: nn.Module
+    trajectory: Trajectory
+    repeats: int
+    clock: Clock
+
+    def whole(self) -> float:
+        """Milliseconds of a whole evaluation, with nothing in front of any module."""
+        return self._evaluated("timing evaluations")
+
+    def own(self, graph: BlockGraph) -> list[float]:
+        """Milliseconds of each block in a whole evaluation under watches, those of blocks inside it taken off."""
+        running: list[_Span] = []
+        watches = [_Watch(self.clock, running) for _ in graph.blocks]
+        modules = [_module(self.denoiser, block) for block in graph.blocks]
+        with attached(dict(zip(modules, watches, strict=True))):
+            self._evaluated("timing blocks")
+        return [_median(block, watch) for block, watch in zip(graph.blocks, watches, strict=True)]
+
+    def reused(self, graph: BlockGraph) -> float:
+        """Milliseconds of an evaluation that reuses all blocks."""
+        sampler = SamplerFingerprint("", (0.0,) * (WARM_UPS + self.repeats))
+        table = all_reused(MaskSchedule.all_compute(graph, self.trajectory.denoiser, sampler), order=WARM_UPS - 1)
+        with apply(self.denoiser, table):
+            return self._evaluated("timing reuse")
+
+    @torch.no_grad()
+    def _evaluated(self, what: str) -> float:
+        """Milliseconds of an evaluation as it is now."""
+        spans = []
+        places = list(islice(cycle(range(len(self.trajectory.calls))), WARM_UPS + self.repeats))
+        for place in progress(places, what):
+            call = self.trajectory.calls[place]
+            started = self.clock.mark()
+            self.denoiser(*call.args, **call.kwargs)
+            spans.append((started, self.clock.mark()))
+        return 1000 * median(self.clock.seconds(spans[WARM_UPS:]))
 
 
-def _reused_time(denoiser: nn.Module, trajectory: Trajectory, graph: BlockGraph, repeats: int) -> float:
-    """Milliseconds of an evaluation that reuses all blocks."""
-    steps = WARM_UPS + repeats
-    sampler = SamplerFingerprint("", (0.0,) * steps)
-    table = all_reused(MaskSchedule.all_compute(graph, trajectory.denoiser, sampler), order=WARM_UPS - 1)
-    watch = _Watch([])
-    with apply(denoiser, table), attached({denoiser: watch}):
-        _evaluate(denoiser, trajectory, steps, "timing reuse")
-    return 1000 * median(watch.seconds[WARM_UPS:])
-
-
-def _evaluate(denoiser: nn.Module, trajectory: Trajectory, count: int, what: str) -> None:
-    with torch.no_grad():
-        for call in progress(list(islice(cycle(trajectory.calls), count)), what):
-            denoiser(*call.args, **call.kwargs)
-
-
-def _shared_out(graph: BlockGraph, own: Sequence[float], *, reused: float) -> BlockGraph:
+def _shared_out(graph: BlockGraph, own: Sequence[float], *, whole: float, reused: float) -> BlockGraph:
     """The graph with a whole evaluation's time: one that reuses all blocks, and the rest in proportion to their own."""
-    rest, blocks = max(sum(own) - reused, 0.0), sum(own[:-1])
-    times = [*(ms * rest / blocks if blocks else 0.0 for ms in own[:-1]), sum(own) - rest]
+    rest, blocks = max(whole - reused, 0.0), sum(own[:-1])
+    if not blocks:
+        rest = 0.0
+    times = [*(ms * rest / blocks if blocks else 0.0 for ms in own[:-1]), whole - rest]
     return BlockGraph(tuple(replace(block, ms=round(ms, 4)) for block, ms in zip(graph.blocks, times, strict=True)))
 
 
 @dataclass(eq=False)
-class _Watch(Hook):
-    """Stands in front of a module and writes down its own time, that of watched modules inside it taken off.
+class _Span:
+    """One call of a watched module.
 
     Args:
-        running: Seconds that watched modules inside each module which is running have taken, outermost first.
-        seconds: Own time of each call.
+        started: When it began.
+        ended: When it was over.
+        inside: Calls of watched modules inside it.
     """
 
-    running: list[float]
-    seconds: list[float] = field(default_factory=list)
+    started: Any
+    ended: Any = None
+    inside: "list[_Span]" = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Watch(Hook):
+    """Stands in front of a module and writes down its calls.
+
+    Args:
+        clock: Of the device.
+        running: Calls of watched modules that are running, outermost first.
+        spans: The module's own.
+    """
+
+    clock: Clock
+    running: list[_Span]
+    spans: list[_Span] = field(default_factory=list)
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Time one call."""
-        self.running.append(0.0)
-        started = now()
-        output = call(*args, **kwargs)
-        taken = now() - started
-        self.seconds.append(max(taken - self.running.pop(), 0.0))
+        span = _Span(self.clock.mark())
+        self.spans.append(span)
         if self.running:
-            self.running[-1] += taken
+            self.running[-1].inside.append(span)
+        self.running.append(span)
+        output = call(*args, **kwargs)
+        span.ended = self.clock.mark()
+        self.running.pop()
         return output
+
+    def own(self, spans: Sequence[_Span]) -> list[float]:
+        """Seconds of each call, those of watched modules inside it taken off."""
+        inner = [part for span in spans for part in span.inside]
+        taken = iter(self.clock.seconds([(span.started, span.ended) for span in (*spans, *inner)]))
+        whole = [next(taken) for _ in spans]
+        return [max(own - sum(next(taken) for _ in span.inside), 0.0) for own, span in zip(whole, spans, strict=True)]
 
 
 def _module(denoiser: nn.Module, block: Block) -> nn.Module:
@@ -137,10 +189,10 @@ def _module(denoiser: nn.Module, block: Block) -> nn.Module:
 
 def _median(block: Block, watch: _Watch) -> float:
     """Milliseconds of a call."""
-    if len(watch.seconds) <= WARM_UPS:
+    if len(watch.spans) <= WARM_UPS:
         raise TraceError(
             given=f"block {block.label!r}, which these evaluations did not call",
             expected="every block called once per evaluation",
             advice="Trace and time with calls that use it",
         )
-    return 1000 * median(watch.seconds[WARM_UPS:])
+    return 1000 * median(watch.own(watch.spans[WARM_UPS:]))

@@ -1,8 +1,10 @@
 """`record`: run a pipeline as it is and keep what its denoiser was given; never its features."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.call import Call, parameters_of, timestep_of_call
-from stepmask.denoiser.families import fingerprint_of, scheduler_of
+from stepmask.denoiser.calls import Calls
+from stepmask.denoiser.device import device_of
+from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.modes import (
     Autocast,
     autocast_as,
@@ -47,7 +51,8 @@ class Trajectory:
     """What the denoiser was given and said along one run, step by step. Latents, never features.
 
     Args:
-        calls: Arguments of each evaluation, in order; branches of one step follow each other.
+        calls: Arguments of each evaluation, in order; branches of one step follow each other. An accelerator holds
+            only those that calls share.
         outputs: What the denoiser answered.
         sampled: What the run ended with.
         sampling: How to run it again.
@@ -55,7 +60,7 @@ class Trajectory:
         sampler: Fingerprint of the sampler.
     """
 
-    calls: tuple[Call, ...]
+    calls: Sequence[Call]
     outputs: tuple[Any, ...]
     sampled: Sampled
     sampling: Sampling
@@ -80,7 +85,28 @@ class Trajectory:
                 advice="Call stepmask.record(pipe, ...) first",
             )
 
-    def at(self, step: int) -> tuple[tuple[Call, ...], tuple[Any, ...]]:
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: what lies on an accelerator goes by way of the CPU."""
+        return self._mapped(_sent)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.sampling.pipe is not None:
+            self.settle(self.sampling.denoiser)
+
+    def settle(self, denoiser: nn.Module) -> None:
+        """Bring what came from another process to the device that a denoiser is on here."""
+        device = device_of(denoiser)
+        vars(self).update(self._mapped(partial(_arrived, device)))
+        if isinstance(self.calls, Calls):
+            self.calls.settle(device)
+
+    def _mapped(self, function: Callable[[Any], Any]) -> dict[str, Any]:
+        """All that it holds, with a function done to the leaves of its outputs and of what it ended with."""
+        sampled = Sampled(**{name: _mapped(function, value) for name, value in vars(self.sampled).items()})
+        return {**vars(self), "outputs": _mapped(function, self.outputs), "sampled": sampled}
+
+    def at(self, step: int) -> tuple[Sequence[Call], tuple[Any, ...]]:
         """Calls and outputs of one step, one each per branch."""
         where = slice(step * self.sampler.branches, (step + 1) * self.sampler.branches)
         return self.calls[where], self.outputs[where]
@@ -146,6 +172,8 @@ def recorded(
     executor = executor or LocalExecutor()
     jobs = [(seed, call, autocast_now()) for seed, call in calls.items()]
     runs = dict(executor.map(_recorded, executor.share(pipe), jobs, title="recording"))
+    for run in runs.values():
+        run.settle(denoiser_of(pipe))
     return [replace(runs[job], sampling=replace(runs[job].sampling, pipe=pipe)) for job in range(len(jobs))]
 
 
@@ -170,7 +198,7 @@ def record_sampling(sampling: Sampling) -> Trajectory:
         check_shapes(named, listener.outputs, sampler.branches)
         check_order(named, sampler.branches)
         return Trajectory(
-            calls=tuple(listener.calls),
+            calls=listener.calls,
             outputs=tuple(listener.outputs),
             sampled=sampled,
             sampling=replace(sampling, steps=len(seen.timesteps) or None, branches=sampler.branches),
@@ -239,7 +267,7 @@ def _sampler(seen: _Seen, listener: "_Listener", sampling: Sampling) -> SamplerF
 
 def _loop(listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
     """A plain loop: told by the timesteps of its evaluations."""
-    calls, branches = listener.calls, sampling.branches
+    calls, branches = list(listener.calls.as_they_lie()), sampling.branches
     parameters = parameters_of(sampling.denoiser)
     if not calls:
         raise RunError(
@@ -255,12 +283,12 @@ def _loop(listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
     return SamplerFingerprint("", tuple(timesteps[::branches]), branches=branches)
 
 
-def _named(denoiser: nn.Module, calls: Sequence[Call]) -> list[dict[str, Any]]:
+def _named(denoiser: nn.Module, calls: Calls) -> list[dict[str, Any]]:
     """The arguments of each call by their names."""
     names = parameters_of(denoiser)
-    most = max(len(call.args) for call in calls)
+    most = max(len(call.args) for call in calls.kept)
     names += tuple(f"argument {place}" for place in range(len(names), most))  # of forward(x, *more)
-    return [{**dict(zip(names, call.args, strict=False)), **call.kwargs} for call in calls]
+    return [{**dict(zip(names, call.args, strict=False)), **call.kwargs} for call in calls.as_they_lie()]
 
 
 def _depends(sampling: Sampling, listener: "_Listener", first_of_all: int, at: int) -> bool:
@@ -282,7 +310,7 @@ class _Listener(Hook):
     """Stands in front of the denoiser and keeps what it is given and says."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls = Calls()
         self.outputs: list[Any] = []
         self.inside: set[int] = set()  # threads in which the denoiser is being evaluated
         self.failure: Exception | None = None  # the first, which the run may have caught
@@ -299,9 +327,9 @@ class _Listener(Hook):
         if thread in self.inside:
             raise _calls_itself(len(self.calls) - 1)
         if any(map(is_mapped, tensors((args, kwargs)))):
-            raise _mapped()
+            raise _vmap_error()
 
-        self.calls.append(self._kept(args, kwargs))
+        self.calls.keep(args, kwargs)
         self.inside.add(thread)
         try:
             output = call(*args, **kwargs)
@@ -327,15 +355,6 @@ class _Listener(Hook):
                 advice="Record a run in which none fails, for example with a smaller batch",
             ) from self.failure
 
-    def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """A copy; a tensor equal to the one in its place a call ago (conditioning) is shared with it."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        before = pytree.tree_leaves((self.calls[-1].args, self.calls[-1].kwargs)) if self.calls else []
-        if len(before) != len(leaves):
-            before = [None] * len(leaves)
-        kept = [_keep(leaf, old) for leaf, old in zip(leaves, before, strict=True)]
-        return Call(*pytree.tree_unflatten(kept, spec))
-
 
 def _calls_itself(evaluation: int) -> RunError:
     return RunError(
@@ -346,7 +365,7 @@ def _calls_itself(evaluation: int) -> RunError:
     )
 
 
-def _mapped() -> RunError:
+def _vmap_error() -> RunError:
     return RunError(
         given="an evaluation of the denoiser inside torch.vmap",
         expected="tensors whose samples lie in a batch dimension, for they are kept and compared",
@@ -360,12 +379,6 @@ def _without_tensor(output: Any) -> RunError:
         expected="a tensor, or tensors in a tuple, a list, a dictionary or an output class of diffusers",
         advice="Return one of these, or make the class known: torch.utils._pytree.register_dataclass",
     )
-
-
-def _keep(leaf: Any, old: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return old if isinstance(old, Tensor) and same_numbers(old, leaf) else copied(leaf)
 
 
 class _Replay(Hook):
@@ -400,3 +413,37 @@ class _SeenEnough(BaseException):
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return len(some) == len(others) and all(map(same_numbers, some, others))
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A tensor of an accelerator on its way to another process.
+
+    Args:
+        tensor: On the CPU.
+    """
+
+    tensor: Tensor
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """A value with a function done to its leaves; an output class is not made anew, for it may leave fields out."""
+    if not isinstance(value, dict):
+        nested = partial(_mapped, function)
+        return pytree.tree_map(
+            lambda leaf: nested(leaf) if isinstance(leaf, dict) else function(leaf),
+            value,
+            is_leaf=lambda part: isinstance(part, dict),
+        )
+    told = copy.copy(value)
+    for name, part in value.items():
+        told[name] = _mapped(function, part)
+    return told
+
+
+def _sent(leaf: Any) -> Any:
+    return _Sent(leaf.cpu()) if isinstance(leaf, Tensor) and leaf.device.type != "cpu" else leaf
+
+
+def _arrived(device: torch.device, leaf: Any) -> Any:
+    return leaf.tensor.to(device) if isinstance(leaf, _Sent) else leaf

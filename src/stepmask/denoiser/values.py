@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stepmask.denoiser.device import to_device
 from stepmask.errors import TraceError
 from stepmask.schedule.channels import Vectors, channel_axis
 from stepmask.schedule.graph import Reuse
@@ -132,7 +133,7 @@ def on_channels(arrays: Sequence[Vectors], like: Tensor) -> list[tuple[Tensor, .
     """
     after = like.ndim - 1 - channel_axis(like.ndim)
     with torch.inference_mode(False):  # a later run may need gradients through them
-        moved = torch.from_numpy(np.concatenate(arrays)).to(like.device, like.dtype)
+        moved = to_device(torch.from_numpy(np.concatenate(arrays)).to(like.dtype), like.device)
         rows = moved.reshape(*moved.shape, *[1] * after).unbind()
     ends = np.cumsum([len(array) for array in arrays]).tolist()
     return [rows[end - len(array) : end] for end, array in zip(ends, arrays, strict=True)]

@@ -45,7 +45,8 @@ def evaluate(
         report = stepmask.evaluate(pipe, schedule, class_labels=[1, 2, 3], num_inference_steps=20)
         print(report)
 
-    Every way of sampling runs once per seed to compare samples, and then `repeats` times in this process for its time:
+    Every way of sampling runs once per seed to compare samples, and then `repeats` times in this process for the
+    denoiser's time and as often for the pipeline's:
     with the first seed, warmed up, and in turns, so that a machine that slows down slows all of them.
 
     Args:
@@ -55,7 +56,7 @@ def evaluate(
             another pipeline, sampled as it is, with whatever other cache is enabled on it. What the latter computes is
             counted.
         seed: Of the generator; choose another than the one the schedule was learned with. Of several each is a batch.
-        repeats: Timed runs of each.
+        repeats: Timed runs of each: of the denoiser under a stopwatch, and of the pipeline with nothing in front of it.
         run: For a plain denoiser: a function that samples with it and returns the final latent. It is given the seed
             and those of the arguments that it names: `def sample(seed=0, num_inference_steps=10)`.
         executor: Where batches are sampled and compared; `None` = `LocalExecutor()`.
@@ -88,7 +89,7 @@ def evaluate(
     told = {key: _brief(value) for key, value in call.items()}
     setting = {**told, "seed": seeds[0] if len(seeds) == 1 else _brief(seeds), "repeats": repeats}
     images = {each.name: own.images for each, own in zip(contenders, timed, strict=True) if own.images is not None}
-    return Report(rows, setting, machine(), images, schedule)
+    return Report(rows, setting, machine(contenders[0].clock.device), images, schedule)
 
 
 def _compared(contenders: Sequence[Contender], seed: int) -> list[Fidelity]:
@@ -107,7 +108,7 @@ def _timed(contenders: Sequence[Contender], seed: int, repeats: int) -> list[Tim
             contender.run(seed)
     found = [Timed() for _ in contenders]
     for contender, own in progress(list(zip(contenders, found, strict=True)) * repeats, "timing"):
-        own.add(contender.run(seed))
+        own.add(contender.run(seed), contender.pipeline_ms(seed))
     return found
 
 

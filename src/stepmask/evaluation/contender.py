@@ -1,13 +1,14 @@
 """`Contender`: one way of sampling, run and measured."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from torch import Tensor
 
-from stepmask.denoiser.clock import now
+from stepmask.denoiser.clock import Clock
+from stepmask.denoiser.device import device_of
 from stepmask.denoiser.identity import digest
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.runtime import apply
@@ -24,7 +25,6 @@ class Run:
 
     sampled: Sampled
     denoiser_ms: float
-    pipeline_ms: float
     evaluations: int
     computed_macs: int
     store_bytes: int
@@ -63,10 +63,10 @@ class Timed:
     pipeline_ms: list[float] = field(default_factory=list)
     images: Images | None = None
 
-    def add(self, run: Run) -> None:
-        """One more run."""
+    def add(self, run: Run, pipeline_ms: float) -> None:
+        """One more run under a stopwatch, and the time of one without."""
         self.denoiser_ms.append(run.denoiser_ms)
-        self.pipeline_ms.append(run.pipeline_ms)
+        self.pipeline_ms.append(pipeline_ms)
         self.images = run.images
 
 
@@ -90,24 +90,32 @@ class Contender:
 
     def run(self, seed: int) -> Run:
         """Once."""
-        stopwatch = Stopwatch()
+        denoiser = self.sampling.denoiser
+        stopwatch = Stopwatch(self.clock)
         with ExitStack() as stack:
             masked = stack.enter_context(apply(self.sampling.pipe, self.schedule)) if self.schedule else None
-            stack.enter_context(attached({self.sampling.denoiser: stopwatch}))
-            peak = stack.enter_context(peak_memory())
-            started = now()
+            stack.enter_context(attached({denoiser: stopwatch}))
+            peak = stack.enter_context(peak_memory(self.clock.device))
             sampled = replace(self.sampling, seed=seed)()
-            pipeline_ms = 1000 * (now() - started)
         self.warm.append(True)
         return Run(
             sampled,
             1000 * stopwatch.seconds,
-            pipeline_ms,
             stopwatch.calls,
             0 if masked is None else masked.computed_macs,
             0 if masked is None else masked.peak_store_bytes,
             peak.bytes,
         )
+
+    def pipeline_ms(self, seed: int) -> float:
+        """How long the pipeline takes, in a run of its own: nothing is watched or kept in it."""
+        with apply(self.sampling.pipe, self.schedule) if self.schedule else nullcontext():
+            return 1000 * replace(self.sampling, seed=seed).seconds(self.clock)
+
+    @property
+    def clock(self) -> Clock:
+        """Of the denoiser's device."""
+        return Clock(device_of(self.sampling.denoiser))
 
     def counted_run(self, seed: int) -> Run:
         """Once, and once more with its MACs counted where no plan says them: counting changes rounding."""

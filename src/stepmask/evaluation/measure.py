@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepmask.denoiser.clock import now
+from stepmask.denoiser.clock import Clock
+from stepmask.denoiser.device import CPU, module_of
 from stepmask.denoiser.seam import Hook
 
 
@@ -20,21 +21,32 @@ from stepmask.denoiser.seam import Hook
 class Stopwatch(Hook):
     """Stands in front of the denoiser and adds up the time spent in it, the runtime's own work included.
 
+    An accelerator is not waited for before the seconds are asked for.
+
     Args:
-        seconds: So far.
-        calls: So far.
+        clock: Of the denoiser's device.
+        spans: Beginning and end of each call.
     """
 
-    seconds: float = 0.0
-    calls: int = 0
+    clock: Clock
+    spans: list[tuple[Any, Any]] = field(default_factory=list)
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Time one call."""
-        started = now()
+        started = self.clock.mark()
         output = call(*args, **kwargs)
-        self.seconds += now() - started
-        self.calls += 1
+        self.spans.append((started, self.clock.mark()))
         return output
+
+    @property
+    def calls(self) -> int:
+        """How many there have been."""
+        return len(self.spans)
+
+    @property
+    def seconds(self) -> float:
+        """What they have taken, together."""
+        return sum(self.clock.seconds(self.spans))
 
 
 @dataclass(eq=False)
@@ -55,17 +67,28 @@ class MacCounter(Hook):
         return output
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+def machine(device: torch.device = CPU) -> dict[str, Any]:
+    """What the numbers were measured on.
+
+    Args:
+        device: Where the denoiser was.
+    """
     return {
         "processor": _processor(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": _accelerator(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "diffusers", "stepmask")},
     }
+
+
+def _accelerator(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return None
+    module = module_of(device)
+    return str(module.get_device_name(device)) if hasattr(module, "get_device_name") else device.type
 
 
 def _processor() -> str:

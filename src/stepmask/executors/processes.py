@@ -79,6 +79,11 @@ def started() -> bool:
     return _world() > 1
 
 
+def local_rank() -> int:
+    """Which of the processes on its machine this is."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
 def _world() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 0)
 

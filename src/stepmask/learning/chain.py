@@ -1,6 +1,7 @@
 """A masked run under gradients: how the final latent of each sample depends on every forecast weight."""
 
 from collections.abc import Callable
+from math import isfinite
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,6 @@ from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.seam import attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
-from stepmask.learning.guidance import samples_of
 from stepmask.learning.sample_rows import SampleRows
 from stepmask.learning.tape import Moment, Tape, not_finite
 from stepmask.schedule.answers import answers
@@ -24,17 +24,21 @@ def loss_and_gradients(
     reading: MaskSchedule,
     weights: Tensor,
     loss: Callable[[Tensor], Tensor],
+    rows: SampleRows | None = None,
 ) -> tuple[float, Tensor]:
     """The loss of a masked run's final latent, and its gradients in the forecast weights, sample by sample.
 
     A sample's gradient is what its rows contribute; the gradient of the loss is their sum. It is exact: what a weight
-    changes in values that are stored after it counts too.
+    changes in values that are stored after it counts too. Of an accelerator's numbers only the loss, whether all were
+    finite, and in the end the gradients are read, however many blocks and steps there are.
 
     Args:
         trajectory: Its run is repeated under the table.
         reading: The table; its weights say how many values each reused cell reads.
         weights: What stands in for them, newest value first, shape (steps, blocks, 3).
         loss: Of the final latent, a scalar.
+        rows: Which sample each row belongs to; `None` = as the trajectory tells, for which a step's outputs are read
+            at each step.
 
     Returns:
         The loss; gradients, shape (samples, steps, blocks, 3).
@@ -47,7 +51,7 @@ def loss_and_gradients(
     reads = answers(reading, reading.steps - 1) != 0
     moved = reads[..., 1:].any(axis=2)  # computed cells that blend nothing in have no weights to move
     answered = reads.astype(float)
-    rows = SampleRows(samples_of(trajectory)[1], trajectory)
+    rows = rows or SampleRows.of(trajectory)
     gradients = _Gradients(reading.graph, rows, weights, moved)
     for step, column in np.argwhere(moved):
         ages = np.flatnonzero(reads[step, column])
@@ -55,9 +59,10 @@ def loss_and_gradients(
     tape = Tape(trajectory, reading.graph, answered, gradients, reads=reads)
     with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad(), uncompiled():
         value = loss(trajectory.sampling.latent())
-        _check(value)
+        told = _told(value, tape)
         torch.autograd.grad(value, tape.anchor)
-    return float(value.detach()), gradients.total
+    rows.check()
+    return told, gradients.total.cpu()
 
 
 class _Gradients:
@@ -65,7 +70,7 @@ class _Gradients:
 
     def __init__(self, graph: BlockGraph, rows: SampleRows, weights: Tensor, moved: npt.NDArray[np.bool_]) -> None:
         self.graph, self.rows, self.moved = graph, rows, moved
-        self.total = torch.zeros(rows.count, *weights.shape, dtype=torch.float32)
+        self.total = torch.zeros(rows.count, *weights.shape, dtype=torch.float32, device=rows.device)
 
     def __call__(self, moment: Moment) -> None:
         """Take in one evaluation."""
@@ -76,12 +81,16 @@ class _Gradients:
                 self.total[:, moment.step, column, index] += products.to(self.total)
 
 
-def _check(value: Tensor) -> None:
+def _told(value: Tensor, tape: Tape) -> float:
+    """The loss as a number, if all that led to it was one."""
+    tape.check_finite()
     if not value.requires_grad:
         raise LearningError(
             given="a final latent that does not depend on the forecast weights",
             expected="a sampling loop without torch.no_grad, and a table that forecasts",
             advice="Let the loop run in the caller's gradient mode",
         )
-    if not torch.isfinite(value):
+    told = float(value.detach())
+    if not isfinite(told):
         raise not_finite("a masked run's final latent")
+    return told

@@ -6,7 +6,7 @@ a recorded run, so that no pipeline has to be known.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.device import to_device
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import prediction
 
@@ -23,23 +24,28 @@ class Guidance:
     """The linear map from the rows of a step's outputs to what the scheduler is handed.
 
     Args:
-        weights: (rows handed, rows of all branches together).
+        weights: (rows handed, rows of all branches together), in the CPU's memory.
         channels: How many of the output's channels are used; a learned variance is not handed over.
     """
 
     weights: Tensor
     channels: int
 
+    def to(self, device: torch.device) -> "Guidance":
+        """The same, with its weights where they are used again and again."""
+        return replace(self, weights=to_device(self.weights, device))
+
     def __call__(self, outputs: Sequence[Any]) -> Tensor:
         """What the scheduler is handed for the outputs of all branches, shape (rows handed, elements)."""
         rows = _rows(outputs, self.channels)
-        return self.weights.to(rows) @ rows
+        return to_device(self.weights, rows.device).to(rows) @ rows
 
 
 def guidance_of(trajectory: Trajectory, step: int) -> Guidance:
     """The weights at one step, by least squares on the recorded outputs; the identity where there is no scheduler.
 
-    Exact for every guidance that is a weighted sum of rows; the best linear description of any other.
+    Exact for every guidance that is a weighted sum of rows; the best linear description of any other. Solved on the
+    CPU: the rows may depend on each other, and accelerators have no driver for that.
     """
     _, outputs = trajectory.at(step)
     first = _first(outputs[0])
@@ -48,8 +54,8 @@ def guidance_of(trajectory: Trajectory, step: int) -> Guidance:
         return Guidance(identity, first.shape[1] if first.ndim > 1 else 1)
     handed = trajectory.sampled.handed[step]
     channels = handed.shape[1] if handed.ndim > 1 else 1
-    rows = _rows(outputs, channels).double()
-    solution = torch.linalg.lstsq(rows.T, handed.flatten(1).double().T, driver="gelsd").solution
+    rows = _rows(outputs, channels).cpu().double()
+    solution = torch.linalg.lstsq(rows.T, handed.cpu().flatten(1).double().T, driver="gelsd").solution
     return Guidance(solution.T.float(), channels)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from stepmask.denoiser.calls import Calls
+from stepmask.denoiser.device import device_of
 from stepmask.denoiser.modes import autocast_as
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.trajectory import Trajectory, record_sampling
@@ -90,14 +92,14 @@ class PerTimestep:
         self, under: Trajectory, table: MaskSchedule, costs: Floats, weights: Floats, price: float, shares: Floats
     ) -> list[StepJob]:
         whole = [int(step) for step in np.flatnonzero(table.rows.all(axis=1))]
-        jobs = []
+        jobs, branches = [], under.sampler.branches
         for step in range(1, under.steps):
             first = max(start for start in whole if start < step)
-            windows = [under.at(earlier)[0] for earlier in range(first, step + 1)]
+            window = under.calls[first * branches : (step + 1) * branches]
             jobs.append(
                 StepJob(
                     step=step,
-                    calls=tuple(zip(*windows, strict=True)),
+                    calls=tuple(window[branch::branches] for branch in range(branches)),
                     rows=table.rows[first:step],
                     graph=table.graph,
                     costs=costs,
@@ -128,6 +130,9 @@ class PerTimestep:
 
 def _learn_row(trajectories: Sequence[Trajectory], job: StepJob) -> Floats:
     sampling = trajectories[0].sampling
+    for calls in job.calls:
+        if isinstance(calls, Calls):
+            calls.settle(device_of(sampling.denoiser))
     with autocast_as(sampling.autocast):
         return learn_step(sampling.denoiser, job)
 

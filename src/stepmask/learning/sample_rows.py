@@ -7,9 +7,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.device import read_together, to_device
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import prediction
 from stepmask.errors import LearningError
+from stepmask.learning.guidance import samples_of
 from stepmask.schedule.graph import Block
 
 
@@ -27,21 +29,25 @@ class SampleRows:
         predicted = prediction(trajectory.outputs[0])
         self.listed = isinstance(predicted, list)
         self.device = predicted[0].device  # where a block without a floating tensor is zero
+        self.indices: dict[tuple[int, int, torch.device], Tensor] = {}
+        self.mixed: dict[tuple[str, tuple[int, ...]], Tensor] = {}  # whether anybody reads what samples share
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> "SampleRows":
+        """As a trajectory tells by its guidance."""
+        return cls(samples_of(trajectory)[1], trajectory)
 
     def products(self, branch: int, block: Block, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """Σ ⟨gradient, value⟩ over the floating tensors of one block, shape (samples,).
 
         A tensor with other rows than the denoiser's output, or with none, is shared by the samples: it counts where
-        all rows are one sample's, and where nobody reads it, for then its gradient is zero.
+        all rows are one sample's, and where nobody reads it, for then its gradient is zero: `check` tells.
 
         Args:
             branch: Of the evaluation.
             block: Whose tensors they are.
             left: Gradients.
             right: Values.
-
-        Raises:
-            LearningError: Samples share a tensor that is read.
         """
         samples = self.samples[branch]
         total = torch.zeros(self.count, dtype=torch.float32, device=left[0].device if left else self.device)
@@ -49,16 +55,38 @@ class SampleRows:
             left, right = [torch.stack(list(left))], [torch.stack(list(right))]
         for a, b in zip(left, right, strict=True):
             if not a.ndim or len(a) % len(samples):
-                total += self._shared(block, a, b, len(samples))
+                total += self._shared(block, a, b)
                 continue
             rows = torch.linalg.vecdot(a.flatten(1).float(), b.flatten(1).float())
-            total.index_add_(0, samples.repeat_interleave(len(rows) // len(samples)).to(rows.device), rows)
+            total.index_add_(0, self._index(branch, len(rows) // len(samples), rows.device), rows)
         return total
 
-    def _shared(self, block: Block, left: Tensor, right: Tensor, expected: int) -> Tensor:
+    def check(self) -> None:
+        """Refuse what was multiplied since the last time, if a tensor was among it that samples share.
+
+        An accelerator is waited for once, however much was multiplied.
+
+        Raises:
+            LearningError: Samples share a tensor that is read.
+        """
+        kinds, self.mixed = self.mixed, {}
+        for (label, shape), is_read in zip(kinds, read_together(kinds.values()), strict=True):
+            if is_read:
+                raise _mixed_rows(label, shape, self.samples.shape[1])
+
+    def _index(self, branch: int, repeats: int, device: torch.device) -> Tensor:
+        """Which sample each row of a tensor belongs to, each of the output's rows standing for several."""
+        key = branch, repeats, device
+        if key not in self.indices:
+            self.indices[key] = to_device(self.samples[branch].repeat_interleave(repeats), device)
+        return self.indices[key]
+
+    def _shared(self, block: Block, left: Tensor, right: Tensor) -> Tensor:
         """⟨left, right⟩ of one tensor whose rows are not samples'."""
-        if self.count > 1 and left.any():
-            raise _mixed_rows(block.label, tuple(left.shape), expected)
+        if self.count > 1:
+            kind = block.label, tuple(left.shape)
+            is_read = left.any()
+            self.mixed[kind] = self.mixed[kind] | is_read if kind in self.mixed else is_read
         product: Tensor = torch.linalg.vecdot(left.flatten().float(), right.flatten().float())
         return product
 

@@ -1,7 +1,7 @@
 """`learn_step`: the scores of one row, from one step's forward and backward passes alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmask.denoiser.call import Call
+from stepmask.denoiser.calls import as_they_lie
 from stepmask.denoiser.identity import digest
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError
@@ -41,7 +42,7 @@ class StepJob:
     """
 
     step: int
-    calls: tuple[tuple[Call, ...], ...]
+    calls: tuple[Sequence[Call], ...]
     rows: npt.NDArray[np.bool_]
     graph: BlockGraph
     costs: npt.NDArray[np.float64]
@@ -66,7 +67,7 @@ class StepJob:
             self.seed,
             self.graph,
         )
-        calls = [(call.args, call.kwargs) for branch in self.calls for call in branch]
+        calls = [(call.args, call.kwargs) for branch in self.calls for call in as_they_lie(branch)]
         return digest(repr(settings), self.rows, self.costs, list(tensors([calls, self.guidance.weights])))
 
 
@@ -87,6 +88,7 @@ def learn_step(denoiser: nn.Module, job: StepJob) -> npt.NDArray[np.float64]:
     optimiser = torch.optim.Adam([parameter], lr=job.relaxation.rate)
     branches = [_Branch(Bench(denoiser, job.graph), calls, job.rows) for calls in job.calls]
     target = job.guidance([branch.target for branch in branches])
+    job = replace(job, guidance=job.guidance.to(target.device))  # for all iterations
     for iteration in range(job.iterations):
         with torch.no_grad():
             job.relaxation.project(parameter, costs, job.share)
@@ -121,7 +123,8 @@ class _Branch:
 def _loss(job: StepJob, branches: Sequence[_Branch], target: Tensor, scores: Tensor) -> Tensor:
     if not job.whole_steps:
         scores = torch.cat([scores[:-1], scores.new_ones(1)])
-    pairs = [branch.blend(scores) for branch in branches]
+    moved = scores.to(target.device)  # in one piece, and its gradient comes back in one
+    pairs = [branch.blend(moved) for branch in branches]
     error = relative_error(job.guidance([output for output, _ in pairs]), target)
     cost = expected_cost(scores, job.graph, job.costs)
     return job.objective(error, [feature for _, features in pairs for feature in features], cost)

@@ -4,7 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load, save
 from torch import Tensor
 
+from stepmask.denoiser.device import device_of
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.memory import peak_memory
@@ -161,7 +162,7 @@ class _Setting:
 def _swept(setting: _Setting, shard: _Shard) -> Arrays:
     """A profile's `inner`, `held` and `offset` for some probes of one trajectory, and the bytes that it took, or −1."""
     trajectory, around = setting.trajectories[shard.trajectory], setting.around
-    with peak_memory() as peak, frozen(trajectory.sampling.pipe):
+    with peak_memory(device_of(trajectory.sampling.denoiser)) as peak, frozen(trajectory.sampling.pipe):
         measure = _Measure.of(trajectory, setting.decode)
         readings = _Readings(trajectory, around.graph, measure.output_samples, setting.ages)
         answered = swept_answers(around, setting.ages)
@@ -171,6 +172,7 @@ def _swept(setting: _Setting, shard: _Shard) -> Arrays:
         for place, pull in enumerate(progress(pulls, "probes")):
             readings.begin()
             torch.autograd.grad(latent, tape.anchor, pull, retain_graph=place < len(pulls) - 1)
+            readings.end()
     inner, held = np.concatenate(readings.probes, axis=1)
     took = np.array([-1 if peak.grown is None else peak.grown])
     return {"inner": inner, "held": held, "offset": np.concatenate(offsets).astype(np.float32), "bytes": took}
@@ -196,11 +198,12 @@ def _run(tape: Tape, trajectory: Trajectory, *, reference: bool) -> Tensor:
         latent = trajectory.sampling.latent()
     if tape.evaluation != len(trajectory.calls) or latent.shape != trajectory.sampled.latent.shape:
         raise _another_run(f"a run of {tape.evaluation} evaluations that ends with shape {tuple(latent.shape)}")
-    if not torch.isfinite(latent).all():
+    tape.check_finite()
+    error = float(relative_error(latent.detach(), trajectory.sampled.latent.detach()))
+    if not (isfinite(error) or torch.isfinite(latent).all()):
         raise not_finite("a final latent")
     if not latent.requires_grad:
         raise detached("after the last evaluation")
-    error = float(relative_error(latent.detach(), trajectory.sampled.latent.detach()))
     if reference and error > 1e-3:
         raise _another_run(f"a run whose final latent is {error:.2g} (relative squared error) away from the recorded")
     return latent
@@ -267,12 +270,13 @@ class _Readings:
         self.steps, self.graph, self.ages = trajectory.steps, graph, ages
         self.rows = SampleRows(samples, trajectory)
         self.probes: list[npt.NDArray[np.float32]] = []
+        self.total = torch.zeros(())  # of this probe, where the gradients are
         self.kept: dict[int, deque[tuple[int, Blocks, Blocks]]] = {}
 
     def begin(self) -> None:
         """The next probe."""
         shape = (2, self.rows.count, self.steps, len(self.graph), self.ages + 1)
-        self.probes.append(np.zeros(shape, np.float32))
+        self.total = torch.zeros(shape, device=self.rows.device)
         self.kept = {branch: deque() for branch in range(len(self.rows.samples))}
 
     def __call__(self, moment: Moment) -> None:
@@ -280,12 +284,23 @@ class _Readings:
         values = moment.values()
         self.kept[moment.branch].append((moment.step, moment.gradients, moment.held()))
         for later, *both in self.kept[moment.branch]:
-            products = torch.stack([self._by_sample(pulls, values, moment.branch) for pulls in both]).cpu().numpy()
-            if not np.isfinite(products).all():
-                raise not_finite(f"a gradient at step {later}")
-            self.probes[-1][:, :, later, :, later - moment.step] += products
+            products = torch.stack([self._by_sample(pulls, values, moment.branch) for pulls in both])
+            self.total[:, :, later, :, later - moment.step] += products.to(self.total)
         while self.kept[moment.branch][0][0] >= moment.step + self.ages:  # no earlier value is read with these
             self.kept[moment.branch].popleft()
+
+    def end(self) -> None:
+        """The probe is done: only now an accelerator is waited for.
+
+        Raises:
+            LearningError: A gradient is not finite, or samples share a tensor that is read.
+        """
+        self.rows.check()
+        read = self.total.cpu().numpy()
+        finite = np.isfinite(read).all(axis=(0, 1, 3, 4))
+        if not finite.all():
+            raise not_finite(f"a gradient at step {np.flatnonzero(~finite)[-1]}")
+        self.probes.append(read)
 
     def _by_sample(self, pulls: Blocks, values: Blocks, branch: int) -> Tensor:
         """⟨gradient, value⟩ of every block, shape (samples, blocks)."""

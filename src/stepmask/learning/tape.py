@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from stepmask.denoiser.device import read_together
 from stepmask.denoiser.families import casts_weights
 from stepmask.denoiser.held import Owner
 from stepmask.denoiser.modes import in_this_autocast
@@ -83,13 +84,14 @@ class Tape(Hook):
         self.last = _last_readers(self.reads)
         self.stored: dict[tuple[int, int, int], Any] = {}  # by step, branch, column
         self.owed: dict[tuple[int, int, int], list[Tensor]] = {}  # gradients of what is stored
+        self.finite: list[tuple[str, Tensor]] = []  # whether what was looked at is, not yet read
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation as a node of the autograd graph."""
         run, inputs = as_function(in_this_autocast(call), args, kwargs)
         step, branch = divmod(self.evaluation, self.branches)
         self.evaluation += 1
-        _check_finite(inputs, f"a latent at step {step}")
+        self._look(inputs, f"a latent at step {step}")
         if step and not any(tensor.requires_grad for tensor in inputs):
             raise detached(f"between the evaluations of step {step - 1} and step {step}")
         evaluation = Evaluation(self, step, branch, run)
@@ -101,7 +103,7 @@ class Tape(Hook):
     def forward(self, evaluation: "Evaluation", inputs: Sequence[Tensor]) -> Any:
         """One evaluation of the table, without gradients."""
         output = self._run(evaluation, inputs)
-        _check_finite(tensors(output), f"an output at step {evaluation.step}")
+        self._look(tensors(output), f"an output at step {evaluation.step}")
         self._drop(evaluation.branch, lambda step, column: self.last[step, column] <= evaluation.step)
         return output
 
@@ -122,6 +124,21 @@ class Tape(Hook):
             seat.clear()
         self._drop(branch, lambda stored, _: stored >= step)
         return pulled[: len(wanted)]
+
+    def _look(self, values: Iterable[Tensor], what: str) -> None:
+        """Have the device find out whether numbers are finite."""
+        self.finite += [(what, torch.isfinite(tensor).all()) for tensor in values if tensor.is_floating_point()]
+
+    def check_finite(self) -> None:
+        """Refuse a run that was not finite throughout; an accelerator is waited for once.
+
+        Raises:
+            LearningError: A latent or an output was not.
+        """
+        looked, self.finite = self.finite, []
+        for (what, _), is_finite in zip(looked, read_together(flag for _, flag in looked), strict=True):
+            if not is_finite:
+                raise not_finite(what)
 
     def held(self, moment: "Moment") -> Blocks:
         """Gradients of the answers with all blocks holding them: only the denoiser's own glue is computed again."""
@@ -391,11 +408,6 @@ def _pull(ends: list[Tensor], wanted: list[Tensor], pulls: list[Tensor]) -> Sequ
     if not ends or not wanted:
         return [torch.zeros_like(tensor) for tensor in wanted]
     return torch.autograd.grad(ends, wanted, pulls, allow_unused=True, materialize_grads=True)
-
-
-def _check_finite(values: Iterable[Tensor], what: str) -> None:
-    if not all(torch.isfinite(tensor).all() for tensor in values if tensor.is_floating_point()):
-        raise not_finite(what)
 
 
 def not_finite(what: str) -> LearningError:

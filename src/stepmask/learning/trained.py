@@ -22,6 +22,7 @@ from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.objective import sample_errors
 from stepmask.learning.placement import Refit, apart, movable, order_of, swapped
 from stepmask.learning.profile import Profile
+from stepmask.learning.sample_rows import SampleRows
 from stepmask.learning.starts import Family, families
 from stepmask.learning.sweep import sweep
 from stepmask.learning.task import Task
@@ -307,6 +308,7 @@ class _Training:
         self.optimiser = torch.optim.Adam([self.shared, self.own], betas=(0.8, 0.95))
         self.rates = learner.rates(task.budget.share, start.error)
         self.iteration = 0
+        self.rows: dict[int, SampleRows] = {}
         self.path = task.folder / f"training-{self._name()}.pt" if task.folder else None
         if self.path and self.path.exists():
             kept(self.path, self._load)
@@ -336,11 +338,21 @@ class _Training:
             group["lr"] = self.rates[self.iteration]
         weights = self._weights()
         _, gradients = loss_and_gradients(
-            trajectory, self.reading, weights, lambda latent: _mean_distance(latent, trajectory)
+            trajectory,
+            self.reading,
+            weights,
+            lambda latent: _mean_distance(latent, trajectory),
+            self._rows(trajectory),
         )
         self.optimiser.zero_grad()
         weights.backward(self._clipped(gradients))
         self.optimiser.step()
+
+    def _rows(self, trajectory: Trajectory) -> SampleRows:
+        """Whose sample each row is; read off the trajectory once."""
+        if id(trajectory) not in self.rows:
+            self.rows[id(trajectory)] = SampleRows.of(trajectory)
+        return self.rows[id(trajectory)]
 
     def _clipped(self, gradients: Tensor) -> Tensor:
         """The sum over samples, none of them longer than `LONGEST` median ones; lengths are in what is trained."""

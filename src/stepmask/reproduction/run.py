@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load, save
 
 from stepmask import zoo
+from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.conditioning import Conditioning
+from stepmask.denoiser.device import device_of, module_of
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import weights_of
 from stepmask.denoiser.runtime import apply
@@ -31,6 +33,7 @@ from stepmask.evaluation.measure import Stopwatch, machine
 from stepmask.evaluation.pictures import pictures_of
 from stepmask.executors.filed import Kind, absent, claim, finish
 from stepmask.executors.local import Executor, LocalExecutor
+from stepmask.executors.processes import local_rank, started
 from stepmask.files import as_path, write_whole
 from stepmask.learning.learn import Learner, learn
 from stepmask.learning.trained import TrainedForecasts
@@ -51,7 +54,8 @@ def load_pipeline(recipe: Recipe, source: str | None = None, device: str = "cpu"
     Args:
         recipe: The recipe.
         source: Folder or hub id of another checkpoint than the recipe's.
-        device: Of torch.
+        device: Of torch. Of several processes on a machine, as torchrun and Slurm start them, each takes one of its
+            own, unless it is told which.
 
     Raises:
         InvalidRecipe: No checkpoint is named, or it is a pipeline of another class.
@@ -65,7 +69,7 @@ def load_pipeline(recipe: Recipe, source: str | None = None, device: str = "cpu"
             expected="a diffusers folder or hub id",
             advice="Pass it as --pipeline; the recipe's notes say which",
         )
-    pipe = zoo.load(source, torch_dtype=getattr(torch, recipe.dtype)).to(device)
+    pipe = zoo.load(source, torch_dtype=getattr(torch, recipe.dtype)).to(_own(torch.device(device)))
     if recipe.pipeline not in (None, type(pipe).__name__):
         raise InvalidRecipe(
             given=f"{source}, a {type(pipe).__name__}",
@@ -75,6 +79,14 @@ def load_pipeline(recipe: Recipe, source: str | None = None, device: str = "cpu"
     zoo.set_sampler(pipe, recipe.sampler.name, recipe.sampler.options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _own(device: torch.device) -> torch.device:
+    """This process's part of what is asked for: an accelerator that no other process of the machine takes."""
+    module = module_of(device)
+    if module is None or device.index is not None or not started():
+        return device
+    return torch.device(device.type, local_rank() % max(module.device_count(), 1))
 
 
 def reproduce(
@@ -113,7 +125,7 @@ def reproduce(
         TooFewSamples: There are too few samples for the measure.
         InvalidPictures: The reference holds no pictures, or those of another size.
     """
-    device = str(next(denoiser_of(pipe).parameters()).device)
+    device = str(device_of(denoiser_of(pipe)))
     return _Reproduction(
         recipe,
         pipe,
@@ -148,8 +160,9 @@ class _Reproduction:
             macs = lower(tables[name]).macs_share if name in tables else 1.0
             metrics = {} if features is real else self.measure.compare(features, real)
             rows.append(Row(name, macs, _speedup(batches[REFERENCE], batches[name]), metrics))
+        device = device_of(denoiser_of(self.pipe))
         found_floor = floor(self.measure, real) if isinstance(real, Features) else {}
-        outcome = Outcome(self.recipe, self.measure.name, reference is not None, rows, found_floor, machine())
+        outcome = Outcome(self.recipe, self.measure.name, reference is not None, rows, found_floor, machine(device))
         write_whole(self.folder / "outcome.json", outcome.to_json())
         return outcome
 
@@ -234,7 +247,7 @@ def _drawn(shared: tuple[Any, Measure, Mapping[str, MaskSchedule | None]], job: 
 
 
 def _sampled(sampling: Sampling, table: MaskSchedule | None, measure: Measure) -> _Batch:
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(Clock(device_of(sampling.denoiser)))
     with ExitStack() as stack:
         if table is not None:
             stack.enter_context(apply(sampling.pipe, table))
