@@ -25,7 +25,7 @@ from test_runtime import random_table as random_plain_table
 from toys import Chain, per_channel, table, tiny_dit, tiny_pixart, tiny_unet, untimed
 
 OPTIONS: dict[str, Any] = {"backend": "eager", "fullgraph": True}
-STEPS = 8
+STEPS = 5
 
 
 @pytest.fixture(autouse=True)

@@ -138,20 +138,23 @@ timesteps work too.
 Before and after a schedule is applied:
 
 {besides}
+- `compile_repeated_blocks`, `torch.compile` of the denoiser or of blocks, accelerate's `compile_regions`
 
 Weights may change their dtype, and calls their batch size and resolution, between two runs. Pipelines in threads of
 their own work side by side.
 
 ## Refused, each with its reason
 
-- `torch.compile` of the whole denoiser (every row would be a graph of its own): `masked.compile()` compiles the blocks.
+- A denoiser that is compiled as a whole, under a schedule of more than 16 different rows, each of which is a graph of its
+  own: `masked.compile()` compiles the repeated blocks, which share graphs. CUDA graphs in `masked.compile()`.
+- A block inside a compiled region whose `forward` something else has replaced (hooks of accelerate or diffusers).
 - Another cache on the denoiser, enabled before or after.
 - FreeU, which writes into outputs that may be stored.
 - Guidance that is switched off part-way, or any other change of the batch size within a run; keys and values of a
   prompt that are cached at the first step (`use_kv_cache`).
 - Values that go past a block's arguments and answer, state, random numbers, writes in place that others read: in the
   trace, or in the proof on the recorded run.
-- Blocks inside a compiled module; another denoiser, or a compiled wrapper, put into the pipeline.
+- Another denoiser put into the pipeline.
 - Skip-layer guidance, whose extra evaluations leave blocks out.
 - A run with another sampler, number of steps, timesteps or strength than the schedule's.
 - A second pipeline on a masked denoiser, and a second thread within a run.

@@ -241,6 +241,10 @@ class MaskedRegion(Hook):
             output = call(*map(_in_one_layout, args), **{name: _in_one_layout(value) for name, value in kwargs.items()})
             for block in self.blocks:
                 block.collect()
+        except Exception as error:
+            first = self.blocks[0].values
+            first.run.note_failure(first.column, error)
+            raise
         finally:
             for block in self.blocks:
                 block.slot.clear()

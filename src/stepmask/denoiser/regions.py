@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -13,8 +14,10 @@ WRAPPED = "_orig_mod"
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside the wrapper of `torch.compile(module)`; any other module itself."""
-    inner = vars(module).get("_modules", {}).get(WRAPPED)
-    return module if inner is None else inner
+    if type(module).__name__ != "OptimizedModule":
+        return module
+    inner: Any = module._orig_mod
+    return unwrapped(inner)
 
 
 def modules_by_name(denoiser: nn.Module) -> dict[str, nn.Module]:
