@@ -145,8 +145,8 @@ their own work side by side.
 
 ## Refused, each with its reason
 
-- A denoiser that is compiled as a whole, under a schedule of more than 16 different rows, each of which is a graph of its
-  own: `masked.compile()` compiles the repeated blocks, which share graphs. CUDA graphs in `masked.compile()`.
+- A denoiser that is compiled as a whole, under a schedule of more than 16 different rows, each of which is a graph of
+  its own: `masked.compile()` compiles the repeated blocks, which share graphs. CUDA graphs in `masked.compile()`.
 - A block inside a compiled region whose `forward` something else has replaced (hooks of accelerate or diffusers).
 - Another cache on the denoiser, enabled before or after.
 - FreeU, which writes into outputs that may be stored.
