@@ -48,7 +48,9 @@ def test_what_was_not_traced_is_refused_with_step_and_block() -> None:
 
 
 def test_a_block_with_a_counter_is_no_denoiser_that_repeats_itself() -> None:
-    with pytest.raises(TraceError, match=r"does not repeat itself: at step 0.*draws noise or keeps state"):
+    with pytest.raises(
+        TraceError, match=r"does not repeat itself: at step 0.*draws noise, counts its evaluations or keeps something"
+    ):
         traced(Network(lambda net, x, t: net.layers[0](x + t), Counting), "layers.0")
 
 
@@ -81,7 +83,7 @@ def test_training_mode_is_named() -> None:
 
     network = Network(forward)
     network.train()
-    with pytest.raises(TraceError, match=r"training mode.*Call \.eval\(\)"):
+    with pytest.raises(TraceError, match=r"training mode.*call \.eval\(\)"):
         traced(network, "layers.0")
 
 

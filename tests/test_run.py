@@ -328,7 +328,7 @@ class TestTimesteps:
         with stepmask.apply(denoiser, self.schedule(denoiser)):
             denoiser(ONE, 0.9)
             denoiser(ONE, 0.6)
-            with pytest.raises(ScheduleMismatch, match=r"timestep 0\.9 at step 2"):
+            with pytest.raises(RunError, match=r"timestep 0\.9, with which a run begins, at step 2.*restart\(\)"):
                 denoiser(ONE, 0.9)
 
 
@@ -522,3 +522,16 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.inner(x) + x
+
+
+def test_a_schedule_that_nothing_used_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    denoiser = Two()
+    with stepmask.apply(denoiser, two_table("111", "011")):
+        copy.deepcopy(denoiser)(ONE)
+    assert "under a schedule that nothing used" in caplog.text
+
+    caplog.clear()
+    with stepmask.apply(denoiser, two_table("111", "011")):
+        denoiser(ONE)
+        denoiser(ONE)
+    assert not caplog.text

@@ -129,7 +129,8 @@ class Recorder:
             raise TraceError(
                 given=f"block {memory.block!r}, whose output the denoiser changes in place ({operation})",
                 expected="outputs that stay as they are, for they may be stored",
-                advice="Mask the module around it instead",
+                advice="Mask the module around it instead, or let the code around the blocks make a new tensor "
+                "(h = h + …)",
             )
         if _memory_of(tensor) in self.inputs:
             raise _changes_input(f"the code around the blocks ({operation})")

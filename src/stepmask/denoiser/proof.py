@@ -368,11 +368,16 @@ def _loop_error(step: int) -> TraceError:
 
 def _unsteady_error(denoiser: nn.Module, step: int) -> TraceError:
     trained = [name or "the denoiser itself" for name, module in denoiser.named_modules() if module.training]
-    why = f"{trained[0]} is in training mode" if trained else "it draws noise or keeps state, or was recorded masked"
+    why = (
+        f"{trained[0]} is in training mode"
+        if trained
+        else "it draws noise, counts its evaluations or keeps something of the last one, or was recorded masked"
+    )
     return TraceError(
         given=f"a {type(denoiser).__name__} that does not repeat itself: at step {step} it answers the recorded call "
         f"otherwise, bare as it is; {why}",
         expected="the same answer to the same input",
-        advice="Call .eval() on it; use deterministic kernels (torch.use_deterministic_algorithms), or pass "
-        "prove=False to stepmask.trace if it differs by rounding alone",
+        advice="Look for a counter of steps (take the step from the timestep) and call .eval(). Only if it differs by "
+        "rounding alone: use deterministic kernels (torch.use_deterministic_algorithms), or pass prove=False to "
+        "stepmask.trace",
     )

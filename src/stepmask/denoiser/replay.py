@@ -194,12 +194,14 @@ class MaskedDenoiser(Values, Hook):
         self.parameters = parameters
         self.region: Hook | None = None  # the denoiser as a compiled region
         self.most_graphs = 0  # that its compiled regions may need; 0 = it has none
+        self.was_called = False  # ever
         self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
         self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the denoiser."""
         run = self.run
+        self.was_called = True
         run.check_thread()
         try:
             if self.at_start is not None and run.running and run.evaluation == 0:

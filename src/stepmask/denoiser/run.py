@@ -109,6 +109,7 @@ class Run:
             RunNotStarted: There is no run, or it has had all its evaluations.
             RunError: Its latents have changed their shape, or the scheduler should have made a step before it.
             ScheduleMismatch: The timestep is not the schedule's.
+            RunError: It is that of the first step.
         """
         if not self.running:
             raise RunNotStarted(
@@ -123,7 +124,7 @@ class Run:
             raise self._uneven(f"evaluation {self.since_step + 1} of the denoiser within step {self.step}")
         self.step, self.branch = divmod(self.evaluation, self.branches)
         if timestep is not None:
-            self.sampler.check_step(self.step, timestep)
+            self._check_timestep(timestep)
         if self.step and latents != self.latents[self.branch]:
             raise RunError(
                 given=f"a latent of shape {latents} at step {self.step}",
@@ -135,6 +136,15 @@ class Run:
         self.answered = [False] * len(self.row)
         self.refused = None
         forget_reads()
+
+    def _check_timestep(self, timestep: float) -> None:
+        if self.step and self.sampler.is_at(0, timestep) and not self.sampler.is_at(self.step, timestep):
+            raise RunError(
+                given=f"timestep {timestep:g}, with which a run begins, at step {self.step} of one",
+                expected=f"timestep {self.sampler.timesteps[self.step]:g}",
+                advice="Call masked.restart() before each run of a plain denoiser, also after one that was cut short",
+            )
+        self.sampler.check_step(self.step, timestep)
 
     def check_thread(self) -> None:
         """Refuse an evaluation from another thread than the one that began the run, which goes on.

@@ -1,5 +1,6 @@
 """`apply`: put a schedule on a pipeline, and take it off again."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -10,7 +11,7 @@ from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.other_caches import refuse_other_caches
 from stepmask.denoiser.placement import Placement
 from stepmask.denoiser.refusals import refuse_cuda_graphs, refuse_if_replaced, refuse_if_taken
-from stepmask.denoiser.regions import modules_by_name, repeated_regions
+from stepmask.denoiser.regions import modules_by_name, repeated_regions, unwrapped
 from stepmask.denoiser.replay import MaskedBlock, MaskedDenoiser, MaskedFeeder
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.sampler import describe, timestep_of, watched
@@ -19,6 +20,8 @@ from stepmask.denoiser.values import size
 from stepmask.errors import RunError, ScheduleMismatch
 from stepmask.schedule.rectify import Plan, lower
 from stepmask.schedule.schedule import MaskSchedule
+
+log = logging.getLogger(__name__)
 
 
 def apply(pipe: Any, schedule: MaskSchedule | Sequence[MaskSchedule], *, store: Store | None = None) -> "Masked":
@@ -56,7 +59,7 @@ class Masked:
     """A denoiser under a schedule: the handle that `apply` returns, and a context manager that removes itself.
 
     Leaving the context without an exception raises `RunError` if the last run ended early, unless the pipeline was
-    told to interrupt it.
+    told to interrupt it. It is logged as a warning if nothing was evaluated at all.
     """
 
     def __init__(
@@ -208,6 +211,12 @@ class Masked:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         evaluations = self.run.evaluation
+        if kind is None and not self.own.was_called:
+            log.warning(
+                "A %s was under a schedule that nothing used: it was not evaluated. If your loop calls a copy of it "
+                "(an EMA, another pipeline), apply the schedule to that one.",
+                type(unwrapped(self.denoiser)).__name__,
+            )
         ended_early = self.run.running and evaluations > 0 and not _is_interrupted(self.pipe)
         self.remove()
         if ended_early and error is None:

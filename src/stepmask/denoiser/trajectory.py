@@ -67,6 +67,10 @@ class Trajectory:
     denoiser: DenoiserFingerprint
     sampler: SamplerFingerprint
 
+    def __repr__(self) -> str:
+        branches = f" × {self.sampler.branches} branches" if self.sampler.branches > 1 else ""
+        return f"Trajectory({self.steps} steps{branches} of {self.denoiser.class_name}, seed {self.sampling.seed})"
+
     @property
     def steps(self) -> int:
         """Number of steps."""
