@@ -88,8 +88,14 @@ def _option(*names: str, help: str, of: Any = None) -> Any:
     if of is None:
         return typer.Option(*names, help=help, rich_help_panel=panel)
     choices = get_args(of)
-    known = {"metavar": f"[{'|'.join(choices)}]", "callback": lambda value: value and _one_of(value, *choices)}
-    return typer.Option(*names, help=help, rich_help_panel=panel, **known)
+    metavar = f"[{'|'.join(choices)}]"
+    return typer.Option(
+        *names,
+        help=help,
+        rich_help_panel=panel,
+        metavar=metavar,
+        callback=lambda value: value and _one_of(value, *choices),
+    )
 
 
 DTYPE = "Of the weights; none = float32 on the CPU, bfloat16 on an accelerator; of a recipe, its own"
@@ -122,7 +128,8 @@ def _loads(command: Callable[..., None]) -> Callable[..., None]:
     def with_options(**given: Any) -> None:
         loading = _loading(**{name: given.pop(name) for name in options})
         _check(loading, given)
-        command(**given, loading=loading)
+        with loading.room_to_compile():
+            command(**given, loading=loading)
 
     taken = [*(each for each in own if each.name != "loading"), *options.values()]
     by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in taken]

@@ -72,7 +72,9 @@ def at_least_graphs(count: int) -> Iterator[None]:
     if config.recompile_limit >= count:
         yield
     else:
-        with config.patch(recompile_limit=count):
+        with config.patch(
+            recompile_limit=count, accumulated_recompile_limit=max(count, config.accumulated_recompile_limit)
+        ):
             yield
 
 

@@ -1,6 +1,7 @@
 """`Loading`: how a pipeline is loaded, on which device, in which dtype, and what is done to it before it runs."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,13 @@ import torch
 from stepmask import zoo
 from stepmask.denoiser.device import CPU, is_present, module_of, own_device
 from stepmask.denoiser.families import denoiser_of, find_blocks
+from stepmask.denoiser.modes import at_least_graphs
 from stepmask.denoiser.regions import compile_repeated
 from stepmask.errors import InvalidLoading
 from stepmask.zoo.options import Dtype, Offload
+
+MOST_GRAPHS = 512
+"""That a compiled region may have while several tables are measured or compared in one process."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,10 @@ class Loading:
                 advice="Ask for GPUs of the workers on a machine that has one itself, or for the device cpu",
             )
 
+    def room_to_compile(self) -> AbstractContextManager[None]:
+        """Room for the graphs of several tables, where regions are compiled: each has some of its own."""
+        return at_least_graphs(MOST_GRAPHS) if self.compiled else nullcontext()
+
     def load(self, source: str, blocks: Iterable[str] | None = None) -> Any:
         """The pipeline; its runs show no bar of their own.
 
@@ -160,7 +169,7 @@ class Loading:
         return pipe
 
     def _put(self, pipe: Any) -> None:
-        """Bring it to the device, or have it brought there when called; from now on the device is this process's own."""
+        """Bring it to the device, or have it brought there when called; from now on it is this process's own."""
         module = module_of(self.place)
         if self.place.index is not None and hasattr(module, "set_device"):
             module.set_device(self.place)
