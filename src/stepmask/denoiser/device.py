@@ -28,8 +28,16 @@ def _brought_to(denoiser: nn.Module) -> torch.device | None:
         registry = vars(module).get("_diffusers_hook")
         hook = None if registry is None else registry.get_hook("group_offloading")
         if hook is not None:
-            return torch.device(hook.group.onload_device)
+            return _numbered(torch.device(hook.group.onload_device))
     return None
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device as its tensors name it: with its number."""
+    module = module_of(device)
+    if device.index is not None or not hasattr(module, "current_device"):
+        return device
+    return torch.device(device.type, module.current_device())
 
 
 def is_present(device: torch.device) -> bool:
