@@ -16,6 +16,7 @@ from promises import random_table
 from stepmask import MaskSchedule
 from stepmask.denoiser.families import denoiser_of, fingerprint_of
 from stepmask.denoiser.regions import modules_by_name, repeated_regions, unwrapped
+from stepmask.denoiser.timing import time_blocks
 from stepmask.errors import RunError
 from stepmask.schedule.graph import DENOISER
 from stepmask.schedule.rectify import lower
@@ -156,8 +157,18 @@ class TestPipelines:
         trajectory = stepmask.record(pipe, **call)
         assert torch.equal(trajectory.sampled.latent, bare.sampled.latent)
         assert stepmask.trace(pipe, trajectory) == stepmask.trace(pipe, bare)
+        swept, expected = (stepmask.sweep(pipe, run, probes=1, ages=2).inner for run in (trajectory, bare))
+        assert np.array_equal(swept, expected)
         assert graphs() == 0  # nothing of that needs speed
         trajectory.sampling()
+        assert graphs() > 0
+
+    def test_what_was_compiled_can_be_timed(self) -> None:
+        pipe, call = make("DiTPipeline")
+        compile_blocks(pipe.transformer)
+        trajectory = stepmask.record(pipe, **call)
+        timed = time_blocks(pipe, trajectory, stepmask.trace(pipe, trajectory), repeats=1)
+        assert sum(block.ms for block in timed.blocks) > 0
         assert graphs() > 0
 
 

@@ -3,6 +3,7 @@
 Rooms that need torch are imported inside the commands, so that `stepmask show` answers at once.
 """
 
+import inspect
 import json
 import logging
 import os
@@ -10,13 +11,17 @@ import re
 import shlex
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from stepmask.errors import InvalidBudget, MissingExtra, StepmaskError
 from stepmask.extras import extra
+from stepmask.files import check_writable, check_writable_folder
 from stepmask.text import HIDDEN, printable_lines
+from stepmask.zoo.options import Dtype, Offload
 
 try:
     with extra("cli", "typer", "the command line"):
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from stepmask.executors.local import Executor
     from stepmask.schedule.budget import Budget
     from stepmask.schedule.schedule import MaskSchedule
+    from stepmask.zoo.loading import Loading
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,14 +66,89 @@ Pipeline = Annotated[
 ]
 ScheduleSource = Annotated[str, typer.Argument(help="Folder or hub id of a schedule")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
-Steps = Annotated[int, typer.Option(help="Sampling steps")]
-Samples = Annotated[int, typer.Option(help="Samples in the batch")]
+Steps = Annotated[int, typer.Option(min=1, help="Sampling steps")]
+Samples = Annotated[int, typer.Option(min=1, help="Samples in the batch")]
 Prompts = Annotated[Path | None, typer.Option(help="UTF-8 text file with a prompt to a line, to draw from")]
 Labels = Annotated[str, typer.Option(help="Class labels to draw from, such as 0-4,8")]
 CallJson = Annotated[str, typer.Option("--call", help="Further arguments of the pipeline as a JSON object")]
 Ray = Annotated[str, typer.Option("--ray", help="Use a Ray cluster: its address, auto, or local", metavar="ADDRESS")]
 Gpus = Annotated[float, typer.Option("--ray-gpus", help="GPUs of each worker of the cluster")]
 Out = Annotated[Path, typer.Option(help="Folder to write to")]
+
+
+def _one_of(value: str, *choices: str) -> str:
+    if value not in choices:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}")
+    return value
+
+
+def _option(*names: str, help: str, of: Any = None) -> Any:
+    """An option of how a pipeline is loaded; its values are those of a `Literal`, if it is told one."""
+    panel = "How the pipeline is loaded"
+    if of is None:
+        return typer.Option(*names, help=help, rich_help_panel=panel)
+    choices = get_args(of)
+    metavar = f"[{'|'.join(choices)}]"
+    return typer.Option(
+        *names,
+        help=help,
+        rich_help_panel=panel,
+        metavar=metavar,
+        callback=lambda value: value and _one_of(value, *choices),
+    )
+
+
+DTYPE = "Of the weights; none = float32 on the CPU, bfloat16 on an accelerator; of a recipe, its own"
+OFFLOAD = "What waits in the CPU's memory until it is called: whole networks (model) or layers (group)"
+
+
+def _loading(
+    device: Annotated[str | None, _option(help="Of torch; none = cuda where there is one, else cpu")] = None,
+    dtype: Annotated[str | None, _option(help=DTYPE, of=Dtype)] = None,
+    variant: Annotated[str | None, _option(help="Of the files of the weights, such as fp16")] = None,
+    revision: Annotated[str | None, _option(help="Branch, tag or commit of the pipeline on the hub")] = None,
+    offload: Annotated[str, _option(help=OFFLOAD, of=Offload)] = "none",
+    compiled: Annotated[bool, _option("--compile", help="Compile the denoiser's repeated blocks")] = False,
+) -> "Loading":
+    """How a pipeline is loaded: the options of every command that loads one."""
+    from stepmask.zoo.loading import Loading
+
+    return Loading(device, dtype, variant, revision, offload, compiled)
+
+
+def _loads(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that loads a pipeline: it takes the options of `_loading` as well, and is given `loading`.
+
+    What can be told from the arguments is refused before the command begins.
+    """
+    own = inspect.signature(command).parameters.values()
+    options = inspect.signature(_loading).parameters
+
+    @wraps(command)
+    def with_options(**given: Any) -> None:
+        loading = _loading(**{name: given.pop(name) for name in options})
+        _check(loading, given)
+        with loading.room_to_compile():
+            command(**given, loading=loading)
+
+    taken = [*(each for each in own if each.name != "loading"), *options.values()]
+    by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in taken]
+    with_options.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]  # typer reads it
+    with_options.__annotations__ = {each.name: each.annotation for each in by_name}
+    return with_options
+
+
+def _check(loading: "Loading", given: Mapping[str, Any]) -> None:
+    """Refuse arguments of a command that cannot do: before anything is loaded or written."""
+    if given.get("pipeline"):
+        loading.check(given["pipeline"])
+    if given.get("ray"):
+        loading.check_cluster(given["ray_gpus"])
+    for name in ("out", "folder"):
+        if given.get(name) is not None:
+            check_writable_folder(given[name])
+    if given.get("report") is not None:
+        check_writable(given["report"])
 
 
 @app.callback(epilog="Exit codes: 0 done, 1 an error that is explained, 2 wrong arguments, 130 interrupted.")
@@ -90,12 +171,15 @@ def common(
 
 
 @app.command()
+@_loads
 def demo(
     pipeline: Annotated[str, typer.Option(help="zoo:NAME")] = "zoo:dit-emoji",
     steps: Steps = 20,
     budget: Annotated[float, typer.Option(help="Share of the MACs, in (0, 1]")] = 0.5,
     out: Out = Path("demo-out"),
     as_json: Json = False,
+    *,
+    loading: "Loading",
 ) -> None:
     """Learn a schedule for an embedded pipeline, measure it beside its rivals, and draw what it does."""
     from stepmask.denoiser.conditioning import Conditioning
@@ -104,10 +188,12 @@ def demo(
     from stepmask.evaluation.compare import evaluate as measure
     from stepmask.schedule.budget import Budget
 
-    pipe = _load(pipeline)
+    limits = Budget(macs=budget)
+    loading.check_learning()
+    pipe = loading.load(pipeline)
     told = Conditioning.of(pipe)
     calls = {seed: {**told.call(8, seed), "num_inference_steps": steps} for seed in range(4)}
-    schedule = _learn(pipe, calls, Budget(macs=budget), out / "training", _executor())
+    schedule = _learn(pipe, calls, limits, out / "training", _executor())
     folder = schedule.save_pretrained(out).parent
     report = measure(
         pipe,
@@ -128,6 +214,7 @@ def demo(
 
 
 @app.command()
+@_loads
 def blocks(
     pipeline: Pipeline,
     granularity: Annotated[str, typer.Option(help="sublayer or block")] = "sublayer",
@@ -137,15 +224,19 @@ def blocks(
     labels: Labels = "",
     call: CallJson = "{}",
     as_json: Json = False,
+    *,
+    loading: "Loading",
 ) -> None:
     """List a denoiser's blocks with their MACs, the way they are reused, and who reads whom."""
     from stepmask.denoiser.timing import time_blocks
     from stepmask.denoiser.trace import trace
     from stepmask.denoiser.trajectory import record
 
-    pipe = _load(pipeline)
-    trajectory = record(pipe, **{**_Told(pipe, prompts, labels, call).call(1, 0), "num_inference_steps": 2})
-    graph = trace(pipe, trajectory, granularity=_one_of(granularity, "sublayer", "block"), blocks=pattern or None)
+    size: Any = _one_of(granularity, "sublayer", "block")
+    wanted = _Wanted(prompts, labels, call)
+    pipe = loading.load(pipeline)
+    trajectory = record(pipe, **{**wanted.of(pipe).call(1, 0), "num_inference_steps": 2})
+    graph = trace(pipe, trajectory, granularity=size, blocks=pattern or None)
     if time:
         graph = time_blocks(pipe, trajectory, graph)
     if as_json:
@@ -160,6 +251,7 @@ def blocks(
 
 
 @app.command()
+@_loads
 def learn(
     pipeline: Pipeline,
     out: Out,
@@ -168,7 +260,7 @@ def learn(
     store_mib: Annotated[int | None, typer.Option(help="Largest size of the store in MiB, at --samples")] = None,
     steps: Steps = 20,
     samples: Samples = 8,
-    batches: Annotated[int, typer.Option(help="Calibration runs of that many samples each")] = 4,
+    batches: Annotated[int, typer.Option(min=1, help="Calibration runs of that many samples each")] = 4,
     seed: Annotated[int, typer.Option(help="Of the first calibration run")] = 0,
     prompts: Prompts = None,
     labels: Labels = "",
@@ -176,14 +268,18 @@ def learn(
     ray: Ray = "",
     ray_gpus: Gpus = 0,
     as_json: Json = False,
+    *,
+    loading: "Loading",
 ) -> None:
     """Learn a schedule and write it to a folder. A killed run, started again, goes on where it stopped."""
     from stepmask.schedule.budget import Budget
 
     macs = 0.5 if budget is None and time is None else budget
     limits = Budget(macs, time, None if store_mib is None else store_mib * 2**20)
-    pipe = _load(pipeline)
-    calls = _Told(pipe, prompts, labels, call).calls(samples, range(seed, seed + batches), steps)
+    loading.check_learning()
+    wanted = _Wanted(prompts, labels, call)
+    pipe = loading.load(pipeline)
+    calls = wanted.of(pipe).calls(samples, range(seed, seed + batches), steps)
     executor = _executor(ray, ray_gpus)
     schedule = _learn(pipe, calls, limits, out / "training", executor)
     if executor.leads:
@@ -201,17 +297,20 @@ def show(schedule: ScheduleSource, as_json: Json = False) -> None:
 
 
 @app.command()
+@_loads
 def sample(
     pipeline: Pipeline,
     out: Out,
     schedule: Annotated[str, typer.Option(help="Folder or hub id of a schedule; none = reference")] = "",
-    steps: Annotated[int, typer.Option(help="Sampling steps; 0 = as many as the schedule has, or 20")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Sampling steps; 0 = as many as the schedule has, or 20")] = 0,
     samples: Samples = 8,
     seed: Annotated[int, typer.Option(help="Of the generator")] = 0,
     prompts: Prompts = None,
     labels: Labels = "",
     call: CallJson = "{}",
     as_json: Json = False,
+    *,
+    loading: "Loading",
 ) -> None:
     """Draw samples, under a schedule or without, and write them as PNG files."""
     from stepmask.denoiser.runtime import apply
@@ -219,11 +318,12 @@ def sample(
     from stepmask.progress import hidden
     from stepmask.schedule.schedule import MaskSchedule
 
-    pipe = _load(pipeline)
     table = MaskSchedule.from_pretrained(schedule) if schedule else None
     steps = steps or (table.steps if table else 20)
+    wanted = _Wanted(prompts, labels, call)
+    pipe = loading.load(pipeline, _blocks(table))
     pipe.set_progress_bar_config(disable=hidden())
-    told = _Told(pipe, prompts, labels, call).call(samples, None if prompts or labels else seed)
+    told = wanted.of(pipe).call(samples, None if prompts or labels else seed)
     sampling = Sampling(pipe, {"num_inference_steps": steps, **told}, seed)
     if table is None:
         sampled = sampling()
@@ -235,13 +335,14 @@ def sample(
 
 
 @app.command()
+@_loads
 def shards(
     pipeline: Pipeline,
     out: Out,
     schedule: Annotated[str, typer.Option(help="Folder or hub id of a schedule; none = reference")] = "",
-    steps: Annotated[int, typer.Option(help="Sampling steps; 0 = as many as the schedule has, or 20")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Sampling steps; 0 = as many as the schedule has, or 20")] = 0,
     samples: Samples = 8,
-    batches: Annotated[int, typer.Option(help="Of that many samples, of the seeds from --seed on")] = 4,
+    batches: Annotated[int, typer.Option(min=1, help="Of that many samples, of the seeds from --seed on")] = 4,
     seed: Annotated[int, typer.Option(help="Of the first batch's generator")] = 0,
     prompts: Prompts = None,
     labels: Labels = "",
@@ -249,14 +350,18 @@ def shards(
     ray: Ray = "",
     ray_gpus: Gpus = 0,
     as_json: Json = False,
+    *,
+    loading: "Loading",
 ) -> None:
     """Draw many samples into tar files of PNG pictures, a batch each (WebDataset). A killed run goes on."""
     from stepmask.evaluation.shards import write_shards
     from stepmask.schedule.schedule import MaskSchedule
 
-    pipe, table = _load(pipeline), MaskSchedule.from_pretrained(schedule) if schedule else None
+    table = MaskSchedule.from_pretrained(schedule) if schedule else None
     steps = steps or (table.steps if table else 20)
-    calls = _Told(pipe, prompts, labels, call).calls(samples, range(seed, seed + batches), steps)
+    wanted = _Wanted(prompts, labels, call)
+    pipe = loading.load(pipeline, _blocks(table))
+    calls = wanted.of(pipe).calls(samples, range(seed, seed + batches), steps)
     executor = _executor(ray, ray_gpus)
     paths = write_shards(pipe, calls, out, schedule=table, executor=executor)
     if executor.leads:
@@ -264,13 +369,14 @@ def shards(
 
 
 @app.command()
+@_loads
 def evaluate(
     pipeline: Pipeline,
     schedule: ScheduleSource,
     samples: Samples = 8,
-    batches: Annotated[int, typer.Option(help="Batches of that many samples, of the seeds from --seed on")] = 1,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of that many samples, of the seeds from --seed on")] = 1,
     seed: Annotated[int, typer.Option(help="Of the generator; not the one learned with")] = HELD_OUT,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each")] = 3,
     rivals: Annotated[bool, typer.Option(help="Measure the baselines at equal MACs too")] = True,
     report: Annotated[
         Path | None, typer.Option(help="Write a page to this .html file, or numbers to .json or .txt")
@@ -285,6 +391,8 @@ def evaluate(
     ray: Ray = "",
     ray_gpus: Gpus = 0,
     as_json: Json = False,
+    *,
+    loading: "Loading",
 ) -> None:
     """Measure a schedule against the reference on held-out seeds: fidelity, time, MACs and memory."""
     from stepmask.evaluation.compare import evaluate as measure
@@ -292,10 +400,12 @@ def evaluate(
     from stepmask.schedule.rectify import lower
     from stepmask.schedule.schedule import MaskSchedule
 
-    pipe, table = _load(pipeline), MaskSchedule.from_pretrained(schedule)
+    table = MaskSchedule.from_pretrained(schedule)
     swept = Profile.from_pretrained(profile) if profile else None
+    wanted = _Wanted(prompts, labels, call)
+    pipe = loading.load(pipeline, _blocks(table))
     others = _rivals(table, lower(table).macs_share) if rivals else {}
-    arguments = {"num_inference_steps": table.steps, **_Told(pipe, prompts, labels, call).call(samples, seed)}
+    arguments = {"num_inference_steps": table.steps, **wanted.of(pipe).call(samples, seed)}
     where: dict[str, Any] = {"executor": (executor := _executor(ray, ray_gpus)), "folder": folder}
     seeds = range(seed, seed + batches)
     measured = measure(pipe, table, rivals=others, seed=seeds, repeats=repeats, **where, **arguments)
@@ -330,6 +440,7 @@ def push(
 
 
 @app.command()
+@_loads
 def reproduce(
     recipe: Annotated[Path, typer.Argument(help="A .toml file such as those in recipes/")],
     out: Annotated[
@@ -340,34 +451,35 @@ def reproduce(
     calibration_samples: Annotated[int | None, typer.Option(help="Instead of the recipe's")] = None,
     reference: Annotated[Path | None, typer.Option(help="An .npz file of real pictures or of their statistics")] = None,
     prompts: Prompts = None,
-    device: Annotated[str, typer.Option(help="Of torch")] = "cpu",
     ray: Ray = "",
     ray_gpus: Gpus = 0,
     as_json: Json = False,
+    *,
+    loading: "Loading",
 ) -> None:
     """Run a published protocol: learn, sample with and without, measure, and set beside what others reported."""
+    from dataclasses import asdict, replace
+
     from stepmask.denoiser.conditioning import Conditioning, read_prompts
     from stepmask.reproduction.recipe import Recipe
     from stepmask.reproduction.run import load_pipeline
     from stepmask.reproduction.run import reproduce as run
 
     told = Recipe.read(recipe).sized(samples, calibration_samples)
-    pipe = load_pipeline(told, pipeline, device)
-    conditioning = Conditioning.prompted(pipe, read_prompts(prompts)) if prompts else None
+    told = replace(told, dtype=loading.dtype or told.dtype)
+    out = out or Path("runs") / recipe.stem
+    check_writable_folder(out)
+    replace(loading, dtype=told.dtype).check_learning()
+    wanted = read_prompts(prompts) if prompts else None
+
+    options = {name: value for name, value in asdict(loading).items() if name != "dtype"}
+    pipe = load_pipeline(told, pipeline, **options)
+    conditioning = Conditioning.prompted(pipe, wanted) if wanted else None
     given: dict[str, Any] = {"conditioning": conditioning, "reference": reference}
     executor = _executor(ray, ray_gpus)
-    outcome = run(told, pipe, out or Path("runs") / recipe.stem, executor=executor, **given)
+    outcome = run(told, pipe, out, executor=executor, **given)
     if executor.leads:
         print(outcome.to_json() if as_json else outcome)
-
-
-def _load(source: str) -> Any:
-    """A pipeline whose runs show no bar of their own, for most commands repeat them under one."""
-    from stepmask import zoo
-
-    pipe = zoo.load(source)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def _executor(ray: str = "", gpus: float = 0) -> "Executor":
@@ -408,12 +520,44 @@ def _rivals(schedule: "MaskSchedule", budget: float) -> dict[str, "MaskSchedule 
     return {**tables, "fewer steps": round(budget * schedule.steps)}
 
 
-class _Told:
-    """What the user wants drawn: labels, prompts, or the pipeline's own; and further arguments."""
+def _blocks(schedule: "MaskSchedule | None") -> list[str] | None:
+    """The names of a schedule's blocks, without the denoiser's own."""
+    return None if schedule is None else [block.name for block in schedule.graph.blocks[:-1]]
 
-    def __init__(self, pipe: Any, prompts: Path | None, labels: str, call: str) -> None:
+
+class _Wanted:
+    """What the user wants drawn, as far as it can be read without the pipeline: prompts, labels, further arguments."""
+
+    def __init__(self, prompts: Path | None, labels: str, call: str) -> None:
+        from stepmask.denoiser.conditioning import read_labels, read_prompts
+
+        if prompts and labels:
+            raise typer.BadParameter("--prompts and --labels exclude each other")
         self.more = _json_object(call)
-        self.conditioning = self._conditioning(pipe, prompts, labels)
+        self.prompts = read_prompts(prompts) if prompts else None
+        self.labels = read_labels(labels) if labels else None
+
+    def of(self, pipe: Any) -> "_Told":
+        """What a pipeline is told."""
+        return _Told(self._conditioning(pipe), self.more)
+
+    def _conditioning(self, pipe: Any) -> "Conditioning | None":
+        from stepmask.denoiser.conditioning import Conditioning
+
+        if self.prompts is not None:
+            return Conditioning.prompted(pipe, self.prompts)
+        if self.labels is not None:
+            return Conditioning.labelled(pipe, self.labels)
+        told = {"prompt", "prompt_embeds", "class_labels", "batch_size"} & self.more.keys()
+        return None if told else Conditioning.of(pipe)
+
+
+class _Told:
+    """What a pipeline is told: labels, prompts, or the pipeline's own; and further arguments."""
+
+    def __init__(self, conditioning: "Conditioning | None", more: dict[str, Any]) -> None:
+        self.conditioning = conditioning
+        self.more = more
 
     def call(self, samples: int, seed: int | None) -> dict[str, Any]:
         """Arguments of the pipeline for some samples."""
@@ -423,18 +567,6 @@ class _Told:
         """Arguments of the pipeline for a batch of each seed."""
         return {seed: {"num_inference_steps": steps, **self.call(samples, seed)} for seed in seeds}
 
-    def _conditioning(self, pipe: Any, prompts: Path | None, labels: str) -> "Conditioning | None":
-        from stepmask.denoiser.conditioning import Conditioning, read_labels, read_prompts
-
-        if prompts and labels:
-            raise typer.BadParameter("--prompts and --labels exclude each other")
-        if prompts:
-            return Conditioning.prompted(pipe, read_prompts(prompts))
-        if labels:
-            return Conditioning.labelled(pipe, read_labels(labels))
-        told = {"prompt", "prompt_embeds", "class_labels", "batch_size"} & self.more.keys()
-        return None if told else Conditioning.of(pipe)
-
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
@@ -443,12 +575,6 @@ def _json_object(text: str) -> dict[str, Any]:
         raise typer.BadParameter(f"--call is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise typer.BadParameter("--call must be a JSON object of keyword arguments")
-    return value
-
-
-def _one_of(value: str, *choices: Any) -> Any:
-    if value not in choices:
-        raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}")
     return value
 
 

@@ -25,6 +25,7 @@
     x HubError                a repository that the hub does not give, or does not take
     x InvalidReport           a file that is no report, or the report of another schedule
     x PipelineNotFound        a name that leads to no pipeline
+    x InvalidLoading          options with which a pipeline cannot be loaded here
     x NoSuchSampler           a name that is no scheduler of diffusers, or options that it does not take
     x MissingExtra            an optional dependency that is not installed
 """
@@ -145,6 +146,10 @@ class InvalidReport(StepmaskError, ValueError):
 
 class PipelineNotFound(StepmaskError, ValueError):
     """A name that leads to no pipeline."""
+
+
+class InvalidLoading(StepmaskError, ValueError):
+    """A device, a dtype, or another option with which a pipeline cannot be loaded here."""
 
 
 class NoSuchSampler(StepmaskError, ValueError):

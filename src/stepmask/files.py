@@ -29,6 +29,38 @@ def as_path(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Path:
     return Path(os.fsdecode(path))
 
 
+def check_writable(path: str | Path) -> None:
+    """Refuse a path of a file that cannot be written, before there is anything to write; nothing is made.
+
+    Raises:
+        UnwritablePath: It is a folder, or what is there above it is none or may not be written to.
+    """
+    path = Path(path).absolute()
+    nearest = next(place for place in path.parents if os.path.exists(place))
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not nearest.is_dir():
+        reason = f"{nearest} is no folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        reason = f"{nearest} may not be written to"
+    else:
+        return
+    raise UnwritablePath(
+        given=f"cannot write {path} ({reason})",
+        expected="a place that this process may write to",
+        advice="Choose another path, or change the folder's permissions",
+    )
+
+
+def check_writable_folder(path: str | Path) -> None:
+    """Refuse a folder into which nothing can be written; nothing is made.
+
+    Raises:
+        UnwritablePath: It, or what is there above it, is no folder or may not be written to.
+    """
+    check_writable(Path(path) / "file")
+
+
 def write_whole(path: str | Path, content: str | bytes) -> Path:
     """Write `content` to `path` through a temporary neighbour, so that a reader never sees half a file.
 

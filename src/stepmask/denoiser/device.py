@@ -7,16 +7,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepmask.executors.processes import local_rank, started
+
 CPU = torch.device("cpu")
 
 
 def device_of(denoiser: nn.Module) -> torch.device:
-    """The device that a denoiser runs on: where its weights are, or are brought to by accelerate's offloading."""
+    """The device that a denoiser runs on: where its weights are, or where offloading brings them."""
     told = getattr(getattr(denoiser, "_hf_hook", None), "execution_device", None)
     if told is not None:
         return torch.device("cuda", told) if isinstance(told, int) else torch.device(told)
     held = chain(denoiser.parameters(), denoiser.buffers())
-    return next((tensor.device for tensor in held if not tensor.is_meta), CPU)
+    found = next((tensor.device for tensor in held if not tensor.is_meta), CPU)
+    return _brought_to(denoiser) or found if found == CPU else found
+
+
+def _brought_to(denoiser: nn.Module) -> torch.device | None:
+    """Where diffusers' group offloading brings weights before a call; `None` if there is none."""
+    for module in denoiser.modules():
+        registry = vars(module).get("_diffusers_hook")
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is not None:
+            return _numbered(torch.device(hook.group.onload_device))
+    return None
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device as its tensors name it: with its number."""
+    module = module_of(device)
+    if device.index is not None or not hasattr(module, "current_device"):
+        return device
+    return torch.device(device.type, module.current_device())
+
+
+def is_present(device: torch.device) -> bool:
+    """Whether this machine has a device."""
+    if device.type == "cpu":
+        return True
+    module = module_of(device)
+    return hasattr(module, "device_count") and (device.index or 0) < module.device_count()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This process's part of what is asked for.
+
+    Of several processes on a machine, as torchrun and Slurm start them, each takes an accelerator of its own, unless it
+    is told which.
+    """
+    module = module_of(device)
+    if module is None or device.index is not None or not started():
+        return device
+    return torch.device(device.type, local_rank() % max(module.device_count(), 1))
 
 
 def module_of(device: torch.device) -> Any:

@@ -69,11 +69,12 @@ def at_least_graphs(count: int) -> Iterator[None]:
     """The compiler may make so many graphs of one function while the context lasts, if it may not anyway."""
     from torch._dynamo import config
 
-    if config.recompile_limit >= count:
+    present = config.recompile_limit, config.accumulated_recompile_limit
+    if min(present) >= count:
         yield
-    else:
-        with config.patch(recompile_limit=count):
-            yield
+        return
+    with config.patch(recompile_limit=max(present[0], count), accumulated_recompile_limit=max(present[1], count)):
+        yield
 
 
 @contextmanager

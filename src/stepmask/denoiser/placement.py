@@ -13,8 +13,11 @@ from stepmask.denoiser.seam import Hook, attach, attach_traced, detach, detach_t
 from stepmask.denoiser.unread import Unread
 from stepmask.errors import ScheduleMismatch
 
-GRAPHS_OF_OTHERS = 16
-"""Graphs that a compiled region may have beside those of a masked run: bare, at other sizes, in other modes."""
+GRAPHS_OF_OTHERS = 512
+"""Graphs that a class of regions may have beside those of a masked run: bare, of other tables, sizes and modes.
+
+The compiler counts them by function and process. Its own limit, 8, is for functions that are compiled in vain.
+"""
 
 
 class Placement:

@@ -70,6 +70,19 @@ def repeated_regions(denoiser: nn.Module, blocks: Iterable[str]) -> list[str]:
     ]
 
 
+def compile_repeated(denoiser: nn.Module, blocks: Iterable[str], **options: Any) -> None:
+    """Compile the repeated modules around masked blocks, and the blocks that lie in none.
+
+    Args:
+        denoiser: The denoiser.
+        blocks: The names of the masked blocks.
+        **options: Of `torch.compile`.
+    """
+    modules = modules_by_name(denoiser)
+    for name in repeated_regions(denoiser, blocks):
+        modules[name].compile(**options)
+
+
 def _repeated_around(denoiser: nn.Module, modules: Mapping[str, nn.Module], block: str) -> str | None:
     named = getattr(denoiser, "_repeated_blocks", None)
     for name in _from_inside(block):

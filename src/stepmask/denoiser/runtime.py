@@ -11,7 +11,7 @@ from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.other_caches import refuse_other_caches
 from stepmask.denoiser.placement import Placement
 from stepmask.denoiser.refusals import refuse_cuda_graphs, refuse_if_replaced, refuse_if_taken
-from stepmask.denoiser.regions import modules_by_name, repeated_regions, unwrapped
+from stepmask.denoiser.regions import compile_repeated, unwrapped
 from stepmask.denoiser.replay import MaskedBlock, MaskedDenoiser, MaskedFeeder
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.sampler import describe, timestep_of, watched
@@ -183,10 +183,8 @@ class Masked:
         """
         refuse_cuda_graphs(self.denoiser, options)
         self.placement.take_off()
-        modules = modules_by_name(self.denoiser)
         try:
-            for name in repeated_regions(self.denoiser, [hook.block.name for hook in self.blocks]):
-                modules[name].compile(**options)
+            compile_repeated(self.denoiser, [hook.block.name for hook in self.blocks], **options)
         finally:
             self.placement.put()
 

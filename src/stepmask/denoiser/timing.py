@@ -12,6 +12,7 @@ from torch import nn
 from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.device import device_of
 from stepmask.denoiser.families import denoiser_of
+from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.seam import Hook, attached
@@ -37,7 +38,8 @@ def time_blocks(pipe: Any, trajectory: Trajectory, graph: BlockGraph, *, repeats
     The denoiser is evaluated on recorded calls, whole and under a table that reuses every block, forecast from as many
     stored values as there may be: these two times are what a step takes that computes all, and one that computes
     nothing. Between them lies what the blocks take, and a third round, with a stopwatch in front of every block, tells
-    how it is shared out over them. An accelerator is not waited for meanwhile: the marks lie in its own work.
+    how it is shared out over them; in that one nothing is compiled. An accelerator is not waited for meanwhile: the
+    marks lie in its own work.
 
     Args:
         pipe: The pipeline, or plain denoiser, that the trajectory was recorded from.
@@ -94,7 +96,7 @@ class _Rounds:
         running: list[_Span] = []
         watches = [_Watch(self.clock, running) for _ in graph.blocks]
         modules = [_module(self.denoiser, block) for block in graph.blocks]
-        with attached(dict(zip(modules, watches, strict=True))):
+        with uncompiled(), attached(dict(zip(modules, watches, strict=True))):  # no watch is in a compiled region
             self._evaluated("timing blocks")
         return [_median(block, watch) for block, watch in zip(graph.blocks, watches, strict=True)]
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from stepmask.denoiser.device import device_of
 from stepmask.denoiser.identity import claim_for, digest
+from stepmask.denoiser.regions import compiled_regions
 from stepmask.denoiser.sampling import Sampling
 from stepmask.errors import InvalidRunFolder, RunError
 from stepmask.evaluation.contender import Contender, Fidelity, Timed
@@ -88,8 +91,17 @@ def evaluate(
     rows = [_row(each, *results) for each, *results in zip(contenders, timed, *batches, strict=True)]
     told = {key: _brief(value) for key, value in call.items()}
     setting = {**told, "seed": seeds[0] if len(seeds) == 1 else _brief(seeds), "repeats": repeats}
+    setting |= _placed(sampling.denoiser)
     images = {each.name: own.images for each, own in zip(contenders, timed, strict=True) if own.images is not None}
     return Report(rows, setting, machine(contenders[0].clock.device), images, schedule)
+
+
+def _placed(denoiser: nn.Module) -> dict[str, Any]:
+    """Where a denoiser runs and in which dtype; and that regions of it are compiled, if any are."""
+    dtypes = (weight.dtype for weight in denoiser.parameters() if weight.is_floating_point())
+    dtype = next(dtypes, torch.get_default_dtype())
+    placed = {"device": str(device_of(denoiser)), "dtype": str(dtype).removeprefix("torch.")}
+    return {**placed, "compiled": True} if compiled_regions(denoiser) else placed
 
 
 def _compared(contenders: Sequence[Contender], seed: int) -> list[Fidelity]:

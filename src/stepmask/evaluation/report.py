@@ -69,7 +69,7 @@ class Report:
 
     Args:
         rows: The reference first, then the schedule, then the rivals.
-        setting: Arguments of the pipeline, seed, repeats.
+        setting: Arguments of the pipeline, seed, repeats; the denoiser's device and dtype.
         machine: Processor, threads and versions.
         images: Pictures of each row by name, (N, H, W, C) in [0, 1]; not saved with the numbers.
         schedule: The schedule that was measured; not saved with the numbers.

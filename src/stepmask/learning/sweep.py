@@ -171,7 +171,8 @@ def _swept(setting: _Setting, shard: _Shard) -> Arrays:
         pulls, offsets = zip(*(measure.probe(latent.detach(), number) for number in shard.probes), strict=True)
         for place, pull in enumerate(progress(pulls, "probes")):
             readings.begin()
-            torch.autograd.grad(latent, tape.anchor, pull, retain_graph=place < len(pulls) - 1)
+            with uncompiled():  # evaluations are repeated while gradients come back
+                torch.autograd.grad(latent, tape.anchor, pull, retain_graph=place < len(pulls) - 1)
             readings.end()
     inner, held = np.concatenate(readings.probes, axis=1)
     took = np.array([-1 if peak.grown is None else peak.grown])

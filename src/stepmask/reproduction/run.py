@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from stepmask import zoo
 from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.conditioning import Conditioning
-from stepmask.denoiser.device import device_of, module_of
+from stepmask.denoiser.device import device_of
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import weights_of
 from stepmask.denoiser.runtime import apply
@@ -33,7 +33,6 @@ from stepmask.evaluation.measure import Stopwatch, machine
 from stepmask.evaluation.pictures import pictures_of
 from stepmask.executors.filed import Kind, absent, claim, finish
 from stepmask.executors.local import Executor, LocalExecutor
-from stepmask.executors.processes import local_rank, started
 from stepmask.files import as_path, write_whole
 from stepmask.learning.learn import Learner, learn
 from stepmask.learning.trained import TrainedForecasts
@@ -42,23 +41,25 @@ from stepmask.reproduction.recipe import Recipe
 from stepmask.schedule.file import FILE_NAME
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
+from stepmask.zoo.loading import Loading
 
 REFERENCE = "reference"
 FIRST_SEED = 1000
 """Of the samples that are measured; calibration runs have the seeds from 0 on."""
 
 
-def load_pipeline(recipe: Recipe, source: str | None = None, device: str = "cpu") -> Any:
-    """The pipeline of a recipe, with its sampler, on a device.
+def load_pipeline(recipe: Recipe, source: str | None = None, device: str | None = "cpu", **options: Any) -> Any:
+    """The pipeline of a recipe, in its dtype and with its sampler, on a device.
 
     Args:
         recipe: The recipe.
         source: Folder or hub id of another checkpoint than the recipe's.
-        device: Of torch. Of several processes on a machine, as torchrun and Slurm start them, each takes one of its
-            own, unless it is told which.
+        device: As `Loading` takes it.
+        **options: Of `Loading`, all but the dtype.
 
     Raises:
         InvalidRecipe: No checkpoint is named, or it is a pipeline of another class.
+        InvalidLoading: There is no such device, or an option does not go with it or with the checkpoint.
         NoSuchSampler: diffusers has no such scheduler, or it does not take an option.
         PipelineNotFound: Nothing loadable is there.
         MissingExtra: diffusers is not installed, or transformers, for a pipeline with a text encoder.
@@ -69,7 +70,7 @@ def load_pipeline(recipe: Recipe, source: str | None = None, device: str = "cpu"
             expected="a diffusers folder or hub id",
             advice="Pass it as --pipeline; the recipe's notes say which",
         )
-    pipe = zoo.load(source, torch_dtype=getattr(torch, recipe.dtype)).to(_own(torch.device(device)))
+    pipe = Loading(device, recipe.dtype, **options).load(source)
     if recipe.pipeline not in (None, type(pipe).__name__):
         raise InvalidRecipe(
             given=f"{source}, a {type(pipe).__name__}",
@@ -77,16 +78,7 @@ def load_pipeline(recipe: Recipe, source: str | None = None, device: str = "cpu"
             advice="Check the checkpoint",
         )
     zoo.set_sampler(pipe, recipe.sampler.name, recipe.sampler.options)
-    pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _own(device: torch.device) -> torch.device:
-    """This process's part of what is asked for: an accelerator that no other process of the machine takes."""
-    module = module_of(device)
-    if module is None or device.index is not None or not started():
-        return device
-    return torch.device(device.type, local_rank() % max(module.device_count(), 1))
 
 
 def reproduce(
