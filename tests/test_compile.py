@@ -272,6 +272,34 @@ class TestGraphs:
         assert not any(key in vars(part) for part in denoiser.modules() for key in ("forward", "_stepmask_slot"))
 
 
+def test_of_a_reused_block_the_compiler_sees_pointwise_operations_alone() -> None:
+    seen: list[set[str]] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        module.graph.eliminate_dead_code()  # as every backend does
+        called = {getattr(node.target, "__name__", str(node.target)) for node in module.graph.nodes
+                  if node.op in ("call_function", "call_method")}  # fmt: skip
+        seen.append(called)
+        return module.forward
+
+    denoiser = tiny_pixart()
+    graph = stepmask.trace(denoiser, PIXART)
+    full = MaskSchedule.all_compute(graph, fingerprint_of(denoiser), untimed(STEPS))
+    rows = full.rows.copy()
+    rows[2:, :-1] = False
+    weights = np.tile((1.0, 0.0, 0.0), (*rows.shape, 1))
+    weights[~rows] = (1.5, -0.5, 0.0)
+    with stepmask.apply(denoiser, full.with_rows(rows, weights)) as masked:
+        masked.compile(backend=keep, fullgraph=True)
+        sample(denoiser, PIXART)
+
+    computed, reused = seen
+    costly = {"linear", "scaled_dot_product_attention", "layer_norm"}
+    assert costly <= computed
+    assert not costly & reused  # the norms in front of reused blocks are left out with them
+    assert {"mul", "add"} <= reused
+
+
 class TestInside:
     """What holds inside a region, too."""
 

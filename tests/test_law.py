@@ -143,7 +143,7 @@ class TestLaw:
 
     @pytest.mark.parametrize("name", TRAITS)
     def test_of_a_trait(self, name: str) -> None:
-        @examples(8, slow=200)
+        @examples(6, slow=200)
         @given(descriptions(names=HARMLESS, forced=name), MASKS)
         def hold(description: Description, masks: Sequence[Table]) -> None:
             judge(description, masks)
@@ -152,7 +152,7 @@ class TestLaw:
 
     @pytest.mark.parametrize("loop", LOOPS, ids=": ".join)
     def test_of_a_loop(self, loop: tuple[str, str]) -> None:
-        @examples(8, slow=200)
+        @examples(6, slow=200)
         @given(descriptions(names=HARMLESS, loop=loop), MASKS)
         def hold(description: Description, masks: Sequence[Table]) -> None:
             judge(description, masks)
@@ -161,7 +161,7 @@ class TestLaw:
 
     @pytest.mark.parametrize(("name", "sampler"), TOGETHER)
     def test_of_a_sampler_that_writes_into_what_a_block_was_given_or_said(self, name: str, sampler: str) -> None:
-        @examples(8, slow=200)
+        @examples(6, slow=200)
         @given(descriptions(names=HARMLESS, forced=name, loop=("sampler", sampler)), MASKS)
         def hold(description: Description, masks: Sequence[Table]) -> None:
             judge(description, masks)
@@ -177,7 +177,7 @@ class TestLaw:
 class TestRefused:
     """What no table is defined for, whatever the network."""
 
-    @examples(8, slow=200)
+    @examples(6, slow=200)
     @given(descriptions(names=HARMLESS), tables(), st.permutations(range(4)))
     def test_other_timesteps(self, description: Description, table: Table, order: list[int]) -> None:
         description = replace(description, steps=4, branches="one")
