@@ -12,8 +12,8 @@ from torch import Tensor
 from stepmask.denoiser.values import each, tensors
 
 LIFT = 16.0
-"""The largest number of a gradient that sets out through a network: of float16's range three orders of magnitude are free
-above it, and eight below."""
+"""The largest number of a gradient that sets out through a network: of float16's range three orders of magnitude are
+free above it, and eight below."""
 
 
 def floats(value: Any) -> list[Tensor]:
@@ -38,8 +38,8 @@ def wide(tensor: Tensor) -> Tensor:
 def lifted(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """A gradient whose largest number is about `LIFT`, and how many times larger it is now.
 
-    The gradient of a distance goes with one over the size of the latents, of which float16 leaves few digits or none. The
-    factor is a power of two, so in float32 no digit changes; it stays on the gradient's device, and nobody waits for it.
+    The gradient of a distance goes with one over the size of the latents, of which float16 leaves few digits or none.
+    The factor is a power of two, so in float32 no digit changes; it stays on the gradient's device: nobody waits.
     """
     factor = power_of_two(LIFT / gradient.detach().abs().max().float().clamp_min(1e-18))
     return gradient * factor.to(gradient.dtype), factor
