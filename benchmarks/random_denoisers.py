@@ -70,7 +70,7 @@ class Loop:
         return x
 
 
-def sd15(tiny: bool) -> nn.Module:
+def sd15(tiny: bool) -> Any:
     from diffusers import UNet2DConditionModel
 
     if tiny:
@@ -80,7 +80,7 @@ def sd15(tiny: bool) -> nn.Module:
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
 
 
-def sdxl(tiny: bool) -> nn.Module:
+def sdxl(tiny: bool) -> Any:
     from diffusers import UNet2DConditionModel
 
     added = {"addition_embed_type": "text_time", "use_linear_projection": True}
@@ -104,7 +104,7 @@ def sdxl_inputs(tiny: bool) -> Inputs:
     return {"encoder_hidden_states": torch.randn(1, *text), "added_cond_kwargs": added}
 
 
-def pixart(tiny: bool) -> nn.Module:
+def pixart(tiny: bool) -> Any:
     from diffusers import PixArtTransformer2DModel
 
     if tiny:
@@ -121,7 +121,7 @@ def pixart_inputs(tiny: bool) -> Inputs:
     return {"encoder_hidden_states": words, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
 
 
-def flux(tiny: bool) -> nn.Module:
+def flux(tiny: bool) -> Any:
     from diffusers import FluxTransformer2DModel
 
     if tiny:
