@@ -43,6 +43,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/transfer.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/half.py
 	$(BIN)/python benchmarks/sweep_memory.py
 
 docs: $(VENV)/ready

@@ -212,7 +212,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "group offloading on the CPU": (["--device", "cpu", "--offload", "group"], "an accelerator, to which weights"),
     "a revision of a folder": (["--revision", "main"], "a repository on the Hugging Face hub, which has revisions"),
     "a variant that is not there": (["--variant", "fp16"], "variant 'fp16' of"),
-    "learning in float16 on the CPU": (["--device", "cpu", "--dtype", "float16"], "learning in float16 on a CPU"),
     "a compiled pipeline on a cluster": (
         ["--device", "cpu", "--compile", "--ray", "local"],
         "a compiled denoiser on a cluster",

@@ -603,11 +603,6 @@ class TestRefused:
         with stepmask.apply(pipe, reference), pytest.raises(AlreadyApplied):
             stepmask.sweep(pipe, trajectory)
 
-    def test_half_precision_on_a_cpu(self, pipe: Any, trajectory: Trajectory) -> None:
-        pipe.transformer.half()
-        with pytest.raises(LearningError, match="float16 on a CPU"):
-            stepmask.sweep(pipe, trajectory)
-
     def test_nothing_to_measure(self, pipe: Any, trajectory: Trajectory) -> None:
         with pytest.raises(LearningError, match="0 probes"):
             stepmask.sweep(pipe, trajectory, probes=0)

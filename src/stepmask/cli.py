@@ -189,7 +189,6 @@ def demo(
     from stepmask.schedule.budget import Budget
 
     limits = Budget(macs=budget)
-    loading.check_learning()
     pipe = loading.load(pipeline)
     told = Conditioning.of(pipe)
     calls = {seed: {**told.call(8, seed), "num_inference_steps": steps} for seed in range(4)}
@@ -276,7 +275,6 @@ def learn(
 
     macs = 0.5 if budget is None and time is None else budget
     limits = Budget(macs, time, None if store_mib is None else store_mib * 2**20)
-    loading.check_learning()
     wanted = _Wanted(prompts, labels, call)
     pipe = loading.load(pipeline)
     calls = wanted.of(pipe).calls(samples, range(seed, seed + batches), steps)
@@ -469,7 +467,6 @@ def reproduce(
     told = replace(told, dtype=loading.dtype or told.dtype)
     out = out or Path("runs") / recipe.stem
     check_writable_folder(out)
-    replace(loading, dtype=told.dtype).check_learning()
     wanted = read_prompts(prompts) if prompts else None
 
     options = {name: value for name, value in asdict(loading).items() if name != "dtype"}

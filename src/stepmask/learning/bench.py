@@ -14,7 +14,7 @@ from stepmask.denoiser.held import Owner
 from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.seam import Hook, attached_by_name
 from stepmask.denoiser.values import each, to_output, to_stored_form
-from stepmask.learning.floats import mixed
+from stepmask.learning.floats import mixed, wide
 from stepmask.learning.objective import relative_error
 from stepmask.schedule.graph import Block, BlockGraph
 
@@ -103,4 +103,10 @@ def _blend(seat: _Seat, call: Callable[..., Any], args: tuple[Any, ...], kwargs:
 
 
 def _mix(stored: Any, fresh: Any, score: Tensor) -> Any:
-    return mixed(lambda new, old: torch.lerp(old, new, score.to(new.dtype)), fresh, stored)
+    """In float32 at least: a score's gradient is a sum over all numbers of a value, and float16 ends at 65504."""
+
+    def blend(new: Tensor, old: Tensor) -> Tensor:
+        there = wide(new)
+        return torch.lerp(wide(old), there, score.to(there.dtype)).to(new.dtype)
+
+    return mixed(blend, fresh, stored)

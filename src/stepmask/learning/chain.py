@@ -12,6 +12,7 @@ from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.seam import attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
+from stepmask.learning.floats import lifted, wide
 from stepmask.learning.sample_rows import SampleRows
 from stepmask.learning.tape import Moment, Tape, not_finite
 from stepmask.schedule.answers import answers
@@ -36,7 +37,7 @@ def loss_and_gradients(
         trajectory: Its run is repeated under the table.
         reading: The table; its weights say how many values each reused cell reads.
         weights: What stands in for them, newest value first, shape (steps, blocks, 3).
-        loss: Of the final latent, a scalar.
+        loss: Of the final latent, in float32 at least, a scalar.
         rows: Which sample each row belongs to; `None` = as the trajectory tells, for which a step's outputs are read
             at each step.
 
@@ -58,11 +59,15 @@ def loss_and_gradients(
         answered[step, column, ages] = weights[step, column, : len(ages)]
     tape = Tape(trajectory, reading.graph, answered, gradients, reads=reads)
     with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad(), uncompiled():
-        value = loss(trajectory.sampling.latent())
-        told = _told(value, tape)
-        torch.autograd.grad(value, tape.anchor)
+        latent = trajectory.sampling.latent()
+        leaf = wide(latent.detach()).requires_grad_()
+        value = loss(leaf)
+        told = _told(value, latent, tape)
+        (pull,) = torch.autograd.grad(value, leaf)
+        pull, factor = lifted(pull)
+        torch.autograd.grad(latent, tape.anchor, pull.to(latent.dtype))
     rows.check()
-    return told, gradients.total.cpu()
+    return told, (gradients.total / factor.to(gradients.total)).cpu()
 
 
 class _Gradients:
@@ -81,10 +86,10 @@ class _Gradients:
                 self.total[:, moment.step, column, index] += products.to(self.total)
 
 
-def _told(value: Tensor, tape: Tape) -> float:
-    """The loss as a number, if all that led to it was one."""
+def _told(value: Tensor, latent: Tensor, tape: Tape) -> float:
+    """The loss of a latent as a number, if all that led to it was one."""
     tape.check_finite()
-    if not value.requires_grad:
+    if not latent.requires_grad:
         raise LearningError(
             given="a final latent that does not depend on the forecast weights",
             expected="a sampling loop without torch.no_grad, and a table that forecasts",

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from stepmask.denoiser.values import each, tensors
 
+LIFT = 16.0
+"""The largest number of a gradient that sets out through a network: of float16's range three orders of magnitude are
+free above it, and eight below."""
+
 
 def floats(value: Any) -> list[Tensor]:
     """The tensors in a value that can carry gradients."""
@@ -29,3 +33,19 @@ def mixed(function: Callable[..., Tensor], value: Any, *others: Any) -> Any:
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32, or float64 if it is that: squares of float16 overflow, sums in bfloat16 stand still."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def lifted(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """A gradient whose largest number is about `LIFT`, and how many times larger it is now.
+
+    The gradient of a distance goes with one over the size of the latents, of which float16 leaves few digits or none.
+    The factor is a power of two, so in float32 no digit changes; it stays on the gradient's device: nobody waits.
+    """
+    factor = power_of_two(LIFT / gradient.detach().abs().max().float().clamp_min(1e-18))
+    return gradient * factor.to(gradient.dtype), factor
+
+
+def power_of_two(number: Tensor) -> Tensor:
+    """The largest power of two that is not above a positive number, exactly."""
+    mantissa, _ = torch.frexp(number)  # in [0.5, 1)
+    return number / (2 * mantissa)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stepmask.denoiser.device import to_device
+from stepmask.denoiser.modes import autocast_as
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import prediction
 
@@ -38,7 +39,8 @@ class Guidance:
     def __call__(self, outputs: Sequence[Any]) -> Tensor:
         """What the scheduler is handed for the outputs of all branches, shape (rows handed, elements)."""
         rows = _rows(outputs, self.channels)
-        return to_device(self.weights, rows.device).to(rows) @ rows
+        with autocast_as(()):  # differences between rows count many times over: no half precision
+            return to_device(self.weights, rows.device).to(rows) @ rows
 
 
 def guidance_of(trajectory: Trajectory, step: int) -> Guidance:

@@ -12,7 +12,7 @@ from torch import Tensor
 from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.trajectory import Trajectory
-from stepmask.denoiser.values import each
+from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError
 from stepmask.learning.floats import floats, mixed, wide
 from stepmask.learning.guidance import guidance_of
@@ -104,7 +104,8 @@ class MeasuredGain:
 
     Args:
         power: 1 weighs by the gain itself, 0 is uniform.
-        fraction: How far towards the earlier output.
+        fraction: How far towards the earlier output. All the way where anything is in half precision: there rounding
+            alone moves a final latent by more than a small step does.
     """
 
     power: float = 1.0
@@ -117,11 +118,12 @@ class MeasuredGain:
             LearningError: A run is not finite.
         """
         steps = range(1, trajectory.steps)
-        gains = [self._gain(trajectory, step) for step in progress(steps, "measuring the gain per step")]
+        fraction = 1.0 if _in_half_precision(trajectory) else self.fraction
+        gains = [self._gain(trajectory, step, fraction) for step in progress(steps, "measuring the gain per step")]
         return np.array(gains[:1] + gains or [1.0]) ** self.power
 
-    def _gain(self, trajectory: Trajectory, step: int) -> float:
-        nudge = _Nudge(trajectory, step, self.fraction)
+    def _gain(self, trajectory: Trajectory, step: int, fraction: float) -> float:
+        nudge = _Nudge(trajectory, step, fraction)
         with attached({trajectory.sampling.denoiser: nudge}), uncompiled():
             latent = trajectory.sampling().latent
         moved = float((wide(latent) - wide(trajectory.sampled.latent)).float().square().sum())
@@ -132,6 +134,15 @@ class MeasuredGain:
                 advice="Check the pipeline's dtype, or use a smaller fraction",
             )
         return moved / max(nudge.relative_move, 1e-20)
+
+
+def _in_half_precision(trajectory: Trajectory) -> bool:
+    """Whether a latent, an output, a weight or what autocast makes of them has fewer digits than float32."""
+    sampling = trajectory.sampling
+    looked = (trajectory.sampled.latent, *tensors(trajectory.outputs[0]), *sampling.denoiser.parameters())
+    dtypes = {tensor.dtype for tensor in looked if tensor.is_floating_point()}
+    cast = {dtype for _, dtype in sampling.autocast or ()}
+    return any(torch.finfo(dtype).bits < torch.finfo(torch.float32).bits for dtype in dtypes | cast)
 
 
 class _Nudge(Hook):

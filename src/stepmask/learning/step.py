@@ -15,6 +15,7 @@ from stepmask.denoiser.identity import digest
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import LearningError
 from stepmask.learning.bench import Bench
+from stepmask.learning.floats import power_of_two
 from stepmask.learning.guidance import Guidance
 from stepmask.learning.objective import Objective, expected_cost, relative_error
 from stepmask.learning.relax import Relaxation
@@ -89,6 +90,7 @@ def learn_step(denoiser: nn.Module, job: StepJob) -> npt.NDArray[np.float64]:
     branches = [_Branch(Bench(denoiser, job.graph), calls, job.rows) for calls in job.calls]
     target = job.guidance([branch.target for branch in branches])
     job = replace(job, guidance=job.guidance.to(target.device))  # for all iterations
+    factor = _factor(job, target)
     for iteration in range(job.iterations):
         with torch.no_grad():
             job.relaxation.project(parameter, costs, job.share)
@@ -97,7 +99,10 @@ def learn_step(denoiser: nn.Module, job: StepJob) -> npt.NDArray[np.float64]:
             loss = _loss(job, branches, target, scores)
         if not torch.isfinite(loss):
             raise _not_finite(job)
-        (parameter.grad,) = torch.autograd.grad(loss, [parameter])
+        (gradient,) = torch.autograd.grad(loss * factor, [parameter])
+        if not torch.isfinite(gradient).all():
+            raise _not_finite(job)
+        parameter.grad = gradient / factor
         optimiser.step()
     with torch.no_grad():
         job.relaxation.project(parameter, costs, job.share)
@@ -130,9 +135,19 @@ def _loss(job: StepJob, branches: Sequence[_Branch], target: Tensor, scores: Ten
     return job.objective(error, [feature for _, features in pairs for feature in features], cost)
 
 
+def _factor(job: StepJob, target: Tensor) -> float:
+    """How many times larger gradients are made on their way through the denoiser, a power of two.
+
+    An output's number has a gradient of 2·w·|difference| / ‖target‖²: of that float16 leaves few digits or none. Times
+    √numbers · ‖target‖ / w it is twice the relative difference, where that is the same for all of them.
+    """
+    size = target.norm() * target.numel() ** 0.5 / max(job.objective.weight, 1e-20)
+    return float(power_of_two(size.clamp(1e-18, 1e18)))
+
+
 def _not_finite(job: StepJob) -> LearningError:
     return LearningError(
-        given=f"a loss at step {job.step} that is not finite",
+        given=f"a loss or a gradient at step {job.step} that is not finite",
         expected="finite outputs of the denoiser",
-        advice="Check its dtype: half precision overflows on CPU",
+        advice="Check its dtype: float16 overflows at 65504; bfloat16 does not",
     )

@@ -27,7 +27,7 @@ from stepmask.errors import LearningError, ScheduleMismatch
 from stepmask.executors.filed import Kind, finish
 from stepmask.executors.local import Executor, LocalExecutor
 from stepmask.files import as_path
-from stepmask.learning.floats import wide
+from stepmask.learning.floats import lifted, wide
 from stepmask.learning.guidance import samples_of
 from stepmask.learning.memory import predict
 from stepmask.learning.objective import relative_error
@@ -89,8 +89,8 @@ def sweep(
 
     Raises:
         LearningError: A trajectory is another pipeline's, the pipeline cuts the gradient, numbers are not finite, the
-            denoiser is in half precision on a CPU or casts its weights layer by layer, the run is not the one that was
-            recorded, or a folder is to keep what was decoded by a function, which has no name.
+            denoiser casts its weights layer by layer, the run is not the one that was recorded, or a folder is to keep
+            what was decoded by a function, which has no name.
         AlreadyApplied: The denoiser is masked, or cached by diffusers, already.
         ScheduleMismatch: `around` is for another denoiser, sampler or graph, or trajectories are of several samplers.
         InvalidSchedule: `around` reuses values that are older than `ages`.
@@ -169,11 +169,11 @@ def _swept(setting: _Setting, shard: _Shard) -> Arrays:
         tape = Tape(trajectory, around.graph, answered, readings, checkpoint_blocks=setting.checkpoint_blocks)
         latent = _run(tape, trajectory, reference=bool((tape.answered[..., 0] == 1).all()))
         pulls, offsets = zip(*(measure.probe(latent.detach(), number) for number in shard.probes), strict=True)
-        for place, pull in enumerate(progress(pulls, "probes")):
+        for place, (pull, factor) in enumerate(progress(pulls, "probes")):
             readings.begin()
             with uncompiled():  # evaluations are repeated while gradients come back
                 torch.autograd.grad(latent, tape.anchor, pull, retain_graph=place < len(pulls) - 1)
-            readings.end()
+            readings.end(factor)
     inner, held = np.concatenate(readings.probes, axis=1)
     took = np.array([-1 if peak.grown is None else peak.grown])
     return {"inner": inner, "held": held, "offset": np.concatenate(offsets).astype(np.float32), "bytes": took}
@@ -242,8 +242,12 @@ class _Measure:
         """How many samples there are."""
         return int(self.latent_samples.max()) + 1
 
-    def probe(self, latent: Tensor, seed: int) -> tuple[Tensor, npt.NDArray[np.float64]]:
-        """One measurement per sample: its gradient at the latent, and its value of x_0 − x_0 ref, shape (samples,)."""
+    def probe(self, latent: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor], npt.NDArray[np.float64]]:
+        """One measurement per sample.
+
+        Returns:
+            Its gradient at the latent, `lifted`; its value of x_0 − x_0 ref, shape (samples,).
+        """
         energy = self._by_sample(self.target, self.target).sqrt().clamp_min(1e-20)
         generator = torch.Generator().manual_seed(FIRST_SEED + seed)
         v = torch.randn(self.target.shape, generator=generator, dtype=torch.float32)
@@ -252,10 +256,12 @@ class _Measure:
         with torch.enable_grad():
             leaf = latent.requires_grad_()
             decoded = self.decode(leaf)
-            (pull,) = torch.autograd.grad(decoded, leaf, v.to(decoded.dtype))
+            up, factor = lifted(v)
+            (pull,) = torch.autograd.grad(decoded, leaf, up.to(decoded.dtype))
         if not torch.isfinite(pull).all():
             raise not_finite("a gradient of decode")
-        return pull, self._by_sample(v, wide(decoded.detach()) - wide(self.target)).cpu().numpy()
+        pull, more = lifted(pull)
+        return (pull, factor * more), self._by_sample(v, wide(decoded.detach()) - wide(self.target)).cpu().numpy()
 
     def _by_sample(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner products per sample, shape (samples,)."""
@@ -290,14 +296,17 @@ class _Readings:
         while self.kept[moment.branch][0][0] >= moment.step + self.ages:  # no earlier value is read with these
             self.kept[moment.branch].popleft()
 
-    def end(self) -> None:
+    def end(self, factor: Tensor) -> None:
         """The probe is done: only now an accelerator is waited for.
+
+        Args:
+            factor: How many times larger the gradients were than the measurement's.
 
         Raises:
             LearningError: A gradient is not finite, or samples share a tensor that is read.
         """
         self.rows.check()
-        read = self.total.cpu().numpy()
+        read = (self.total / factor.to(self.total)).cpu().numpy()
         finite = np.isfinite(read).all(axis=(0, 1, 3, 4))
         if not finite.all():
             raise not_finite(f"a gradient at step {np.flatnonzero(~finite)[-1]}")
@@ -319,14 +328,7 @@ def _check(pipe: Any, trajectories: Sequence[Trajectory], probes: int, ages: int
     for trajectory in trajectories:
         trajectory.check_pipe(pipe)
     refuse_made_in_inference_mode(pipe)
-    denoiser = denoiser_of(pipe)
-    refuse_if_taken(denoiser)
-    if any(weight.dtype == torch.float16 and weight.device.type == "cpu" for weight in denoiser.parameters()):
-        raise LearningError(
-            given="a denoiser in float16 on a CPU",
-            expected="float32 or bfloat16, whose gradients do not overflow there",
-            advice="Call pipe.to(torch.float32), or move the pipeline to an accelerator",
-        )
+    refuse_if_taken(denoiser_of(pipe))
 
 
 def _check_named(decode: Decode | None) -> None:

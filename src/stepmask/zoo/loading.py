@@ -103,19 +103,6 @@ class Loading:
                 advice="Leave the variant out; the dtype says in what the weights are loaded",
             )
 
-    def check_learning(self) -> None:
-        """Refuse what nothing can be learned with.
-
-        Raises:
-            InvalidLoading: float16 on a CPU.
-        """
-        if self.weights == torch.float16 and self.place.type == "cpu":
-            raise InvalidLoading(
-                given="learning in float16 on a CPU",
-                expected="float32 or bfloat16, whose gradients do not overflow there",
-                advice="Choose another dtype",
-            )
-
     def check_cluster(self, gpus: float) -> None:
         """Refuse what does not go to a cluster's workers with the pipeline.
 

@@ -1,0 +1,34 @@
+"""The benchmark that is to run on a GPU: the whole of it, tiny, on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_all_parts_finish_and_what_they_find_is_filed(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(script, cwd=tmp_path, env=environment, check=True, capture_output=True)
+
+    found = json.loads(out.read_text())
+    parts = found["parts"]
+    assert len(parts) == 7
+    assert not [name for name, part in parts.items() if "failed" in part or "skipped" in part]
+    assert parts["overhead"]["bitwise_equal"]
+    assert parts["learned tables"]["ddpm-emoji"]["off_by"] == 0  # of the CPU against itself
+    assert 0 < parts["learning"]["error"] < 1
+
+    large = [part for part in parts.values() if "eager" in part]
+    assert len(large) == 4
+    for part in large:
+        assert (
+            part["eager"].keys() == part["compiled, over compiled"].keys() == {"interval 2, Taylor 1", "single cells"}
+        )
+        assert all(row["store_bytes"] > 0 for row in part["eager"].values())
+        assert all(0.3 < row["macs"] < 0.6 for row in part["eager"].values())
+    assert found["machine"]["torch"]
