@@ -143,9 +143,9 @@ class Loading:
             TraceError: It is to be compiled, and no blocks are known.
         """
         self.check(source)
-        named = {"variant": self.variant, "revision": self.revision}
-        told = {name: value for name, value in named.items() if value is not None}
-        pipe = zoo.load(source, torch_dtype=self.weights, **told)
+        dtype = None if self.weights == torch.float32 else self.weights  # diffusers' own default is float32
+        named = {"variant": self.variant, "revision": self.revision, "torch_dtype": dtype}
+        pipe = zoo.load(source, **{name: value for name, value in named.items() if value is not None})
         pipe.set_progress_bar_config(disable=True)
 
         self._put(pipe)
