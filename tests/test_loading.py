@@ -124,7 +124,7 @@ class TestOptions:
 
         monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
         run("blocks", "you/pipeline", "--revision", "v2", "--variant", "fp16", "--device", "cpu")
-        assert told == {"place": "you/pipeline", "revision": "v2", "variant": "fp16", "torch_dtype": torch.float32}
+        assert told == {"place": "you/pipeline", "revision": "v2", "variant": "fp16"}
 
     def test_a_recipe_has_a_dtype_of_its_own(self, folder: str, loaded: list[Any], tmp_path: Path) -> None:
         from test_recipes import RECIPE
