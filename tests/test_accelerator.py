@@ -20,6 +20,7 @@ from simulated_device import PLACE, Device, simulated
 from stepmask import Budget, MaskSchedule, Store, Trajectory
 from stepmask.denoiser import clock
 from stepmask.denoiser.clock import Clock
+from stepmask.denoiser.device import own_device
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.timing import time_blocks
 from stepmask.denoiser.values import tensors
@@ -31,7 +32,6 @@ from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.sample_rows import SampleRows
 from stepmask.learning.trained import TrainedForecasts
-from stepmask.reproduction.run import _own
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
@@ -437,11 +437,11 @@ class TestPlaces:
 
     def test_a_process_takes_an_accelerator_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-        assert _own(torch.device("cuda")) == torch.device("cuda")
+        assert own_device(torch.device("cuda")) == torch.device("cuda")
         for name, value in (("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")):
             monkeypatch.setenv(name, value)
-        assert _own(torch.device("cuda")) == torch.device("cuda:3")
-        assert _own(torch.device("cuda:1")) == torch.device("cuda:1")
-        assert _own(torch.device("cpu")) == torch.device("cpu")
+        assert own_device(torch.device("cuda")) == torch.device("cuda:3")
+        assert own_device(torch.device("cuda:1")) == torch.device("cuda:1")
+        assert own_device(torch.device("cpu")) == torch.device("cpu")
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the others are hidden from it
-        assert _own(torch.device("cuda")) == torch.device("cuda:0")
+        assert own_device(torch.device("cuda")) == torch.device("cuda:0")
