@@ -26,6 +26,8 @@ from stepmask.evaluation.report import Row
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.rectify import lower
 
+from toys import Scale
+
 
 class TestMetrics:
     def test_latent_errors_by_hand(self) -> None:
@@ -267,3 +269,30 @@ def test_peak_memory_sees_an_allocation() -> None:
     if small.bytes is None or large.bytes is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert large.bytes - small.bytes > 32 * 2**20
+
+
+def test_a_network_without_macs_is_evaluated() -> None:
+    class Scaled(nn.Module):
+        """x ↦ x · 2 · 3, element-wise."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Scale(2.0), Scale(3.0)])
+
+        def forward(self, x: Tensor, t: float) -> Tensor:
+            return self.layers[1](self.layers[0](x)) + t
+
+    network = Scaled()
+
+    def run() -> Tensor:
+        x = torch.ones(1, 4)
+        with torch.no_grad():
+            for t in (0.9, 0.6, 0.3):
+                x = x - 0.01 * network(x, t)
+        return x
+
+    trajectory = stepmask.record(network, run=run)
+    graph = stepmask.trace(network, trajectory, blocks={"layers.*": "output"})
+    whole = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+    report = stepmask.evaluate(network, whole, run=run, repeats=1)
+    assert report["schedule"].macs_executed == 1

@@ -145,9 +145,9 @@ class Contender:
         )
 
     def _executed(self, run: Run, reference: Run) -> float:
-        """MACs of the blocks that ran, over those of the reference."""
-        if self.schedule is not None:
-            return run.computed_macs / (int(self.schedule.graph.macs.sum()) * reference.evaluations)
+        """MACs of the blocks that ran, over those of the reference; of a network without any, its evaluations."""
+        if self.schedule is not None and (macs := int(self.schedule.graph.macs.sum())):
+            return run.computed_macs / (macs * reference.evaluations)
         if self.counted:
             return run.computed_macs / reference.computed_macs
         return run.evaluations / reference.evaluations
