@@ -9,7 +9,7 @@ import torch
 import stepmask
 from results import paired_ratio, save
 from setting import Setting
-from stepmask import BlockGraph, MaskSchedule, zoo
+from stepmask import MaskSchedule, zoo
 from stepmask.denoiser.call import Call
 from stepmask.denoiser.families import denoiser_of
 from stepmask.schedule.baselines import all_reused
@@ -70,14 +70,9 @@ class Bench:
     def reused(self) -> dict[str, dict[str, Any]]:
         """A step that reuses all blocks, forecast from all values that may be read; and with its feeders called."""
         table = all_reused(self.full, order=WINDOW - 1)
-        called = replace(table, graph=without_feeders(table.graph))
+        called = replace(table, graph=table.graph.without_feeders())
         tables = {"reused": table, "reused, feeders called": called}
         return {name: self.over_bare(each, WINDOW, ROUNDS // 4) for name, each in tables.items()}
-
-
-def without_feeders(graph: BlockGraph) -> BlockGraph:
-    """A graph that knows of none."""
-    return BlockGraph(tuple(replace(block, feeders=()) for block in graph.blocks))
 
 
 def main() -> None:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from stepmask.denoiser.device import to_device
 from stepmask.denoiser.replay import MaskedBlock
+from stepmask.denoiser.run import outside_error
 from stepmask.denoiser.seam import Hook
 from stepmask.denoiser.values import each, tensors, to_output, to_stored_form
-from stepmask.errors import RunError, RunNotStarted
+from stepmask.errors import RunError
 from stepmask.schedule.channels import reads_of
 from stepmask.schedule.graph import Reuse
 from stepmask.schedule.rectify import Action, Cell, Plan
@@ -91,7 +92,7 @@ def masked_forward(bare: Callable[..., Any]) -> Callable[..., Any]:
             return bare(self, *args, **kwargs)
         slot.calls += 1
         if slot.action is None:
-            raise _outside_error(slot.name)
+            raise outside_error(slot.name)
         if slot.action == "dead":
             return slot.stored[0]
         if slot.action == "reuse":
@@ -279,11 +280,3 @@ def stand_in(tensor: Tensor) -> Tensor:
     """What stands for a tensor that nobody reads: not a number, in no memory to speak of."""
     what = float("nan") if tensor.is_floating_point() or tensor.is_complex() else 0
     return tensor.new_full((), what).expand(tensor.shape)
-
-
-def _outside_error(name: str) -> RunNotStarted:
-    return RunNotStarted(
-        given=f"a call of block {name!r} outside an evaluation of the masked denoiser",
-        expected="blocks that are called by the denoiser, in the thread that runs it",
-        advice="Remove the schedule before you call blocks yourself, and let runs take turns",
-    )

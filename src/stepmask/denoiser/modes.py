@@ -20,6 +20,12 @@ Autocast = tuple[tuple[str, torch.dtype], ...]
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
+ROOM_FOR_GRAPHS = 512
+"""Graphs that a class of regions may have beside those of a masked run: bare, of other tables, sizes and modes.
+
+The compiler counts them by function and process. Its own limit, 8, is for functions that are compiled in vain.
+"""
+
 
 def autocast_now() -> Autocast:
     """Where autocast is on around the caller."""

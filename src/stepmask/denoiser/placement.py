@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from stepmask.denoiser.compiled import InsideBlock, MaskedRegion, Pattern, Weights, masked_forward, patterns, stand_in
+from stepmask.denoiser.modes import ROOM_FOR_GRAPHS
 from stepmask.denoiser.refusals import refuse_replaced_forward, refuse_too_many_graphs
 from stepmask.denoiser.regions import compiled_regions, region_around, unwrapped
 from stepmask.denoiser.replay import MaskedBlock, MaskedDenoiser, MaskedFeeder
@@ -12,12 +13,6 @@ from stepmask.denoiser.run import Run
 from stepmask.denoiser.seam import Hook, attach, attach_traced, detach, detach_traced
 from stepmask.denoiser.unread import Unread
 from stepmask.errors import ScheduleMismatch
-
-GRAPHS_OF_OTHERS = 512
-"""Graphs that a class of regions may have beside those of a masked run: bare, of other tables, sizes and modes.
-
-The compiler counts them by function and process. Its own limit, 8, is for functions that are compiled in vain.
-"""
 
 
 class Placement:
@@ -118,7 +113,7 @@ class Placement:
         by_class: dict[type[nn.Module], set[tuple[Pattern, ...]]] = {}
         for name, hook in masked.items():
             by_class.setdefault(type(unwrapped(regions[name])), set()).update(self._patterns(hook))
-        return max(map(len, by_class.values())) + GRAPHS_OF_OTHERS if by_class else 0
+        return max(map(len, by_class.values())) + ROOM_FOR_GRAPHS if by_class else 0
 
 
 def _module(denoiser: nn.Module, name: str) -> nn.Module:

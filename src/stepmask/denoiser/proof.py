@@ -75,8 +75,8 @@ def check_against_record(trajectory: Trajectory, graph: BlockGraph) -> None:
         return
 
     table = _random_table(full)
-    with_feeders = replace(table, graph=graph.without_feeders())
-    expected = _outputs(trajectory, with_feeders, _PrivateStore(), lower_whole)
+    called = replace(table, graph=graph.without_feeders())
+    expected = _outputs(trajectory, called, _PrivateStore(), lower_whole)
     given = _outputs(trajectory, table, Store(), lower)
     for evaluation, (one, other) in enumerate(zip(given, expected, strict=True)):
         if not _equal(one, other):

@@ -7,7 +7,7 @@ from torch import nn
 
 from stepmask.denoiser.regions import unwrapped
 from stepmask.denoiser.replay import MaskedDenoiser
-from stepmask.denoiser.seam import hooks_of
+from stepmask.denoiser.seam import has_other_forward, hooks_of
 from stepmask.errors import AlreadyApplied, RunError
 
 
@@ -56,7 +56,7 @@ def refuse_replaced_forward(module: nn.Module, slot: Any) -> None:
     Raises:
         RunError: Something else has.
     """
-    if "forward" in vars(module) and vars(module).get("_stepmask_slot") is not slot:
+    if has_other_forward(module, slot):
         raise RunError(
             given=f"block {slot.name!r}, inside a compiled region, whose forward is not that of its class",
             expected="blocks in compiled regions as their class has them",

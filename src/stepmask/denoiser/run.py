@@ -207,11 +207,7 @@ class Run:
             RunError: It was called before in this evaluation, or outside of one.
         """
         if not self.row:
-            raise RunNotStarted(
-                given=f"a call of block {self.names[column]!r} outside an evaluation of the masked denoiser",
-                expected="blocks that are called by the denoiser, in the thread that runs it",
-                advice="Remove the schedule before you call blocks yourself, and let runs take turns",
-            )
+            raise outside_error(self.names[column])
         if self.answered[column]:
             raise RunError(
                 given=f"block {self.names[column]!r}, which is called twice at step {self.step}",
@@ -304,3 +300,12 @@ class Run:
     def held_tensors(self) -> list[Tensor]:
         """All that is stored now."""
         return [part for branch in self.stored for column in branch for held in column for part in held.parts]
+
+
+def outside_error(block: str) -> RunNotStarted:
+    """The error of a block that is called by somebody else than the masked denoiser."""
+    return RunNotStarted(
+        given=f"a call of block {block!r} outside an evaluation of the masked denoiser",
+        expected="blocks that are called by the denoiser, in the thread that runs it",
+        advice="Remove the schedule before you call blocks yourself, and let runs take turns",
+    )

@@ -237,7 +237,7 @@ def _timesteps(scheduler: Any) -> tuple[float, ...]:
     held = getattr(scheduler, "timesteps", None)
     held = _numbers(held) if isinstance(held, Tensor) else held
     try:
-        return tuple(float(t) for t in (held.tolist() if hasattr(held, "tolist") else held))  # type: ignore[union-attr]
+        return tuple(float(t) for t in (held.tolist() if hasattr(held, "tolist") else held))  # type: ignore[union-attr]  # anything else is refused below
     except (TypeError, ValueError) as error:
         raise RunError(
             given=f"a {type(scheduler).__name__} whose timesteps are {held!r:.60}",

@@ -111,6 +111,11 @@ def detach_traced(module: nn.Module, slot: Any) -> None:
         del vars(module)["forward"]
 
 
+def has_other_forward(module: nn.Module, slot: Any) -> bool:
+    """Whether somebody else than `attach_traced` with this slot has put a `forward` on a module."""
+    return "forward" in vars(module) and vars(module).get(_SLOT) is not slot
+
+
 def own_compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     """A module's compiled call, behind its hooks; `None` if it was not compiled on its own."""
     hooked = _hooked(module)

@@ -12,13 +12,10 @@ import torch
 from stepmask import zoo
 from stepmask.denoiser.device import CPU, is_present, module_of, own_device
 from stepmask.denoiser.families import denoiser_of, find_blocks
-from stepmask.denoiser.modes import at_least_graphs
+from stepmask.denoiser.modes import ROOM_FOR_GRAPHS, at_least_graphs
 from stepmask.denoiser.regions import compile_repeated
 from stepmask.errors import InvalidLoading
 from stepmask.zoo.options import Dtype, Offload
-
-MOST_GRAPHS = 512
-"""That a compiled region may have while several tables are measured or compared in one process."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ class Loading:
 
     def room_to_compile(self) -> AbstractContextManager[None]:
         """Room for the graphs of several tables, where regions are compiled: each has some of its own."""
-        return at_least_graphs(MOST_GRAPHS) if self.compiled else nullcontext()
+        return at_least_graphs(ROOM_FOR_GRAPHS) if self.compiled else nullcontext()
 
     def load(self, source: str, blocks: Iterable[str] | None = None) -> Any:
         """The pipeline; its runs show no bar of their own.
