@@ -37,6 +37,19 @@ class Two(nn.Module):
         return self.wiring(self, x)
 
 
+class Prompted(nn.Module):
+    """x ↦ 2(x + p) + 5(x + p), of a prompt p: a tensor, one in a dictionary, a word's length, or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Scale(2.0), Scale(5.0)])
+
+    def forward(self, x: Tensor, prompt: Any) -> Tensor:
+        said = prompt["states"] if isinstance(prompt, dict) else prompt
+        x = x + (said if isinstance(said, Tensor) else len(said or ""))
+        return self.layers[0](x) + self.layers[1](x)
+
+
 def two_table(*rows: str) -> MaskSchedule:
     graph = stepmask.trace(Two(), (ONE,), blocks={"layers.*": "output"})
     return table(graph, *rows, denoiser=fingerprint_of(Two()))
@@ -245,6 +258,33 @@ class TestBranches:
             first = [denoiser(ONE), denoiser(three)]
             again = [denoiser(ONE), denoiser(three)]
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+    @pytest.mark.parametrize(
+        "prompts",
+        [
+            [ONE, TWO],
+            torch.stack([ONE, TWO]),  # parts of one tensor
+            [None, TWO],
+            [{"text": "", "states": ONE}, {"text": "a tree", "states": TWO}],
+            ["", "a tree"],
+        ],
+    )
+    def test_a_run_that_changes_their_order_is_refused(self, prompts: Any) -> None:
+        denoiser = Prompted()
+        graph = stepmask.trace(Prompted(), (ONE, ONE), blocks={"layers.*": "output"})
+        schedule = MaskSchedule(graph, table(graph, "11", "00", "00").rows, fingerprint_of(denoiser), untimed(3, 2))
+        with stepmask.apply(denoiser, schedule) as masked:
+            first = [denoiser(ONE, prompt) for prompt in prompts]
+            again = [denoiser(ONE, prompt) for prompt in prompts]
+            assert all(map(torch.equal, first, again))
+            with pytest.raises(RunError, match="evaluation 0 of step 2 is given what evaluation 1 of the first step"):
+                denoiser(ONE, prompts[1])
+
+            masked.restart()  # the next run begins with the other prompt
+            assert torch.equal(denoiser(ONE, prompts[1]), first[1])
+            assert torch.equal(denoiser(ONE, prompts[0]), first[0])
+            assert torch.equal(denoiser(ONE, prompts[1]), first[1])
+            masked.restart()
 
     def test_evaluations_are_counted_between_steps(self) -> None:
         pipe, call = make("StableDiffusionPipeline")

@@ -1,5 +1,6 @@
 """Tracing: blocks, order, reads, shapes and MACs, from fake tensors."""
 
+from functools import lru_cache
 from threading import Lock
 from typing import Any
 
@@ -47,6 +48,41 @@ def test_nothing_fake_stays_in_what_a_denoiser_keeps_for_later(name: str) -> Non
     example = {"timestep": at(900.0), **inputs}
     stepmask.trace(traced, example)
     assert torch.equal(traced(**example).sample, denoiser(name)(**example).sample)
+
+
+@lru_cache(maxsize=1)
+def embedding(t: float) -> Tensor:
+    """Of a timestep, kept by the module that it is in, as rotary tables often are."""
+    return torch.full((4,), t)
+
+
+class Cached(nn.Module):
+    """x ↦ first(x + e) + second(x + e), e = the embedding of the timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        x = x + embedding(t)
+        return self.layers[0](x) + self.layers[1](x)
+
+
+def test_nothing_fake_stays_in_a_cache_outside_of_the_denoiser() -> None:
+    denoiser = Cached()
+
+    def run() -> Tensor:
+        x = torch.ones(2, 4)
+        for step in range(4):
+            x = x - 0.1 * denoiser(x, 1 - step / 4)
+        return x
+
+    trajectory = stepmask.record(denoiser, run=run)
+    graph = stepmask.trace(denoiser, trajectory, prove=False)
+    assert type(embedding(0.25)) is type(embedding(1.0)) is Tensor  # the last and the first timestep that were traced
+    stepmask.sweep(denoiser, trajectory, graph=graph, probes=1)
+    assert type(embedding(1.0)) is Tensor
+    assert torch.equal(run(), trajectory.sampled.latent)
 
 
 def test_what_cannot_be_copied_is_evaluated() -> None:

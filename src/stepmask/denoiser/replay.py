@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.branches import BranchOrder
 from stepmask.denoiser.call import Call, given_timestep, timestep_of_call
 from stepmask.denoiser.held import private_copy
 from stepmask.denoiser.modes import at_least_graphs, usable
@@ -196,6 +197,7 @@ class MaskedDenoiser(Values, Hook):
         self.most_graphs = 0  # that its compiled regions may need; 0 = it has none
         self.was_called = False  # ever
         self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
+        self.order = BranchOrder()
         self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -207,6 +209,8 @@ class MaskedDenoiser(Values, Hook):
             if self.at_start is not None and run.running and run.evaluation == 0:
                 self.at_start()
             run.begin(tuple(tuple(tensor.shape) for tensor in first(args, kwargs)), self._timestep(args, kwargs))
+            if run.branches > 1:
+                self.order.check(run.step, run.branch, args, kwargs)
             output = self._answer(run.row[-1], call, args, kwargs)
             run.end()
         except BaseException:

@@ -89,7 +89,6 @@ def trace(
     branches = 1 if run is None else run.sampler.branches
     tracer = _Tracer(denoiser, found, branches, are_named=blocks is not None)
     with autocast_as(None if run is None else run.sampling.autocast):
-        _warm_up(denoiser, calls[0])
         for index in _forms(calls):
             tracer.trace(calls[index], index)
         if run is not None and prove:
@@ -97,14 +96,6 @@ def trace(
     if blocks is None and not is_known(denoiser):
         tracer.tell_glue()
     return tracer.graph
-
-
-def _warm_up(denoiser: nn.Module, call: Call) -> None:
-    """Evaluate once for real: what is cached at the first call, anywhere, must not be cached of fake tensors."""
-    if any(tensor.is_meta for tensor in (*denoiser.parameters(), *tensors((call.args, call.kwargs)))):
-        return
-    with torch.no_grad(), torch.random.fork_rng():
-        call.evaluate(denoiser)
 
 
 def _prove(trajectory: Trajectory, tracer: "_Tracer") -> None:

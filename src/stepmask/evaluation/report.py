@@ -182,7 +182,7 @@ class Report:
             f"{fmean(row.psnr_db):.1f} dB" if row.psnr_db else "–",
             f"{fmean(row.ssim):.3f}" if row.ssim else "–",
             f"{median(row.denoiser_ms):.0f} ms",
-            f"{middle:.2f}× ({low:.2f}–{high:.2f})",
+            f"{middle:.2f}× ({low:.2f}–{high:.2f})" if len(row.denoiser_ms) > 1 else f"{middle:.2f}×",
             f"{whole:.2f}×",
             f"{row.store_bytes / 2**20:.1f} MiB",
         )

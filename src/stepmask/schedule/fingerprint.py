@@ -165,8 +165,8 @@ def _mismatch(given: str, expected: str) -> ScheduleMismatch:
     return ScheduleMismatch(
         given=given,
         expected=f"{expected}, for which the schedule was made",
-        advice="Use the schedule with its own denoiser and sampler, schedule.resample() it to other steps, "
-        "or learn a new one",
+        advice="Use the schedule with its own denoiser and sampler, or learn a new one; schedule.resample() carries "
+        "one over to other steps, if its sampler tells its log-SNR",
     )
 
 
