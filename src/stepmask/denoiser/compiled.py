@@ -117,7 +117,7 @@ def mixed(weights: Tensor, bias: Tensor | None, values: Sequence[Any]) -> Any:
         total = weights[0] * parts[0]
         for index in range(1, len(parts)):
             total = total + weights[index] * parts[index]
-        return total if bias is None else total + bias
+        return (total if bias is None else total + bias).to(parts[0].dtype)
 
     return each(mix, *values)
 

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.call import Call
 from stepmask.denoiser.families import moves_weights
+from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.values import tensors
 from stepmask.errors import StepmaskError
 
@@ -44,5 +45,5 @@ def _warm_up(denoiser: nn.Module, call: Call) -> None:
     """Evaluate once for real: what a call leaves in caches, anywhere, must not be left there by fake tensors."""
     if any(tensor.is_meta for tensor in (*denoiser.parameters(), *tensors((call.args, call.kwargs)))):
         return
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(), uncompiled():
         call.evaluate(denoiser)

@@ -24,6 +24,7 @@ from stepmask.denoiser.values import (
     tensors,
     to_output,
     to_stored_form,
+    weights_dtype,
 )
 from stepmask.errors import RunError
 from stepmask.schedule.channels import channel_axis, reads_of
@@ -99,7 +100,7 @@ class Values:
         key = self.run.plan, self.run.step
         like = next(tensors(value))
         held = self.vectors.get(key)
-        if held is None or (held[0].device, held[0].dtype) != (like.device, like.dtype):
+        if held is None or (held[0].device, held[0].dtype) != (like.device, weights_dtype(like)):
             self._check_channels(like)
             arrays = {
                 (number, step): vectors

@@ -121,7 +121,9 @@ def _mix(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
 
 
 def on_channels(arrays: Sequence[Vectors], like: Tensor) -> list[tuple[Tensor, ...]]:
-    """Per-channel vectors where a stored tensor is and in its dtype, in shapes that meet its channels.
+    """Per-channel vectors where a stored tensor is, in shapes that meet its channels.
+
+    They are of `weights_dtype`: weights that are rounded to half precision one by one do not sum to what they should.
 
     Args:
         arrays: Each (reads + 1, channels), the biases last.
@@ -133,10 +135,15 @@ def on_channels(arrays: Sequence[Vectors], like: Tensor) -> list[tuple[Tensor, .
     """
     after = like.ndim - 1 - channel_axis(like.ndim)
     with torch.inference_mode(False):  # a later run may need gradients through them
-        moved = to_device(torch.from_numpy(np.concatenate(arrays)).to(like.dtype), like.device)
+        moved = to_device(torch.from_numpy(np.concatenate(arrays)).to(weights_dtype(like)), like.device)
         rows = moved.reshape(*moved.shape, *[1] * after).unbind()
     ends = np.cumsum([len(array) for array in arrays]).tolist()
     return [rows[end - len(array) : end] for end, array in zip(ends, arrays, strict=True)]
+
+
+def weights_dtype(value: Tensor) -> torch.dtype:
+    """The dtype of weights of a value: its own, but not less precise than float32."""
+    return torch.promote_types(value.dtype, torch.float32)
 
 
 def forecast_channels(vectors: Sequence[Tensor], stored: Sequence[Any]) -> Any:
@@ -154,4 +161,4 @@ def _mix_channels(weights: Sequence[Tensor], bias: Tensor, values: Sequence[Tens
     mixed = torch.addcmul(bias, weights[0], values[0])
     for weight, value in zip(weights[1:], values[1:], strict=True):
         mixed.addcmul_(weight, value)
-    return mixed
+    return mixed.to(values[0].dtype)

@@ -28,8 +28,8 @@ def reads_of(vectors: Vectors) -> int:
 
 
 def bytes_of(vectors: Vectors, block: Block) -> int:
-    """What a run holds of these vectors, in the dtype of the block's traced value."""
-    return vectors.size * block.bytes // prod(block.shapes[0])
+    """What a run holds of these vectors: in float32, or in the dtype of the block's traced value where that is wider."""
+    return vectors.size * max(4, block.bytes // prod(block.shapes[0]))
 
 
 def checked(channels: Channels, graph: BlockGraph, rows: npt.NDArray[np.bool_]) -> dict[tuple[int, int], Vectors]:

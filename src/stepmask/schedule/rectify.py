@@ -136,7 +136,7 @@ class Plan:
 
     @cached_property
     def vector_bytes(self) -> int:
-        """Size of all per-channel weights and biases in the dtype of the traced values; they come on top of the store.
+        """Size of all per-channel weights and biases; they come on top of the store.
 
         They are shared by the branches and stay for the whole run.
         """
