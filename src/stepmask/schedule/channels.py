@@ -28,7 +28,7 @@ def reads_of(vectors: Vectors) -> int:
 
 
 def bytes_of(vectors: Vectors, block: Block) -> int:
-    """What a run holds of these vectors: in float32, or in the dtype of the block's traced value where that is wider."""
+    """What a run holds of these vectors: in float32, or in the dtype of the traced value where that is wider."""
     return vectors.size * max(4, block.bytes // prod(block.shapes[0]))
 
 
