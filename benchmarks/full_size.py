@@ -30,6 +30,7 @@ from stepmask.schedule.rectify import lower
 
 RUNS = Path("runs") / "full_size"
 STEPS = 4
+HALF = Budget(macs=0.5)
 
 TOLD = """# Full size
 
@@ -83,11 +84,11 @@ def tables(pipe: Any, call: dict[str, Any]) -> dict[str, MaskSchedule]:
     return {**found, "interval 2, DeepCache's": deepcache(coarse, 2)} if branches(coarse.graph) else found
 
 
-def scattered(full: MaskSchedule) -> MaskSchedule:
-    """Single cells over all steps and blocks, half of the MACs; no step is skipped as a whole: the hard case."""
+def scattered(full: MaskSchedule, budget: Budget = HALF) -> MaskSchedule:
+    """Single cells over all steps and blocks, within a budget; no step is skipped as a whole: the hard case."""
     scores = np.random.default_rng(0).random(full.rows.shape)
     scores[:, -1] = np.inf
-    return round_scores(scores, full, Budget(macs=0.5), max_age=STEPS)
+    return round_scores(scores, full, budget, max_age=STEPS)
 
 
 def other_caches(size: FullSize) -> tuple[dict[str, Any], dict[str, str]]:

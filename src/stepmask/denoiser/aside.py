@@ -17,7 +17,8 @@ def put_aside(tensor: Tensor, device: torch.device | str) -> Tensor:
     """
     if torch.device(device).type != "cpu" or not has_streams(tensor.device):
         return tensor.to(device)
-    module, beside = module_of(tensor.device), _stream(tensor.device)
+    module = module_of(tensor.device)
+    beside = _stream(tensor.device)
     with without_inference_mode():  # a copy of it, to count writes, would be made too early
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         beside.wait_stream(module.current_stream(tensor.device))
@@ -31,7 +32,8 @@ def brought_back(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on its device again; what follows there comes after the copy."""
     if tensor.device.type != "cpu" or not has_streams(device):
         return tensor.to(device)
-    module, beside = module_of(device), _stream(device)
+    module = module_of(device)
+    beside = _stream(device)
     with module.stream(beside):
         there = torch.empty_like(tensor, device=device)
         there.copy_(tensor, non_blocking=True)

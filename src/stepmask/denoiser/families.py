@@ -252,7 +252,8 @@ def _is_sublayer(name: str) -> bool:
 
 def _matches(name: str, pattern: str) -> bool:
     """Whether a module's name fits a pattern; a star stands for anything within one component."""
-    parts, wanted = name.split("."), pattern.split(".")
+    parts = name.split(".")
+    wanted = pattern.split(".")
     return len(parts) == len(wanted) and all(fnmatchcase(*pair) for pair in zip(parts, wanted, strict=True))
 
 

@@ -35,7 +35,8 @@ def autocast_now() -> Autocast:
 @contextmanager
 def autocast_as(state: Autocast | None) -> Iterator[None]:
     """Autocast as it was when `autocast_now` said so; `None` = as it is around the caller."""
-    wanted, present = dict(autocast_now() if state is None else state), dict(autocast_now())
+    wanted = dict(autocast_now() if state is None else state)
+    present = dict(autocast_now())
     with ExitStack() as stack:
         for device in DEVICES:
             if wanted.get(device) != present.get(device):
@@ -119,7 +120,8 @@ def refuse_made_in_inference_mode(pipe: Any) -> None:
     Raises:
         LearningError: It was loaded in inference mode.
     """
-    denoiser, scheduler = denoiser_of(pipe), scheduler_of(pipe)
+    denoiser = denoiser_of(pipe)
+    scheduler = scheduler_of(pipe)
     held = [*denoiser.parameters(), *denoiser.buffers(), *tensors({} if scheduler is None else dict(vars(scheduler)))]
     if any(tensor.is_inference() for tensor in held):
         raise LearningError(

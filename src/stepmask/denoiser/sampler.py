@@ -266,7 +266,8 @@ def log_snr(scheduler: Any) -> tuple[float, ...]:
     infinite can neither be saved nor interpolated.
     """
     timesteps = torch.tensor(_timesteps(scheduler), dtype=torch.float64)
-    sigmas, bars = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
+    sigmas = getattr(scheduler, "sigmas", None)
+    bars = getattr(scheduler, "alphas_cumprod", None)
     sigma = _numbers(sigmas)[: len(timesteps)].double() if isinstance(sigmas, Tensor) else torch.zeros(0)
     if isinstance(bars, Tensor) and not _follows_a_flow(scheduler, sigma):
         bar = _numbers(bars).double().clamp(LEAST**2, 1 - LEAST**2)

@@ -115,14 +115,15 @@ class _Rounds:
         for place in progress(places, what):
             call = self.trajectory.calls[place]
             started = self.clock.mark()
-            self.denoiser(*call.args, **call.kwargs)
+            call.evaluate(self.denoiser)
             spans.append((started, self.clock.mark()))
         return 1000 * median(self.clock.seconds(spans[WARM_UPS:]))
 
 
 def _shared_out(graph: BlockGraph, own: Sequence[float], *, whole: float, reused: float) -> BlockGraph:
     """The graph with a whole evaluation's time: one that reuses all blocks, and the rest in proportion to their own."""
-    rest, blocks = max(whole - reused, 0.0), sum(own[:-1])
+    rest = max(whole - reused, 0.0)
+    blocks = sum(own[:-1])
     if not blocks:
         rest = 0.0
     times = [*(ms * rest / blocks if blocks else 0.0 for ms in own[:-1]), whole - rest]

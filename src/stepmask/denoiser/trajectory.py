@@ -231,7 +231,8 @@ class _Seen:
 @contextmanager
 def _steps_seen(sampling: Sampling, listener: "_Listener") -> Iterator[_Seen]:
     """Watch the scheduler while the context lasts; a plain denoiser has none."""
-    seen, scheduler = _Seen(), scheduler_of(sampling.pipe)
+    seen = _Seen()
+    scheduler = scheduler_of(sampling.pipe)
 
     def when_set(*_: Any, **__: Any) -> None:
         seen.sequence.append(describe(scheduler))
@@ -261,8 +262,7 @@ def _sampler(seen: _Seen, listener: "_Listener", sampling: Sampling) -> SamplerF
     """The sampler's fingerprint with its branches counted; for a plain loop, the timesteps it handed over."""
     if not seen.sequence:
         return _loop(listener, sampling)
-    start, steps = seen.timesteps[0], len(seen.timesteps)
-    sampler = seen.sequence[-1].part(start, steps)
+    sampler = seen.sequence[-1].part(seen.timesteps[0], len(seen.timesteps))
     check_one_pass(seen.sets, seen.timesteps, sampler)
     branches = branches_counted(seen.evaluations, len(listener.calls))
     check_told(sampling.branches, branches)
@@ -271,7 +271,8 @@ def _sampler(seen: _Seen, listener: "_Listener", sampling: Sampling) -> SamplerF
 
 def _loop(listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
     """A plain loop: told by the timesteps of its evaluations."""
-    calls, branches = list(listener.calls.as_they_lie()), sampling.branches
+    calls = list(listener.calls.as_they_lie())
+    branches = sampling.branches
     parameters = parameters_of(sampling.denoiser)
     if not calls:
         raise RunError(
@@ -395,12 +396,15 @@ class _Replay(Hook):
     """
 
     def __init__(self, listener: _Listener, first: int, at: int) -> None:
-        self.listener, self.first, self.at = listener, first, at
+        self.listener = listener
+        self.first = first
+        self.at = at
         self.evaluation = 0
         self.differs = True
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        now, self.evaluation = self.evaluation, self.evaluation + 1
+        now = self.evaluation
+        self.evaluation += 1
         if now == self.at:
             recorded = self.listener.calls[now]
             self.differs = not _same(list(tensors((args, kwargs))), list(tensors((recorded.args, recorded.kwargs))))
