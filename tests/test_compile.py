@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch._dynamo
 from accelerate.utils import compile_regions
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 import stepmask
+from denoisers import denoiser as tiny
 from pipelines import make
 from promises import random_table
 from stepmask import MaskSchedule
@@ -86,6 +88,14 @@ def compile_blocks(denoiser: Any) -> None:
             block.compile(**OPTIONS)
 
 
+def compiled_names(denoiser: nn.Module) -> list[str]:
+    """What `compile_blocks` compiles."""
+    repeated = getattr(denoiser, "_repeated_blocks", None)
+    if not repeated:
+        return [f"transformer_blocks.{layer}" for layer in range(len(denoiser.transformer_blocks))]
+    return [name for name, part in denoiser.named_modules() if type(part).__name__ in repeated]
+
+
 class TestPipelines:
     """On real pipelines, at both granularities, compiled before and after."""
 
@@ -117,6 +127,7 @@ class TestPipelines:
             count = graphs()
             trajectory.sampling()
             assert graphs() == count > 0
+        assert count <= expected_graphs(denoiser_of(pipe), schedule, compiled_names(denoiser_of(pipe)))
         assert not breaks()
 
     @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -182,6 +193,14 @@ def sample(denoiser: nn.Module, example: tuple[Any, ...]) -> list[Tensor]:
 PLAIN = [(tiny_dit, DIT), (tiny_unet, UNET), (tiny_pixart, PIXART)]
 
 
+FOUR_LEVELS: dict[str, Any] = {
+    "block_out_channels": (8, 16, 24, 32),
+    "down_block_types": ("DownBlock2D",) * 4,
+    "up_block_types": ("UpBlock2D",) * 4,
+    "layers_per_block": 1,
+}
+
+
 class TestGraphs:
     """How many there are."""
 
@@ -235,6 +254,20 @@ class TestGraphs:
                 sample(denoiser, DIT)
             counts.append(graphs())
         assert counts[0] == counts[1] == 3
+
+    def test_as_many_as_a_class_has_sizes(self) -> None:
+        denoiser = tiny("UNet2DModel", **FOUR_LEVELS)
+        resnets = [part for part in denoiser.modules() if isinstance(part, ResnetBlock2D)]
+        assert len({(part.in_channels, part.out_channels) for part in resnets}) > torch._dynamo.config.recompile_limit
+        example = (torch.zeros(1, 3, 8, 8), torch.tensor(5))
+        schedule = random_plain_table(stepmask.trace(denoiser, example), denoiser, STEPS, seed=0)
+        with stepmask.apply(denoiser, schedule) as masked:
+            eager = sample(denoiser, example)
+            masked.compile(**OPTIONS)
+            masked.restart()
+            torch.testing.assert_close(sample(denoiser, example), eager)
+        sample(denoiser, example)  # the bare one has its graphs by now
+        assert not breaks()
 
     def test_none_more_for_another_table_of_the_same_patterns(self) -> None:
         denoiser = tiny_dit()

@@ -1,6 +1,8 @@
 """Where the hooks of a masked denoiser stand: in front of modules, or inside and around its compiled regions."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -109,11 +111,22 @@ class Placement:
         return patterns(self.run.plans, [inside.values.column for inside in region.blocks])
 
     def _most_graphs(self, masked: Mapping[str, MaskedRegion], regions: Mapping[str, nn.Module]) -> int:
-        """The graphs that the compiler may need for the code of one class of regions; 0 = no region is masked."""
-        by_class: dict[type[nn.Module], set[tuple[Pattern, ...]]] = {}
+        """The graphs that the compiler may need for the code of one class of regions; 0 = no region is masked.
+
+        Each size of what the blocks inside answer has graphs of its own, and so has a block that is a region itself.
+        """
+        alike: dict[tuple[type[nn.Module], tuple[Any, ...]], set[tuple[Pattern, ...]]] = {}
         for name, hook in masked.items():
-            by_class.setdefault(type(unwrapped(regions[name])), set()).update(self._patterns(hook))
-        return max(map(len, by_class.values())) + ROOM_FOR_GRAPHS if by_class else 0
+            kind = type(unwrapped(regions[name]))
+            shapes = tuple(inside.values.block.shapes for inside in hook.blocks)
+            alike.setdefault((kind, shapes), set()).update(self._patterns(hook))
+
+        graphs = Counter(
+            type(unwrapped(regions[name])) for block in self.inside if (name := block.block.name) in regions
+        )
+        for (kind, _), found in alike.items():
+            graphs[kind] += len(found)
+        return max(graphs.values()) + ROOM_FOR_GRAPHS if graphs else 0
 
 
 def _module(denoiser: nn.Module, name: str) -> nn.Module:
