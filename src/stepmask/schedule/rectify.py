@@ -76,7 +76,7 @@ class Plan:
 
     @cached_property
     def paid(self) -> npt.NDArray[np.bool_]:
-        """What is run, shape (steps, blocks): the denoiser's own glue also where it runs for a block alone."""
+        """What is run, shape (steps, blocks); the denoiser's own glue counts also where it runs for a block alone."""
         paid = self.computed.copy()
         paid[:, -1] = self.computed.any(axis=1)
         return paid
