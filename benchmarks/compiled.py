@@ -28,7 +28,6 @@ from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.device import device_of
 from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import digest
-from stepmask.denoiser.modes import ROOM_FOR_GRAPHS, at_least_graphs
 from stepmask.denoiser.regions import compile_repeated
 from stepmask.denoiser.seam import attached
 from stepmask.denoiser.timing import time_blocks
@@ -69,11 +68,11 @@ class Contender:
         return sum(self.seconds_each())
 
     def seconds_each(self) -> list[float]:
-        """Of the denoiser in each evaluation of one sampling; a U-Net's blocks have a graph for each of their sizes."""
+        """Of the denoiser in each evaluation of one sampling."""
         denoiser = denoiser_of(self.pipe)
         watch = Stopwatch(Clock(device_of(denoiser)))
         masked = nullcontext() if self.table is None else stepmask.apply(self.pipe, self.table)
-        with masked, attached({denoiser: watch}), at_least_graphs(ROOM_FOR_GRAPHS):
+        with masked, attached({denoiser: watch}):
             self.pipe(**self.call, generator=torch.Generator().manual_seed(1))
         return watch.clock.seconds(watch.spans)
 

@@ -25,7 +25,7 @@ from stepmask.schedule.rectify import lower
 from test_runtime import DIT, PIXART, UNET
 from test_runtime import random_table as random_plain_table
 
-from toys import Chain, per_channel, table, tiny_dit, tiny_pixart, tiny_unet, untimed
+from toys import Chain, Scale, per_channel, table, tiny_dit, tiny_pixart, tiny_unet, untimed
 
 OPTIONS: dict[str, Any] = {"backend": "eager", "fullgraph": True}
 STEPS = 5
@@ -35,7 +35,9 @@ STEPS = 5
 def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    yield
+    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with torch._dynamo.config.patch(limits):
+        yield
     torch._dynamo.reset()
 
 
@@ -286,6 +288,17 @@ class TestGraphs:
         sample(denoiser, example)  # the bare one has its graphs by now
         assert not breaks()
 
+    @torch._dynamo.config.patch(recompile_limit=3)
+    def test_masked_runs_take_no_room_from_bare_ones(self) -> None:
+        denoiser = tiny_dit()
+        schedule = random_plain_table(stepmask.trace(denoiser, DIT), denoiser, STEPS, seed=0)
+        bare = sample(denoiser, DIT)
+        with stepmask.apply(denoiser, schedule) as masked:
+            masked.compile(**OPTIONS)
+            sample(denoiser, DIT)
+        assert graphs() >= 3
+        torch.testing.assert_close(sample(denoiser, DIT), bare)
+
     def test_none_more_for_another_table_of_the_same_patterns(self) -> None:
         denoiser = tiny_dit()
         graph = stepmask.trace(denoiser, DIT)
@@ -350,6 +363,31 @@ def test_of_a_reused_block_the_compiler_sees_pointwise_operations_alone() -> Non
     assert {"mul", "add"} <= reused
 
 
+class WritingLayer(nn.Module):
+    """Adds 3x to its input, where that lies, and tells nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Scale(3.0)
+
+    def forward(self, x: Tensor) -> None:
+        x += self.inner(x)
+
+
+class Writing(nn.Module):
+    """x ↦ 16x in a transposed layout, by two layers that write into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([WritingLayer(), WritingLayer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x + 0).transpose(1, 2)
+        for layer in self.layers:
+            layer(x)
+        return x
+
+
 class TestInside:
     """What holds inside a region, too."""
 
@@ -366,6 +404,56 @@ class TestInside:
             assert masked.peak_store_bytes == 2 * 2 * 4
             assert masked.store_bytes == 0
         assert said == [[15.0] * 2, [30.0] * 2, [45.0] * 2]
+
+    def test_a_blend_with_one_weight_is_what_was_computed_times_it(self) -> None:
+        # at x = 2, layer 0 says .75 · 4 = 3: (2 + 3)·5 = 25
+        denoiser = Chain()
+        graph = stepmask.trace(denoiser, (torch.ones(2), 0.0), blocks={"layers.*": "output"})
+        schedule = table(graph, "11", "11", denoiser=fingerprint_of(denoiser))
+        weights = schedule.forecasts.copy()
+        weights[1, 0] = (0.75, 0.0, 0.0)
+        blended = schedule.with_rows(schedule.rows, weights)
+        said = []
+        for _ in ("eager", "compiled"):
+            with stepmask.apply(denoiser, blended):
+                said.append([denoiser(torch.full((2,), x), 0.0).tolist() for x in (1.0, 2.0)])
+            denoiser.compile(**OPTIONS)
+        assert said == [[[15.0] * 2, [25.0] * 2]] * 2
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_what_a_region_writes_into_tokens_is_seen_outside(self, mode: Any) -> None:
+        denoiser = Writing()
+        x = torch.arange(12.0).reshape(2, 2, 3)
+        graph = stepmask.trace(denoiser, (x,), blocks={"layers.*.inner": "output"})
+        full = MaskSchedule.all_compute(graph, fingerprint_of(denoiser), untimed(2))
+        with mode():
+            bare = denoiser(x)
+            for layer in denoiser.layers:
+                layer.compile(**OPTIONS)
+            with stepmask.apply(denoiser, full):
+                assert torch.equal(denoiser(x), bare)
+                assert torch.equal(denoiser(x), bare)
+
+    @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+    def test_hooks_on_a_block_are_refused(self, register: str) -> None:
+        denoiser = Chain()
+        graph = stepmask.trace(denoiser, (torch.ones(2), 0.0), blocks={"layers.*": "output"})
+        schedule = table(graph, "11", "01", denoiser=fingerprint_of(denoiser))
+        getattr(denoiser.layers[1], register)(lambda *_: None)
+        stepmask.apply(denoiser, schedule).remove()
+        denoiser.compile(**OPTIONS)
+        with pytest.raises(RunError, match=r"'layers\.1', inside a compiled region, which has 1 forward hooks"):
+            stepmask.apply(denoiser, schedule)
+
+    def test_blocks_that_the_compiler_skips_are_refused(self) -> None:
+        denoiser = nn.Sequential(nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3)))
+        graph = stepmask.trace(denoiser, (torch.zeros(7, 3),), blocks={"0": "output", "1": "output"})
+        schedule = table(graph, "11", "01", denoiser=fingerprint_of(denoiser))
+        with (
+            stepmask.apply(denoiser, schedule) as masked,
+            pytest.raises(RunError, match="blocks are layers of torch itself"),
+        ):
+            masked.compile()
 
     def test_what_nobody_reads_is_not_a_number(self) -> None:
         class Reader(Chain):

@@ -128,8 +128,7 @@ def _loads(command: Callable[..., None]) -> Callable[..., None]:
     def with_options(**given: Any) -> None:
         loading = _loading(**{name: given.pop(name) for name in options})
         _check(loading, given)
-        with loading.room_to_compile():
-            command(**given, loading=loading)
+        command(**given, loading=loading)
 
     taken = [*(each for each in own if each.name != "loading"), *options.values()]
     by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in taken]

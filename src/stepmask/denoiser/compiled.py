@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stepmask.denoiser.device import to_device
+from stepmask.denoiser.modes import without_inference_mode
 from stepmask.denoiser.replay import MaskedBlock
 from stepmask.denoiser.run import outside_error
 from stepmask.denoiser.seam import Hook
@@ -101,7 +102,7 @@ def masked_forward(bare: Callable[..., Any]) -> Callable[..., Any]:
         output = bare(self, *args, **kwargs)
         computed = to_stored_form(slot.reuse, output, args, kwargs)
         slot.computed = computed
-        if not slot.stored:
+        if slot.weights is None:
             return output
         return to_output(slot.reuse, mixed(slot.weights, slot.bias, (computed, *slot.stored)), args, kwargs)
 
@@ -173,8 +174,12 @@ class InsideBlock:
         self.cell = Cell("compute", (), 0)
         self.channels: dict[int, tuple[Tensor, Tensor]] = {}  # id of a bias -> itself, and its weights in one tensor
 
-    def fill(self) -> None:
-        """Put the present row's action into the slot, and the stored values that it reads."""
+    def fill(self, like: Tensor) -> None:
+        """Put the present row's action into the slot, and the stored values that it reads.
+
+        Args:
+            like: What the region is given: weights lie beside it.
+        """
         values = self.values
         slot = self.slot
         run = values.run
@@ -188,11 +193,10 @@ class InsideBlock:
             slot.stored = tuple(run.newest(values.column, reads_of(self.cell.vectors)))
             slot.weights, slot.bias = self._channels(slot.stored[0])
             return
-        count = len(self.cell.weights) - (slot.action == "compute")
-        if count > 0:
-            slot.stored = tuple(run.newest(values.column, count))
-            like = next(tensors(slot.stored[0]))
-            slot.weights = self.weights.of((run.plan, run.step, values.column), like)
+        if self.cell.weights:
+            slot.stored = tuple(run.newest(values.column, len(self.cell.weights) - (slot.action == "compute")))
+            beside = next(tensors(slot.stored[0])) if slot.stored else like
+            slot.weights = self.weights.of((run.plan, run.step, values.column), beside)
 
     def _channels(self, value: Any) -> tuple[Tensor, Tensor]:
         """Weights, (reads, channels, ...), and bias of a per-channel forecast, beside a value."""
@@ -236,10 +240,14 @@ class MaskedRegion(Hook):
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the region."""
+        given = [_in_one_layout(value) for value in args]
+        named = {name: _in_one_layout(value) for name, value in kwargs.items()}
+        like = next(tensors((args, kwargs)))
         try:
             for block in self.blocks:
-                block.fill()
-            output = call(*map(_in_one_layout, args), **{name: _in_one_layout(value) for name, value in kwargs.items()})
+                block.fill(like)
+            output = call(*given, **named)
+            _write_back((*given, *named.values()), (*args, *kwargs.values()))
             for block in self.blocks:
                 block.collect()
         except Exception as error:
@@ -254,9 +262,17 @@ class MaskedRegion(Hook):
 
 def _in_one_layout(value: Any) -> Any:
     """Tokens in the layout of all layers: the first ones come transposed from the patches, and would need graphs."""
-    if isinstance(value, Tensor) and value.ndim == 3:
-        return value.contiguous()
+    if isinstance(value, Tensor) and value.ndim == 3 and not value.is_contiguous():
+        with without_inference_mode():  # where writes are not counted
+            return value.contiguous()
     return value
+
+
+def _write_back(given: Iterable[Any], originals: Iterable[Any]) -> None:
+    """Write what a region has written into its input also into that whose layout was changed for it."""
+    for value, original in zip(given, originals, strict=True):
+        if value is not original and value._version:
+            original.copy_(value)
 
 
 def pattern_of(cell: Cell) -> Pattern:

@@ -20,12 +20,6 @@ Autocast = tuple[tuple[str, torch.dtype], ...]
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
-ROOM_FOR_GRAPHS = 512
-"""Graphs that a class of regions may have beside those of a masked run: bare, of other tables, sizes and modes.
-
-The compiler counts them by function and process. Its own limit, 8, is for functions that are compiled in vain.
-"""
-
 
 def autocast_now() -> Autocast:
     """Where autocast is on around the caller."""
@@ -68,19 +62,6 @@ def without_inference_mode() -> Iterator[None]:
     """No inference mode, and gradients as they are around the caller."""
     gradients = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(gradients):  # the first would switch them on
-        yield
-
-
-@contextmanager
-def at_least_graphs(count: int) -> Iterator[None]:
-    """The compiler may make so many graphs of one function while the context lasts, if it may not anyway."""
-    from torch._dynamo import config
-
-    present = config.recompile_limit, config.accumulated_recompile_limit
-    if min(present) >= count:
-        yield
-        return
-    with config.patch(recompile_limit=max(present[0], count), accumulated_recompile_limit=max(present[1], count)):
         yield
 
 

@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from stepmask.denoiser.compiled import InsideBlock, MaskedRegion, Pattern, Weights, masked_forward, patterns, stand_in
-from stepmask.denoiser.modes import ROOM_FOR_GRAPHS
-from stepmask.denoiser.refusals import refuse_replaced_forward, refuse_too_many_graphs
-from stepmask.denoiser.regions import compiled_regions, region_around, unwrapped
+from stepmask.denoiser.refusals import refuse_hooks_inside, refuse_too_many_graphs
+from stepmask.denoiser.regions import ROOM_FOR_GRAPHS, allow_graphs, compiled_regions, region_around, unwrapped
 from stepmask.denoiser.replay import MaskedBlock, MaskedDenoiser, MaskedFeeder
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.seam import Hook, attach, attach_traced, detach, detach_traced
@@ -50,8 +49,8 @@ class Placement:
 
         Raises:
             ScheduleMismatch: A module is not there.
-            RunError: The denoiser is compiled as a whole, and would need too many graphs; or something else has
-                replaced the `forward` of a block inside a compiled region.
+            RunError: The denoiser is compiled as a whole, and would need too many graphs; or a block
+                inside a compiled region has forward hooks, or not its class's `forward`.
         """
         regions = compiled_regions(self.denoiser)
         around = {block: region_around(block.block.name, regions) for block in self.inside}
@@ -66,7 +65,7 @@ class Placement:
         if "" in masked:
             refuse_too_many_graphs(self.denoiser, len(self._patterns(masked[""])))
         for inside, module in traced.items():
-            refuse_replaced_forward(module, inside.slot)
+            refuse_hooks_inside(module, inside.slot)
         hooks = dict(self._hooks(regions, around, masked))
 
         self.take_off(keep=hooks)
@@ -78,7 +77,8 @@ class Placement:
         self.traced = traced
         self.run.stand_in = stand_in if traced else Unread.of
         self.own.region = masked.get("")
-        self.own.most_graphs = self._most_graphs(masked, regions)
+        if masked or any(block.block.name in regions for block in self.inside):
+            allow_graphs(self._most_graphs(masked, regions) + ROOM_FOR_GRAPHS)
 
     def take_off(self, keep: Mapping[Hook, nn.Module] | None = None) -> None:
         """Take all hooks off, but for those that are to stay where they are."""
@@ -111,7 +111,7 @@ class Placement:
         return patterns(self.run.plans, [inside.values.column for inside in region.blocks])
 
     def _most_graphs(self, masked: Mapping[str, MaskedRegion], regions: Mapping[str, nn.Module]) -> int:
-        """The graphs that the compiler may need for the code of one class of regions; 0 = no region is masked.
+        """The graphs that the compiler may need for the code of one class of regions.
 
         Each size of what the blocks inside answer has graphs of its own, and so has a block that is a region itself.
         """
@@ -126,7 +126,7 @@ class Placement:
         )
         for (kind, _), found in alike.items():
             graphs[kind] += len(found)
-        return max(graphs.values()) + ROOM_FOR_GRAPHS if graphs else 0
+        return max(graphs.values())
 
 
 def _module(denoiser: nn.Module, name: str) -> nn.Module:

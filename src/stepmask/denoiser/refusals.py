@@ -46,8 +46,8 @@ def refuse_too_many_graphs(denoiser: nn.Module, count: int) -> None:
         )
 
 
-def refuse_replaced_forward(module: nn.Module, slot: Any) -> None:
-    """Refuse a block inside a compiled region whose `forward` something else has put there.
+def refuse_hooks_inside(module: nn.Module, slot: Any) -> None:
+    """Refuse a block inside a compiled region that has forward hooks, or whose `forward` something else has put there.
 
     Args:
         module: The block.
@@ -56,11 +56,13 @@ def refuse_replaced_forward(module: nn.Module, slot: Any) -> None:
     Raises:
         RunError: Something else has.
     """
-    if has_other_forward(module, slot):
+    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    if hooks or has_other_forward(module, slot):
+        other = f"which has {hooks} forward hooks" if hooks else "whose forward is not that of its class"
         raise RunError(
-            given=f"block {slot.name!r}, inside a compiled region, whose forward is not that of its class",
-            expected="blocks in compiled regions as their class has them",
-            advice="Take the hooks of accelerate or diffusers off it, compile after them, or mask whole blocks "
+            given=f"block {slot.name!r}, inside a compiled region, {other}",
+            expected="blocks in compiled regions as their class has them: masks stand behind hooks there, not in front",
+            advice="Take the hooks off it (accelerate's and diffusers', too), or mask whole blocks "
             "(granularity='block')",
         )
 

@@ -7,9 +7,17 @@ from typing import Any
 from torch import nn
 
 from stepmask.denoiser.seam import own_compiled_call
+from stepmask.errors import RunError
 
 WRAPPED = "_orig_mod"
 """What `torch.compile(module)` calls the module inside the wrapper that it returns."""
+
+
+ROOM_FOR_GRAPHS = 512
+"""Graphs that a class of regions may have beside those of a masked run: bare, of other tables, sizes and modes.
+
+The compiler counts them by function and process. Its own limit, 8, is for functions that are compiled in vain.
+"""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -77,10 +85,35 @@ def compile_repeated(denoiser: nn.Module, blocks: Iterable[str], **options: Any)
         denoiser: The denoiser.
         blocks: The names of the masked blocks.
         **options: Of `torch.compile`.
+
+    Raises:
+        RunError: All of them are layers of torch itself.
     """
     modules = modules_by_name(denoiser)
-    for name in repeated_regions(denoiser, blocks):
+    regions = repeated_regions(denoiser, blocks)
+    if not regions:
+        raise RunError(
+            given=f"a {type(unwrapped(denoiser)).__name__} whose blocks are layers of torch itself, in no repeated "
+            "module of another class",
+            expected="modules of classes whose forward the compiler traces: torch's own, nn.Sequential too, it skips",
+            advice="Make the repeated layers a class of your own, or compile the denoiser as a whole: "
+            "denoiser.compile()",
+        )
+    allow_graphs(ROOM_FOR_GRAPHS)
+    for name in regions:
         modules[name].compile(**options)
+
+
+def allow_graphs(count: int) -> None:
+    """Let the compiler make so many graphs of one function, from now on.
+
+    Its limits are the process's, and it counts graphs with masks and without together: bare runs need the room, too,
+    once there were masked ones. So limits are raised, and never put back.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, count)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, count)
 
 
 def _repeated_around(denoiser: nn.Module, modules: Mapping[str, nn.Module], block: str) -> str | None:

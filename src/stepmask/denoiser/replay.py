@@ -9,7 +9,7 @@ from torch import Tensor
 from stepmask.denoiser.branches import BranchOrder
 from stepmask.denoiser.call import Call, given_timestep, timestep_of_call
 from stepmask.denoiser.held import private_copy
-from stepmask.denoiser.modes import at_least_graphs, usable
+from stepmask.denoiser.modes import usable
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.seam import Hook
 from stepmask.denoiser.unread import refuse_unread
@@ -195,7 +195,6 @@ class MaskedDenoiser(Values, Hook):
         self.blocks = blocks
         self.parameters = parameters
         self.region: Hook | None = None  # the denoiser as a compiled region
-        self.most_graphs = 0  # that its compiled regions may need; 0 = it has none
         self.was_called = False  # ever
         self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
         self.order = BranchOrder()
@@ -223,7 +222,7 @@ class MaskedDenoiser(Values, Hook):
         output = None
         if self.run.runs_forward:
             self.computed += 1
-            output = self._run(call, args, kwargs)
+            output = call(*args, **kwargs) if self.region is None else self.region(call, args, kwargs)
         else:
             for block, own in zip(self.blocks, self.run.row, strict=False):
                 block.skip(own)  # not called: what nobody reads any more goes here
@@ -231,13 +230,6 @@ class MaskedDenoiser(Values, Hook):
         if cell.action == "compute":
             return self.compute(cell, output, args, kwargs)
         return self.reuse(cell, args, kwargs)
-
-    def _run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the denoiser, with as many graphs as its compiled regions need."""
-        if self.most_graphs == 0:
-            return call(*args, **kwargs)
-        with at_least_graphs(self.most_graphs):
-            return call(*args, **kwargs) if self.region is None else self.region(call, args, kwargs)
 
     def own(self, value: Any) -> Any:
         """A copy: the sampler may write into what it was given, into a stored value it must not."""

@@ -179,7 +179,8 @@ class Masked:
             **options: Of `torch.compile`.
 
         Raises:
-            RunError: The options ask for CUDA graphs, and the denoiser is on such a device.
+            RunError: The options ask for CUDA graphs, and the denoiser is on such a device; or all blocks are layers of
+                torch itself.
         """
         refuse_cuda_graphs(self.denoiser, options)
         self.placement.take_off()

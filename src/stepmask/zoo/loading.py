@@ -1,7 +1,6 @@
 """`Loading`: how a pipeline is loaded, on which device, in which dtype, and what is done to it before it runs."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from stepmask import zoo
 from stepmask.denoiser.device import CPU, is_present, module_of, own_device
 from stepmask.denoiser.families import denoiser_of, find_blocks
-from stepmask.denoiser.modes import ROOM_FOR_GRAPHS, at_least_graphs
 from stepmask.denoiser.regions import compile_repeated
 from stepmask.errors import InvalidLoading
 from stepmask.zoo.options import Dtype, Offload
@@ -121,10 +119,6 @@ class Loading:
                 expected="a pipeline on the CPU for workers without GPUs, on the first GPU for workers with one",
                 advice="Ask for GPUs of the workers on a machine that has one itself, or for the device cpu",
             )
-
-    def room_to_compile(self) -> AbstractContextManager[None]:
-        """Room for the graphs of several tables, where regions are compiled: each has some of its own."""
-        return at_least_graphs(ROOM_FOR_GRAPHS) if self.compiled else nullcontext()
 
     def load(self, source: str, blocks: Iterable[str] | None = None) -> Any:
         """The pipeline; its runs show no bar of their own.
