@@ -1,7 +1,6 @@
 """`BranchOrder`: notices a run that evaluates the branches of a step in another order than at its first step."""
 
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -15,14 +14,19 @@ class BranchOrder:
 
     Stored values are kept by the order of evaluations, so a run that changes it would be answered with those of
     another prompt. Tensors are told by the memory that they lie in: to compare numbers is to wait for the device. So
-    prompts that a loop makes anew for each evaluation are not told apart.
+    labels that are numbers, and prompts that a loop makes anew for each evaluation, are not told apart.
+
+    Args:
+        branches: Evaluations per step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, branches: int) -> None:
+        self.branches = branches
         self.first: list[list[Any]] = []  # of each branch, what the leaves of its arguments were told by at step 0
+        self.now: list[list[Any]] = []  # the same, of the present step so far
 
     def check(self, step: int, branch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at the arguments of the next evaluation.
+        """Look at the arguments of the next evaluation; the last one of a step shows whether their order has changed.
 
         Args:
             step: The step.
@@ -31,31 +35,33 @@ class BranchOrder:
             kwargs: What it is given by name.
 
         Raises:
-            RunError: Another branch was given one of them at the first step, and this one was not.
+            RunError: It has: an argument has the values of the first step, in another order.
         """
-        given = list(map(_told_by, pytree.tree_leaves((args, kwargs))))
-        if step == 0:
-            self.first = [*self.first[:branch], given]
+        if self.branches == 1:
             return
-        for other, first in enumerate(self.first):
-            if other != branch and _is_told(given, by=first, apart=self.first[branch]):
-                raise RunError(
-                    given=f"evaluations in changing order: evaluation {branch} of step {step} is given what evaluation "
-                    f"{other} of the first step was",
-                    expected="one order at every step, for stored values are kept by it",
-                    advice="Evaluate the denoiser for the same prompt first at every step",
-                )
+        self.now = [*self.now[:branch], list(map(_told_by, pytree.tree_leaves((args, kwargs))))]
+        if step == 0:
+            self.first = self.now
+            return
+        if branch < self.branches - 1:
+            return
+        for first, now in zip(zip(*self.first, strict=False), zip(*self.now, strict=False), strict=False):
+            moved = [place for place, one in enumerate(now) if one != first[place]]
+            if moved and all(first.count(one) == now.count(one) for one in now):
+                raise _moved_error(step, moved[0], first.index(now[moved[0]]))
+
+
+def _moved_error(step: int, now: int, first: int) -> RunError:
+    return RunError(
+        given=f"evaluations in changing order: evaluation {now} of step {step} is given what evaluation {first} of the "
+        "first step was",
+        expected="one order at every step, for stored values are kept by it",
+        advice="Evaluate the denoiser for the same prompt first at every step",
+    )
 
 
 def _told_by(leaf: Any) -> Any:
-    """What an argument is known again by; `None` for numbers, which may change from step to step."""
+    """What an argument is known again by; nothing for numbers, which may change from step to step."""
     if isinstance(leaf, Tensor):
         return weakref.ref(leaf.untyped_storage()), leaf.storage_offset(), leaf.shape
-    return (leaf,) if isinstance(leaf, str | bool | None) else None
-
-
-def _is_told(given: Iterable[Any], *, by: Iterable[Any], apart: Iterable[Any]) -> bool:
-    """Whether an argument is one that tells a branch, and does not tell the other."""
-    return any(
-        now is not None and now == first and now != own for now, first, own in zip(given, by, apart, strict=False)
-    )
+    return leaf if isinstance(leaf, str | bool | None) else "a number"

@@ -197,7 +197,7 @@ class MaskedDenoiser(Values, Hook):
         self.region: Hook | None = None  # the denoiser as a compiled region
         self.was_called = False  # ever
         self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
-        self.order = BranchOrder()
+        self.order = BranchOrder(run.branches)
         self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -209,8 +209,7 @@ class MaskedDenoiser(Values, Hook):
             if self.at_start is not None and run.running and run.evaluation == 0:
                 self.at_start()
             run.begin(tuple(tuple(tensor.shape) for tensor in first(args, kwargs)), self._timestep(args, kwargs))
-            if run.branches > 1:
-                self.order.check(run.step, run.branch, args, kwargs)
+            self.order.check(run.step, run.branch, args, kwargs)
             output = self._answer(run.row[-1], call, args, kwargs)
             run.end()
         except BaseException:
