@@ -1,5 +1,6 @@
 """Compiled regions: masks add as many graphs as there are patterns, whenever they come, and the samples stay."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -433,6 +434,20 @@ class TestInside:
             with stepmask.apply(denoiser, full):
                 assert torch.equal(denoiser(x), bare)
                 assert torch.equal(denoiser(x), bare)
+
+    def test_a_copy_can_be_masked_itself(self) -> None:
+        denoiser = tiny_dit()
+        schedule = random_plain_table(stepmask.trace(denoiser, DIT), denoiser, STEPS, seed=0)
+        with stepmask.apply(denoiser, schedule) as masked:
+            masked.compile(**OPTIONS)
+            said = sample(denoiser, DIT)
+            copied = copy.deepcopy(denoiser)
+            bare = sample(copied, DIT)
+        torch.testing.assert_close(bare, sample(denoiser, DIT))
+        with stepmask.apply(copied, schedule) as masked:
+            masked.compile(**OPTIONS)
+            torch.testing.assert_close(sample(copied, DIT), said)
+        assert not any(key in vars(part) for part in copied.modules() for key in ("forward", "_stepmask_slot"))
 
     @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
     def test_hooks_on_a_block_are_refused(self, register: str) -> None:

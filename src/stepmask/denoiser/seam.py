@@ -112,8 +112,12 @@ def detach_traced(module: nn.Module, slot: Any) -> None:
 
 
 def has_other_forward(module: nn.Module, slot: Any) -> bool:
-    """Whether somebody else than `attach_traced` with this slot has put a `forward` on a module."""
-    return "forward" in vars(module) and vars(module).get(_SLOT) is not slot
+    """Whether somebody else than `attach_traced` with this slot has put a `forward` on a module.
+
+    A copy of a module with a slot has none in its place, and the function beside it, which is its class's there.
+    """
+    held = vars(module).get(_SLOT, module)
+    return "forward" in vars(module) and held is not slot and held is not None
 
 
 def own_compiled_call(module: nn.Module) -> Callable[..., Any] | None:
