@@ -147,7 +147,8 @@ their own work side by side.
 
 - A denoiser that is compiled as a whole, under a schedule of more than 16 different rows, each of which is a graph of
   its own: `masked.compile()` compiles the repeated blocks, which share graphs. CUDA graphs in `masked.compile()`.
-- A block inside a compiled region whose `forward` something else has replaced (hooks of accelerate or diffusers).
+- A block inside a compiled region that has forward hooks, or whose `forward` something else has replaced (hooks of
+  accelerate or diffusers). `masked.compile()` where all blocks are layers of torch itself (`nn.Sequential`).
 - Another cache on the denoiser, enabled before or after.
 - FreeU, which writes into outputs that may be stored.
 - Guidance that is switched off part-way, or any other change of the batch size within a run; keys and values of a

@@ -242,7 +242,7 @@ class MaskedRegion(Hook):
         """Answer for the region."""
         given = [_in_one_layout(value) for value in args]
         named = {name: _in_one_layout(value) for name, value in kwargs.items()}
-        like = next(tensors((args, kwargs)))
+        like = next(tensors((args, kwargs)), torch.empty(0))
         try:
             for block in self.blocks:
                 block.fill(like)

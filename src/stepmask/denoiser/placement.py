@@ -1,8 +1,6 @@
 """Where the hooks of a masked denoiser stand: in front of modules, or inside and around its compiled regions."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -77,8 +75,8 @@ class Placement:
         self.traced = traced
         self.run.stand_in = stand_in if traced else Unread.of
         self.own.region = masked.get("")
-        if masked or any(block.block.name in regions for block in self.inside):
-            allow_graphs(self._most_graphs(masked, regions) + ROOM_FOR_GRAPHS)
+        if regions:
+            allow_graphs(self._most_graphs(masked.values()) + ROOM_FOR_GRAPHS)
 
     def take_off(self, keep: Mapping[Hook, nn.Module] | None = None) -> None:
         """Take all hooks off, but for those that are to stay where they are."""
@@ -110,23 +108,9 @@ class Placement:
     def _patterns(self, region: MaskedRegion) -> set[tuple[Pattern, ...]]:
         return patterns(self.run.plans, [inside.values.column for inside in region.blocks])
 
-    def _most_graphs(self, masked: Mapping[str, MaskedRegion], regions: Mapping[str, nn.Module]) -> int:
-        """The graphs that the compiler may need for the code of one class of regions.
-
-        Each size of what the blocks inside answer has graphs of its own, and so has a block that is a region itself.
-        """
-        alike: dict[tuple[type[nn.Module], tuple[Any, ...]], set[tuple[Pattern, ...]]] = {}
-        for name, hook in masked.items():
-            kind = type(unwrapped(regions[name]))
-            shapes = tuple(inside.values.block.shapes for inside in hook.blocks)
-            alike.setdefault((kind, shapes), set()).update(self._patterns(hook))
-
-        graphs = Counter(
-            type(unwrapped(regions[name])) for block in self.inside if (name := block.block.name) in regions
-        )
-        for (kind, _), found in alike.items():
-            graphs[kind] += len(found)
-        return max(graphs.values())
+    def _most_graphs(self, masked: Iterable[MaskedRegion]) -> int:
+        """More graphs than the compiler needs for a masked run, were no two regions alike."""
+        return len(self.inside) + sum(len(self._patterns(region)) for region in masked)
 
 
 def _module(denoiser: nn.Module, name: str) -> nn.Module:

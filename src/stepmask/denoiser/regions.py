@@ -12,7 +12,6 @@ from stepmask.errors import RunError
 WRAPPED = "_orig_mod"
 """What `torch.compile(module)` calls the module inside the wrapper that it returns."""
 
-
 ROOM_FOR_GRAPHS = 512
 """Graphs that a class of regions may have beside those of a masked run: bare, of other tables, sizes and modes.
 
