@@ -48,13 +48,16 @@ class BranchOrder:
         for first, now in zip(zip(*self.first, strict=False), zip(*self.now, strict=False), strict=False):
             moved = [place for place, one in enumerate(now) if one != first[place]]
             if moved and all(first.count(one) == now.count(one) for one in now):
-                raise _moved_error(step, moved[0], first.index(now[moved[0]]))
+                raise order_error(
+                    f"evaluations in changing order: evaluation {moved[0]} of step {step} is given what evaluation "
+                    f"{first.index(now[moved[0]])} of the first step was"
+                )
 
 
-def _moved_error(step: int, now: int, first: int) -> RunError:
+def order_error(given: str) -> RunError:
+    """The error of a run whose branches change their order, recorded or masked."""
     return RunError(
-        given=f"evaluations in changing order: evaluation {now} of step {step} is given what evaluation {first} of the "
-        "first step was",
+        given=given,
         expected="one order at every step, for stored values are kept by it",
         advice="Evaluate the denoiser for the same prompt first at every step",
     )

@@ -24,7 +24,7 @@ from stepmask.denoiser.modes import without_inference_mode
 from stepmask.denoiser.replay import MaskedBlock
 from stepmask.denoiser.run import outside_error
 from stepmask.denoiser.seam import Hook
-from stepmask.denoiser.values import each, tensors, to_output, to_stored_form
+from stepmask.denoiser.values import each, tensors, to_output, to_stored_form, weights_dtype
 from stepmask.errors import RunError
 from stepmask.schedule.channels import reads_of
 from stepmask.schedule.graph import Reuse
@@ -142,7 +142,7 @@ class Weights:
 
     def of(self, cell: tuple[int, int, int], like: Tensor) -> Tensor:
         """The weights of a cell, by plan, step and column, beside a value; float32, or float64 for such values."""
-        dtype = torch.float64 if like.dtype in (torch.float64, torch.complex128) else torch.float32
+        dtype = weights_dtype(like).to_real()
         where = like.device, dtype
         if where not in self.moved:
             self.moved[where] = self._moved(*where)
@@ -174,11 +174,11 @@ class InsideBlock:
         self.cell = Cell("compute", (), 0)
         self.channels: dict[int, tuple[Tensor, Tensor]] = {}  # id of a bias -> itself, and its weights in one tensor
 
-    def fill(self, like: Tensor) -> None:
+    def fill(self, given: Sequence[Any]) -> None:
         """Put the present row's action into the slot, and the stored values that it reads.
 
         Args:
-            like: What the region is given: weights lie beside it.
+            given: What the region is given; where no stored value is read, weights lie beside its first tensor.
         """
         values = self.values
         slot = self.slot
@@ -195,8 +195,8 @@ class InsideBlock:
             return
         if self.cell.weights:
             slot.stored = tuple(run.newest(values.column, len(self.cell.weights) - (slot.action == "compute")))
-            beside = next(tensors(slot.stored[0])) if slot.stored else like
-            slot.weights = self.weights.of((run.plan, run.step, values.column), beside)
+            like = next(tensors(slot.stored[0])) if slot.stored else next(tensors(given), torch.empty(0))
+            slot.weights = self.weights.of((run.plan, run.step, values.column), like)
 
     def _channels(self, value: Any) -> tuple[Tensor, Tensor]:
         """Weights, (reads, channels, ...), and bias of a per-channel forecast, beside a value."""
@@ -242,10 +242,9 @@ class MaskedRegion(Hook):
         """Answer for the region."""
         given = [_in_one_layout(value) for value in args]
         named = {name: _in_one_layout(value) for name, value in kwargs.items()}
-        like = next(tensors((args, kwargs)), torch.empty(0))
         try:
             for block in self.blocks:
-                block.fill(like)
+                block.fill((args, kwargs))
             output = call(*given, **named)
             _write_back((*given, *named.values()), (*args, *kwargs.values()))
             for block in self.blocks:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stepmask.denoiser.branches import order_error
 from stepmask.denoiser.values import same_numbers, tensors
 from stepmask.errors import RunError
 from stepmask.schedule.fingerprint import SamplerFingerprint
@@ -173,11 +174,9 @@ def check_order(calls: Sequence[dict[str, Any]], branches: int) -> None:
         for step, order in enumerate(orders):
             if order != orders[0]:
                 moved = next(branch for branch in range(branches) if order[branch] != orders[0][branch])
-                raise RunError(
-                    given=f"{branches} evaluations a step in changing order: what evaluation {order[moved]} of step 0 "
-                    f"is given as {name!r}, evaluation {moved} of step {step} is given",
-                    expected="one order at every step, for stored values are kept by it",
-                    advice="Evaluate the denoiser for the same prompt first at every step",
+                raise order_error(
+                    f"{branches} evaluations a step in changing order: what evaluation {order[moved]} of step 0 "
+                    f"is given as {name!r}, evaluation {moved} of step {step} is given"
                 )
 
 
