@@ -22,15 +22,17 @@ class BranchOrder:
 
     def __init__(self, branches: int) -> None:
         self.branches = branches
-        self.first: list[list[Any]] = []  # of each branch, what the leaves of its arguments were told by at step 0
-        self.now: list[list[Any]] = []  # the same, of the present step so far
+        self.step = -1
+        self.first: list[list[Any]] = []  # of each branch, what its arguments were told by at the first whole step
+        self.now: dict[int, list[Any]] = {}  # the same, of the present step so far
 
-    def check(self, step: int, branch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check(self, step: int, branch: int, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the arguments of the next evaluation; the last one of a step shows whether their order has changed.
 
         Args:
             step: The step.
             branch: Which of its evaluations this is.
+            count: How many the step has: fewer than there are branches where guidance has ended.
             args: What the denoiser is given.
             kwargs: What it is given by name.
 
@@ -39,19 +41,40 @@ class BranchOrder:
         """
         if self.branches == 1:
             return
-        self.now = [*self.now[:branch], list(map(_told_by, pytree.tree_leaves((args, kwargs))))]
+        if step != self.step or branch in self.now:
+            self.now = {}
+            self.step = step
+        self.now[branch] = list(map(_told_by, pytree.tree_leaves((args, kwargs))))
         if step == 0:
-            self.first = self.now
-            return
-        if branch < self.branches - 1:
-            return
-        for first, now in zip(zip(*self.first, strict=False), zip(*self.now, strict=False), strict=False):
+            self.first = []  # of another run
+        if count < self.branches:
+            self._check_alone(step, branch)
+        elif len(self.now) == count and self.first:
+            self._check_whole(step)
+        elif len(self.now) == count:
+            self.first = [self.now[other] for other in range(self.branches)]
+
+    def _check_whole(self, step: int) -> None:
+        """Refuse a whole step whose branches are given what others were at the first."""
+        told = [self.now[branch] for branch in range(self.branches)]
+        for first, now in zip(zip(*self.first, strict=False), zip(*told, strict=False), strict=False):
             moved = [place for place, one in enumerate(now) if one != first[place]]
             if moved and all(first.count(one) == now.count(one) for one in now):
-                raise order_error(
-                    f"evaluations in changing order: evaluation {moved[0]} of step {step} is given what evaluation "
-                    f"{first.index(now[moved[0]])} of the first step was"
-                )
+                raise _moved(moved[0], first.index(now[moved[0]]), step)
+
+    def _check_alone(self, step: int, branch: int) -> None:
+        """Refuse an evaluation that is given what another branch was, at a step that may have no others."""
+        for first, now in zip(zip(*self.first, strict=False), self.now[branch], strict=False):
+            others = [place for place, one in enumerate(first) if one == now]
+            if others and branch not in others and len({*map(repr, first)}) == self.branches:
+                raise _moved(branch, others[0], step)
+
+
+def _moved(branch: int, other: int, step: int) -> RunError:
+    return order_error(
+        f"evaluations in changing order: evaluation {branch} of step {step} is given what evaluation {other} of the "
+        "first step was"
+    )
 
 
 def order_error(given: str) -> RunError:

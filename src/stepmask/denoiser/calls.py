@@ -1,10 +1,11 @@
 """`Calls`: what a denoiser was called with along a run, kept without taking an accelerator's memory for all of it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.call import Call
@@ -42,15 +43,35 @@ class Kept:
         return {"tensor": self.tensor.cpu(), "device": self.device if here else None}
 
 
+class KeptObject:
+    """An object among the arguments, as it was when the call began: a cache of keys and values is filled by it.
+
+    Args:
+        value: A copy of it.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def there(self) -> Any:
+        """One more copy, which an evaluation may fill."""
+        return copy.deepcopy(self.value)
+
+    def is_like(self, value: Any) -> bool:
+        """Whether an object holds what this one does."""
+        ours, theirs = list(_inside(self.value)), list(_inside(value))
+        return type(self.value) is type(value) and len(ours) == len(theirs) and all(map(_is_same, ours, theirs))
+
+
 class Calls(Sequence[Call]):
     """Calls of a denoiser, in order.
 
     A tensor that a call shares with the one before (conditioning) is kept once. What a call alone was given, a latent
     or the features of a ControlNet, goes from an accelerator to the CPU's memory as soon as the next call is kept, and
-    comes back whenever its call is asked for.
+    comes back whenever its call is asked for. Objects that evaluations may fill are kept as they were in front of each.
 
     Args:
-        kept: The calls, with a `Kept` in place of each tensor.
+        kept: The calls, with a `Kept` in place of each tensor, and a `KeptObject` in that of an object.
     """
 
     def __init__(self, kept: Iterable[Call] = ()) -> None:
@@ -70,7 +91,7 @@ class Calls(Sequence[Call]):
 
     def as_they_lie(self) -> Iterator[Call]:
         """The calls with their tensors wherever these are: for shapes, and for small numbers."""
-        return (_with_tensors(call, lambda kept: kept.tensor) for call in self.kept)
+        return (_filled(call, lambda kept: kept.tensor, lambda kept: kept.value) for call in self.kept)
 
     def settle(self, device: torch.device) -> None:
         """Have the accelerator's tensors of calls that came from another process on a device."""
@@ -91,7 +112,7 @@ class Calls(Sequence[Call]):
     def __getitem__(self, place: int | slice) -> "Call | Self":
         if isinstance(place, slice):
             return type(self)(self.kept[place])
-        return _with_tensors(self.kept[place], Kept.there)
+        return _filled(self.kept[place], Kept.there, KeptObject.there)
 
 
 def as_they_lie(calls: Sequence[Call]) -> Iterable[Call]:
@@ -101,10 +122,44 @@ def as_they_lie(calls: Sequence[Call]) -> Iterable[Call]:
 
 def _kept(leaf: Any, before: Any) -> Any:
     if not isinstance(leaf, Tensor):
-        return leaf
+        return _kept_object(leaf, before)
     if isinstance(before, Kept) and same_numbers(before.tensor, leaf):
         return before
     return Kept(copied(leaf))
+
+
+def _kept_object(leaf: Any, before: Any) -> Any:
+    """An object that an evaluation may fill, as it is now; anything else as it is."""
+    if not hasattr(leaf, "__dict__") or callable(leaf) or isinstance(leaf, nn.Module):
+        return leaf
+    if isinstance(before, KeptObject) and before.is_like(leaf):
+        return before
+    try:
+        return KeptObject(copy.deepcopy(leaf))
+    except (TypeError, RuntimeError):  # what cannot be copied cannot be told from what it was, either
+        return leaf
+
+
+def _inside(value: Any, depth: int = 8) -> Iterator[Any]:
+    """What an object holds, down to tensors and plain values."""
+    if isinstance(value, Tensor) or depth == 0:
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _inside(part, depth - 1)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _inside(part, depth - 1)
+    elif hasattr(value, "__dict__"):
+        yield from _inside(vars(value), depth - 1)
+    else:
+        yield value
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return same_numbers(one, other)
+    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)
 
 
 def _leaves(call: Call) -> list[Any]:
@@ -112,5 +167,12 @@ def _leaves(call: Call) -> list[Any]:
     return leaves
 
 
-def _with_tensors(call: Call, tensor_of: Callable[[Kept], Tensor]) -> Call:
-    return Call(*pytree.tree_map_only(Kept, tensor_of, (call.args, call.kwargs)))
+def _filled(call: Call, tensor_of: Callable[[Kept], Tensor], object_of: Callable[[KeptObject], Any]) -> Call:
+    """A call with its tensors and objects in place of what is kept of them."""
+
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, Kept):
+            return tensor_of(leaf)
+        return object_of(leaf) if isinstance(leaf, KeptObject) else leaf
+
+    return Call(*pytree.tree_map(fill, (call.args, call.kwargs)))

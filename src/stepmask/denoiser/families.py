@@ -74,8 +74,8 @@ _FF_CALLED_TWICE = _at_both({"transformer_blocks.*": None})
 _SUBLAYERS = ("*attn*", "*attention", "ff*", "*_ff", "mlp*", "*mlp", "feed_forward")
 """What attention and feed-forward modules of a transformer block are called; their norms have "norm" in the name."""
 
-DENOISERS = ("transformer", "transformer_2", "unet")
-"""Where diffusers pipelines keep them."""
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
+"""Where diffusers pipelines keep them. Several take turns (Wan 2.2) or make up a step together (Ideogram 4)."""
 
 FAMILIES: dict[str, dict[Granularity, Patterns]] = {
     "CogView4Transformer2DModel": _FF_CALLED_TWICE,
@@ -103,20 +103,37 @@ def is_known(denoiser: nn.Module) -> bool:
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
-    """The network that a pipeline's sampler calls; a plain module is its own denoiser.
+    """The network that a pipeline's sampler calls, the first of several; a plain module is its own denoiser.
 
     Raises:
-        TraceError: The object holds no transformer or U-Net, or several.
+        TraceError: As `denoisers_of`.
+    """
+    return denoisers_of(pipe)[0]
+
+
+def denoisers_of(pipe: Any) -> tuple[nn.Module, ...]:
+    """The networks that a pipeline's sampler calls: one, or several of one class and configuration.
+
+    Raises:
+        TraceError: The object holds no transformer or U-Net, or several that are not alike.
     """
     if isinstance(pipe, nn.Module):
-        return pipe
+        return (pipe,)
     found = {name: part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    what = f"two denoisers: {' and '.join(found)}" if found else "neither a transformer nor a U-Net"
-    raise TraceError(
+    networks = tuple({id(part): part for part in found.values()}.values())
+    if not networks:
+        raise _no_denoiser(pipe, "neither a transformer nor a U-Net")
+    first, *others = map(fingerprint_of, networks)
+    if any(other != first for other in others):
+        raise _no_denoiser(pipe, f"denoisers that are not alike: {' and '.join(found)}")
+    return networks
+
+
+def _no_denoiser(pipe: Any, what: str) -> TraceError:
+    return TraceError(
         given=f"a {type(pipe).__name__} with {what}",
-        expected="a diffusers pipeline with one denoiser, or an nn.Module",
+        expected="a diffusers pipeline with one denoiser, or with several of one class and configuration, or an "
+        "nn.Module",
         advice="Choose the denoiser and pass it itself, with run=function to record: pipe.NAME in place of pipe",
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.batch import Batch
 from stepmask.denoiser.modes import usable, without_inference_mode
 from stepmask.denoiser.values import each, tensors
 from stepmask.errors import RunError
@@ -21,18 +22,20 @@ class Held:
         first: The first tensor in it, which is the only one of nearly every value.
         version: How often that had been written to.
         others: The other tensors in it, each with how often it had been written to.
+        batch: What it was computed for.
     """
 
     value: Any
     first: Tensor
     version: int
     others: tuple[tuple[Tensor, int], ...]
+    batch: Batch
 
     @classmethod
-    def of(cls, value: Any) -> "Held":
+    def of(cls, value: Any, batch: Batch) -> "Held":
         """A value as it is now."""
         first, *others = tensors(value)
-        return cls(value, first, first._version, tuple((other, other._version) for other in others))
+        return cls(value, first, first._version, tuple((other, other._version) for other in others), batch)
 
     @property
     def parts(self) -> list[Tensor]:

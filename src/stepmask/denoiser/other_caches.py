@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from stepmask.denoiser.families import denoiser_of
+from stepmask.denoiser.families import denoisers_of
 from stepmask.errors import AlreadyApplied
 
 _OWN_OF_DIFFUSERS = (
@@ -20,7 +20,11 @@ def refuse_other_caches(pipe: Any) -> None:
     Raises:
         AlreadyApplied: diffusers, cache-dit, ParaAttention, TeaCache or DeepCache does.
     """
-    denoiser = denoiser_of(pipe)
+    for denoiser in denoisers_of(pipe):
+        _refuse_cached(pipe, denoiser)
+
+
+def _refuse_cached(pipe: Any, denoiser: nn.Module) -> None:
     if getattr(denoiser, "is_cache_enabled", False) or _hooked(denoiser):
         raise _cached(denoiser, "diffusers", "Call denoiser.disable_cache() first")
     if any(vars(part).get("_is_cached", False) is True for part in (pipe, denoiser)):  # classes have it for all

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
+from stepmask.denoiser.branches import BranchOrder
+from stepmask.denoiser.call import parameters_of
 from stepmask.denoiser.compiled import InsideBlock, MaskedRegion, Pattern, Weights, masked_forward, patterns, stand_in
 from stepmask.denoiser.refusals import refuse_hooks_inside, refuse_too_many_graphs
 from stepmask.denoiser.regions import ROOM_FOR_GRAPHS, allow_graphs, compiled_regions, region_around, unwrapped
@@ -12,6 +14,7 @@ from stepmask.denoiser.run import Run
 from stepmask.denoiser.seam import Hook, attach, attach_traced, detach, detach_traced
 from stepmask.denoiser.unread import Unread
 from stepmask.errors import ScheduleMismatch
+from stepmask.schedule.graph import BlockGraph
 
 
 class Placement:
@@ -111,6 +114,45 @@ class Placement:
     def _most_graphs(self, masked: Iterable[MaskedRegion]) -> int:
         """More graphs than the compiler needs for a masked run, were no two regions alike."""
         return len(self.inside) + sum(len(self._patterns(region)) for region in masked)
+
+
+class MaskedNetwork:
+    """A network under a run: its hooks, and where they stand. Networks that take turns share the run.
+
+    Args:
+        denoiser: The network.
+        run: The run.
+        graph: Its blocks.
+        number: Which of the pipeline's networks it is.
+        order: Watches the order of the branches, which may be of several networks.
+    """
+
+    def __init__(self, denoiser: nn.Module, run: Run, graph: BlockGraph, number: int, order: BranchOrder) -> None:
+        self.denoiser = denoiser
+        *blocks, own = graph.blocks
+        self.blocks = [MaskedBlock(run, column, block) for column, block in enumerate(blocks)]
+        self.own = MaskedDenoiser(run, self.blocks, own, parameters_of(denoiser), network=number, order=order)
+        feeders = {name: MaskedFeeder(run, columns) for name, columns in graph.fed.items()}
+        self.placement = Placement(denoiser, run, self.blocks, feeders, self.own)
+
+    def follow(self, denoiser: nn.Module) -> None:
+        """Turn to another form of the network, its compiled one."""
+        self.denoiser = denoiser
+        self.placement.denoiser = denoiser
+
+
+def networks_of(denoisers: Sequence[nn.Module], run: Run, graph: BlockGraph) -> list[MaskedNetwork]:
+    """The networks of a pipeline under one run."""
+    order = BranchOrder(run.branches)
+    networks = [MaskedNetwork(denoiser, run, graph, number, order) for number, denoiser in enumerate(denoisers)]
+
+    def put() -> None:
+        for network in networks:
+            network.placement.put()
+
+    for network in networks:
+        network.own.at_start = put  # modules may have been put in others' places since
+    return networks
 
 
 def _module(denoiser: nn.Module, name: str) -> nn.Module:

@@ -8,11 +8,11 @@ blocks answered or private copies of it.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -24,6 +24,7 @@ from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.unread import Unread
 from stepmask.denoiser.values import each, same_numbers, stream, tensors
 from stepmask.errors import RunError, StepmaskError, TraceError
+from stepmask.schedule.course import computed_before
 from stepmask.schedule.graph import Block, BlockGraph
 from stepmask.schedule.rectify import Plan, lower, lower_whole
 from stepmask.schedule.schedule import MaskSchedule
@@ -80,7 +81,7 @@ def check_against_record(trajectory: Trajectory, graph: BlockGraph) -> None:
     given = _outputs(trajectory, table, Store(), lower)
     for evaluation, (one, other) in enumerate(zip(given, expected, strict=True)):
         if not _equal(one, other):
-            raise _difference_error(table, evaluation // trajectory.sampler.branches)
+            raise _difference_error(table, trajectory.sampler.evaluations[evaluation][0])
 
 
 class _Unchanged(Hook):
@@ -124,8 +125,8 @@ def _check_repeated(trajectory: Trajectory, full: MaskSchedule) -> None:
         return
 
     evaluation = comparison.evaluation
-    step = evaluation // trajectory.sampler.branches
-    denoiser = trajectory.sampling.denoiser
+    step, _ = trajectory.sampler.evaluations[evaluation]
+    denoiser = trajectory.network_of(evaluation)
     if comparison.differs_in == "input":
         raise _loop_error(step)
     if not _repeats_itself(denoiser, trajectory.calls[evaluation], trajectory.outputs[evaluation]):
@@ -141,13 +142,14 @@ def _check_order(trajectory: Trajectory) -> None:
     """
     count = len(trajectory.calls)
     every = -(-count // MOST_REPEATED)
-    denoiser = trajectory.sampling.denoiser
     for evaluation in reversed(range(0, count, every)):
         call = trajectory.calls[evaluation]
+        denoiser = trajectory.network_of(evaluation)
         with torch.no_grad(), torch.random.fork_rng():
             output = call.evaluate(denoiser)
         if not _equal(output, trajectory.outputs[evaluation]):
-            raise _order_error(denoiser, evaluation // trajectory.sampler.branches)
+            step, _ = trajectory.sampler.evaluations[evaluation]
+            raise _order_error(denoiser, step)
 
 
 class _Comparison(Hook):
@@ -240,8 +242,10 @@ def _sample(
     sampling = trajectory.sampling
     try:
         masked = Masked(sampling.pipe, [table], store, plan=plan)
-        blocks = attached_by_name(sampling.denoiser, block_hooks or {})
-        with masked, blocks, attached({sampling.denoiser: hook}), torch.no_grad():
+        with masked, ExitStack() as stack, torch.no_grad():
+            for denoiser in sampling.denoisers:
+                stack.enter_context(attached_by_name(denoiser, block_hooks or {}))
+            stack.enter_context(attached(dict.fromkeys(sampling.denoisers, hook)))
             sampling.latent()
     except _Differs:
         return
@@ -294,17 +298,13 @@ def _random_table(full: MaskSchedule) -> MaskSchedule:
         rows[middle, -1] = False
 
     # Forecasts read two values, of the same half.
-    values = _computed_before(rows)
-    values[middle + 1 :] = _computed_before(rows[middle + 1 :])
+    begins = full.sampler.begins
+    rows[list(begins)] = True
+    values = computed_before(rows, sorted({*begins, middle + 1} & {*range(len(rows))}))
     is_forecast = ~rows & (values > 1) & (generator.random(rows.shape) < 0.5)
     weights = np.tile((1.0, 0.0, 0.0), (*rows.shape, 1))
     weights[is_forecast] = (1.5, -0.5, 0.0)
     return full.with_rows(rows, weights)
-
-
-def _computed_before(rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """How often each block was computed before a step, shape (steps, blocks)."""
-    return np.asarray(np.cumsum(rows, axis=0) - rows)
 
 
 def _equal(one: Any, other: Any) -> bool:

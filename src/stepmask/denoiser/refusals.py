@@ -1,6 +1,6 @@
 """Denoisers that cannot be masked as they are: something else skips, has fused, or stands for their blocks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -81,6 +81,24 @@ def refuse_cuda_graphs(denoiser: nn.Module, options: Mapping[str, Any]) -> None:
             given="options of torch.compile that ask for CUDA graphs",
             expected="graphs whose outputs stay as they are until a later step has read them",
             advice="Compile without: mode='default', or mode='max-autotune-no-cudagraphs'",
+        )
+
+
+def refuse_if_counted_otherwise(now: Sequence[nn.Module], denoisers: Sequence[nn.Module]) -> None:
+    """Refuse a pipeline that has more or fewer networks than are masked.
+
+    Args:
+        now: The pipeline's networks now.
+        denoisers: The masked ones.
+
+    Raises:
+        RunError: It has.
+    """
+    if len(now) != len(denoisers):
+        raise RunError(
+            given=f"{len(now)} networks in the pipeline",
+            expected=f"the {len(denoisers)} that the schedule was applied to",
+            advice="Call .remove(), and apply the schedule to the pipeline as it is now",
         )
 
 

@@ -1,11 +1,13 @@
 """The hooks of a masked run: in front of each block, of what feeds blocks alone, and of the denoiser itself."""
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.batch import Batch, rows_of
 from stepmask.denoiser.branches import BranchOrder
 from stepmask.denoiser.call import Call, given_timestep, timestep_of_call
 from stepmask.denoiser.held import private_copy
@@ -39,7 +41,7 @@ class Values:
         self.run = run
         self.column = column
         self.block = block
-        self.computed = 0
+        self.computed: int | Fraction = 0  # whole batches
         self.may_be_dead = any(row[column].action == "dead" for plan in run.plans for row in plan.cells)
         self.vectors: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by plan and step, where the values are
 
@@ -62,7 +64,7 @@ class Values:
 
     def keep(self, cell: Cell, value: Any) -> None:
         """Store what was computed inside a compiled region, if a later step reads it."""
-        self.computed += 1
+        self.computed += self.run.share
         self._stand_in(value)
         self._store(cell, value)
 
@@ -145,7 +147,7 @@ class MaskedBlock(Values, Hook):
             return self.reuse(cell, args, kwargs)
         if cell.action == "dead":
             return self.skip(cell)
-        self.computed += 1
+        self.computed += self.run.share
         if self.block.reuse == "output" or not (cell.keeps or cell.weights):
             return self.compute(cell, call(*args, **kwargs), args, kwargs)
 
@@ -167,16 +169,17 @@ class MaskedFeeder(Hook):
     def __init__(self, run: Run, columns: Sequence[int]) -> None:
         self.run = run
         self.columns = columns
-        self.unread: dict[int, Any] = {}  # by branch: what stands for the output
+        self.unread: dict[int, tuple[Batch, Any]] = {}  # by branch: what stands for the output
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the module."""
         run = self.run
         if run.row and not any(run.row[column].action == "compute" for column in self.columns):
-            return rebuilt(self.unread[run.branch])
+            batch, unread = self.unread[run.branch]
+            return rebuilt(run.batch.part_of(unread, batch))
         output = call(*args, **kwargs)
-        if run.step == 0:  # where everything is computed
-            self.unread[run.branch] = each(run.stand_in, output)
+        if run.begins:  # where everything is computed
+            self.unread[run.branch] = run.batch, each(run.stand_in, output)
         return output
 
 
@@ -188,16 +191,28 @@ class MaskedDenoiser(Values, Hook):
         blocks: The hooks of its blocks, by column.
         own: The denoiser as the last block of its own graph.
         parameters: The names of the denoiser's arguments, in order.
+        network: Which of the pipeline's networks it is.
+        order: Watches the order of the branches.
     """
 
-    def __init__(self, run: Run, blocks: Sequence[MaskedBlock], own: Block, parameters: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        blocks: Sequence[MaskedBlock],
+        own: Block,
+        parameters: Sequence[str],
+        *,
+        network: int = 0,
+        order: BranchOrder | None = None,
+    ) -> None:
         super().__init__(run, len(blocks), own)
         self.blocks = blocks
         self.parameters = parameters
+        self.network = network
         self.region: Hook | None = None  # the denoiser as a compiled region
         self.was_called = False  # ever
         self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
-        self.order = BranchOrder(run.branches)
+        self.order = order or BranchOrder(run.branches)
         self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -208,8 +223,9 @@ class MaskedDenoiser(Values, Hook):
         try:
             if self.at_start is not None and run.running and run.evaluation == 0:
                 self.at_start()
-            run.begin(tuple(tuple(tensor.shape) for tensor in first(args, kwargs)), self._timestep(args, kwargs))
-            self.order.check(run.step, run.branch, args, kwargs)
+            latents = tuple(tuple(tensor.shape) for tensor in first(args, kwargs))
+            run.begin(rows_of(args, kwargs), latents, self._timestep(args, kwargs), self.network)
+            self.order.check(run.step, run.branch, run.calls_of_step, args, kwargs)
             output = self._answer(run.row[-1], call, args, kwargs)
             run.end()
         except BaseException:
@@ -220,7 +236,7 @@ class MaskedDenoiser(Values, Hook):
     def _answer(self, cell: Cell, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = None
         if self.run.runs_forward:
-            self.computed += 1
+            self.computed += self.run.share
             output = call(*args, **kwargs) if self.region is None else self.region(call, args, kwargs)
         else:
             for block, own in zip(self.blocks, self.run.row, strict=False):
@@ -236,9 +252,9 @@ class MaskedDenoiser(Values, Hook):
 
     def reuse(self, cell: Cell, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer from the store, with a copy where the stored value itself would be handed out."""
-        kept = [held.value for held in self.run.stored[self.run.branch][self.column][:1]]
+        is_plain = cell.vectors is None and tuple(cell.weights) == (1.0,)
         output = super().reuse(cell, args, kwargs)
-        return each(torch.clone, output) if any(output is value for value in kept) else output
+        return each(torch.clone, output) if is_plain else output
 
     def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
         """The timestep of a plain loop's evaluation, where it is compared.
@@ -251,4 +267,5 @@ class MaskedDenoiser(Values, Hook):
         given = given_timestep(call, self.parameters)
         if self.run.evaluation and isinstance(given, Tensor) and given.device.type != "cpu":
             return None
-        return timestep_of_call(call, self.run.evaluation // self.run.branches, self.parameters)
+        step, _ = self.run.order[min(self.run.evaluation, self.run.evaluations - 1)]
+        return timestep_of_call(call, step, self.parameters)

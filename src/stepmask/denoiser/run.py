@@ -1,11 +1,13 @@
 """`Run`: where a masked run is, which row it follows, and what it holds. Hooks read it and write to it."""
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from stepmask.denoiser.batch import Batch, Shapes
 from stepmask.denoiser.held import Held, Owner
 from stepmask.denoiser.modes import usable
 from stepmask.denoiser.store import Store
@@ -14,8 +16,6 @@ from stepmask.denoiser.values import rebuilt, tensors
 from stepmask.errors import RunError, RunNotStarted, StepmaskError
 from stepmask.schedule.fingerprint import SamplerFingerprint
 from stepmask.schedule.rectify import Cell, Plan
-
-Shapes = tuple[tuple[Any, ...], ...]
 
 
 class Run:
@@ -37,7 +37,8 @@ class Run:
         self.is_stepped = is_stepped
         self.names = [block.label for block in plans[0].graph.blocks]
         self.branches = sampler.branches
-        self.evaluations = sampler.steps * sampler.branches
+        self.order = sampler.evaluations  # step and branch of each
+        self.evaluations = len(self.order)
         self.stand_in: Callable[[Tensor], Tensor] = Unread.of  # makes what stands for a tensor that nobody reads
         self.forwards = [[any(cell.action == "compute" for cell in row) for row in plan.cells] for plan in plans]
 
@@ -51,15 +52,17 @@ class Run:
 
         # The present evaluation.
         self.row: tuple[Cell, ...] = ()  # empty between evaluations
+        self.batch = Batch(0, ())
+        self.share: int | Fraction = 1  # of a whole batch
         self.refused: StepmaskError | None = None  # what a block has refused, whoever caught it
         self.answered: list[bool] = []  # by column
 
         # What is held, by branch and column, and what is known of it.
         self.stored: list[list[list[Held]]] = []  # newest first
         self.unread: list[list[Any]] = []  # what stands for an output that nobody reads
-        self.shapes: list[list[Shapes | None]] = []  # of the outputs
-        self.latents: list[Shapes] = []  # by branch
+        self.shapes: list[list[Any]] = []  # of the outputs, with their dtypes
         self.owners: list[Owner] = []  # by column
+        self.calls: list[_LastCall | None] = []  # by branch
         self.bytes = 0
         self.peak_bytes = 0
         self.clear()
@@ -84,9 +87,19 @@ class Run:
         self.stored = [[[] for _ in columns] for _ in range(self.branches)]
         self.unread = [[None for _ in columns] for _ in range(self.branches)]
         self.shapes = [[None for _ in columns] for _ in range(self.branches)]
-        self.latents = [()] * self.branches
         self.owners = [Owner() for _ in columns]
+        self.calls = [None] * self.branches
         self.bytes = 0
+
+    def _clear_branch(self, branch: int) -> None:
+        """Let go of all that is held of a branch."""
+        columns = range(len(self.names))
+        self.bytes -= sum(held.bytes for column in self.stored[branch] for held in column)
+        self.stored[branch] = [[] for _ in columns]
+        self.unread[branch] = [None for _ in columns]
+        self.shapes[branch] = [None for _ in columns]
+        self.owners = [Owner() for _ in columns]
+        self.calls[branch] = None
 
     @property
     def plan(self) -> int:
@@ -94,22 +107,29 @@ class Run:
         return self.branch % len(self.plans)
 
     @property
+    def begins(self) -> bool:
+        """Whether the run begins at the present step, or begins anew: everything is computed."""
+        return self.step in self.sampler.begins
+
+    @property
     def runs_forward(self) -> bool:
         """Whether the present row computes anything at all."""
         return self.forwards[self.plan][self.step]
 
-    def begin(self, latents: Shapes, timestep: float | None) -> None:
+    def begin(self, rows: int, latents: Shapes, timestep: float | None, network: int = 0) -> None:
         """Turn to the row of the next evaluation.
 
         Args:
+            rows: How many it is given.
             latents: Shapes of what it is given.
             timestep: Of this evaluation, where it is to be compared.
+            network: Which of the pipeline's networks evaluates.
 
         Raises:
             RunNotStarted: There is no run, or it has had all its evaluations.
-            RunError: Its latents have changed their shape, or the scheduler should have made a step before it.
+            RunError: Its latents have changed their shape where the schedule knows of no change, another network
+                evaluates, the timestep is that of the first step, or the scheduler should have made a step before it.
             ScheduleMismatch: The timestep is not the schedule's.
-            RunError: It is that of the first step.
         """
         if not self.running:
             raise RunNotStarted(
@@ -120,22 +140,61 @@ class Run:
                 "replace the scheduler",
             )
         self.thread = get_ident()
-        if self.is_stepped and self.since_step == self.branches:
+        step, branch = self.order[self.evaluation]
+        if self.is_stepped and self.since_step and step != self.step:
             raise self._uneven(f"evaluation {self.since_step + 1} of the denoiser within step {self.step}")
-        self.step, self.branch = divmod(self.evaluation, self.branches)
+        self.step = step
+        self.branch = branch
         if timestep is not None:
             self._check_timestep(timestep)
-        if self.step and latents != self.latents[self.branch]:
-            raise RunError(
-                given=f"a latent of shape {latents} at step {self.step}",
-                expected=f"the shape that the run began with, {self.latents[self.branch]}, batch size included",
-                advice="Keep guidance on or off for the whole run",
-            )
-        self.latents[self.branch] = latents
+        parts = self.sampler.present(step) if self.branches == 1 else (branch,)
+        self._turn(_LastCall(Batch(rows, parts), latents, network))
         self.row = self.plans[self.plan].cells[self.step]
         self.answered = [False] * len(self.row)
         self.refused = None
         forget_reads()
+
+    def _turn(self, call: "_LastCall") -> None:
+        """Turn to the batch of the next evaluation: what is held of other branches, or before a beginning, goes."""
+        before = self.calls[self.branch]
+        if self.begins:
+            self._clear_branch(self.branch)
+        elif before is not None:
+            self._check_call(before, call)
+            if call.batch.present != before.batch.present:
+                unread = self.unread[self.branch]
+                self.unread[self.branch] = [call.batch.part_of(value, before.batch) for value in unread]
+                self.shapes[self.branch] = [None] * len(self.names)
+
+        # Branches that are over.
+        if self.branches > 1:
+            for branch in {*range(self.branches)} - {*self.sampler.present(self.step)}:
+                if self.calls[branch] is not None:
+                    self._clear_branch(branch)
+
+        self.batch = call.batch
+        self.calls[self.branch] = call
+        if self.sampler.course.parts > 1:
+            self.share = Fraction(len(call.batch.present), self.sampler.course.parts)
+
+    def _check_call(self, before: "_LastCall", call: "_LastCall") -> None:
+        """Refuse a call that is not as the one of the step before, but for the parts that its batch has lost."""
+        if call.network != before.network:
+            raise RunError(
+                given=f"another network than before at step {self.step}",
+                expected="the network of the step before, whose values are stored",
+                advice="Use a schedule that was recorded with networks that take turns at the same steps (Wan 2.2: "
+                "the same boundary_ratio and number of steps)",
+            )
+        rows = before.batch.rows * len(call.batch.present) // len(before.batch.present)
+        if call.batch.rows != rows or call.without_rows() != before.without_rows():
+            raise RunError(
+                given=f"a latent of shape {call.latents} at step {self.step}",
+                expected=f"the shape that the step before had, {before.latents}, batch size included"
+                if rows == before.batch.rows
+                else f"{rows} rows of what the step before had, {before.latents}: there the schedule's guidance ends",
+                advice="Keep guidance on or off as in the run that the schedule was learned from",
+            )
 
     def _check_timestep(self, timestep: float) -> None:
         if self.step and self.sampler.is_at(0, timestep) and not self.sampler.is_at(self.step, timestep):
@@ -189,14 +248,21 @@ class Run:
             RunError: It comes after others.
         """
         is_ours = self.running and self.evaluation > 0
-        if self.since_step != self.branches and (self.since_step or is_ours):
+        if self.since_step != self.calls_of_step and (self.since_step or is_ours):
             raise self._uneven(f"a step of the scheduler after {self.since_step} evaluations of the denoiser")
         self.since_step = 0
 
+    @property
+    def calls_of_step(self) -> int:
+        """How many calls of the denoiser the present step has."""
+        return 1 if self.branches == 1 else len(self.sampler.present(self.step))
+
     def _uneven(self, given: str) -> RunError:
+        varies = self.branches > 1 and bool(self.sampler.course.present)
+        where = f"at step {self.step}" if varies else "at every step"
         return RunError(
             given=given,
-            expected=f"{self.branches} at every step, as the schedule has it",
+            expected=f"{self.calls_of_step} {where}, as the schedule has it",
             advice="Switch guidance on or off as in the runs that the schedule was learned from",
         )
 
@@ -243,7 +309,7 @@ class Run:
             RunError: It has other shapes than the block's values before.
         """
         self._check_shapes(column, value)
-        held = Held.of(usable(self.store.put(rebuilt(value))))
+        held = Held.of(usable(self.store.put(rebuilt(value))), self.batch)
         self._check_memory(column, held)
         self.stored[self.branch][column].insert(0, held)
         self.bytes += held.bytes
@@ -288,7 +354,8 @@ class Run:
         values = []
         for value in held[:count]:
             value.check(self.names[column])
-            values.append(rebuilt(self.store.take(value.value)))
+            taken = rebuilt(self.store.take(value.value))
+            values.append(taken if value.batch == self.batch else self.batch.part_of(taken, value.batch))
         return values
 
     def free(self, column: int, keeps: int) -> None:
@@ -300,6 +367,26 @@ class Run:
     def held_tensors(self) -> list[Tensor]:
         """All that is stored now."""
         return [part for branch in self.stored for column in branch for held in column for part in held.parts]
+
+
+class _LastCall(NamedTuple):
+    """The last call of a branch: what the next one is compared with.
+
+    Args:
+        batch: Its rows, and which parts of a guided batch they were.
+        latents: Shapes of what it was given.
+        network: Which of the pipeline's networks was called.
+    """
+
+    batch: Batch
+    latents: Shapes
+    network: int
+
+    def without_rows(self) -> Shapes:
+        """The shapes but for their rows; of latents in a list, no more than that they are in one."""
+        if len(self.latents) == self.batch.rows > 1:
+            return ()
+        return tuple(shape[1:] for shape in self.latents)
 
 
 def outside_error(block: str) -> RunNotStarted:

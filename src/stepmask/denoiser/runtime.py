@@ -6,13 +6,19 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from stepmask.denoiser.call import parameters_of
-from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
+from torch import nn
+
+from stepmask.denoiser.families import denoisers_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.other_caches import refuse_other_caches
-from stepmask.denoiser.placement import Placement
-from stepmask.denoiser.refusals import refuse_cuda_graphs, refuse_if_replaced, refuse_if_taken
+from stepmask.denoiser.placement import networks_of
+from stepmask.denoiser.refusals import (
+    refuse_cuda_graphs,
+    refuse_if_counted_otherwise,
+    refuse_if_replaced,
+    refuse_if_taken,
+)
 from stepmask.denoiser.regions import compile_repeated, unwrapped
-from stepmask.denoiser.replay import MaskedBlock, MaskedDenoiser, MaskedFeeder
+from stepmask.denoiser.replay import Values
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.sampler import describe, timestep_of, watched
 from stepmask.denoiser.store import Store
@@ -71,36 +77,43 @@ class Masked:
         plan: Callable[[MaskSchedule], Plan] = lower,
     ) -> None:
         self.pipe = pipe
-        self.denoiser = denoiser_of(pipe)
         self.scheduler = scheduler_of(pipe)
         self.store = store
+        denoisers = denoisers_of(pipe)
         refuse_other_caches(pipe)
-        refuse_if_taken(self.denoiser)
+        for denoiser in denoisers:
+            refuse_if_taken(denoiser)
         _check_branches(schedules)
         schedule = schedules[0]
-        schedule.denoiser.check(fingerprint_of(self.denoiser))
+        schedule.denoiser.check(fingerprint_of(denoisers[0]))  # all are alike
         _check_scheduler(schedule, self.scheduler)
-        for device in {weight.device for weight in self.denoiser.parameters() if not weight.is_meta}:
+        for device in {weight.device for part in denoisers for weight in part.parameters() if not weight.is_meta}:
             store.check(device)
 
         self.sampler = schedule.sampler
         self.plans = [plan(table) for table in schedules]
         self.run = Run(self.plans, self.sampler, store, is_stepped=self.scheduler is not None)
-        *blocks, own = schedule.graph.blocks
-        self.blocks = [MaskedBlock(self.run, column, block) for column, block in enumerate(blocks)]
-        self.own = MaskedDenoiser(self.run, self.blocks, own, parameters_of(self.denoiser))
-        feeders = {name: MaskedFeeder(self.run, columns) for name, columns in schedule.graph.fed.items()}
-        self.placement = Placement(self.denoiser, self.run, self.blocks, feeders, self.own)
-        self.own.at_start = self.placement.put  # modules may have been put in others' places since
+        self.networks = networks_of(denoisers, self.run, schedule.graph)
         self._stack = self._put_on()
         if self.scheduler is None:
             self.restart()
 
+    @property
+    def denoiser(self) -> nn.Module:
+        """The masked network, the first of several."""
+        return self.networks[0].denoiser
+
+    @property
+    def hooks(self) -> list[Values]:
+        """What stands in front of blocks and of denoisers, of all networks."""
+        return [hook for network in self.networks for hook in (*network.blocks, network.own)]
+
     def _put_on(self) -> ExitStack:
         """Attach the hooks, and watch the scheduler and the pipeline; what is returned takes it all back."""
         with ExitStack() as stack:
-            stack.callback(self.placement.take_off)
-            self.placement.put()
+            for network in self.networks:
+                stack.callback(network.placement.take_off)
+                network.placement.put()
             if self.scheduler is not None:
                 stack.enter_context(watched(self.scheduler, "set_timesteps", lambda *_, **__: self._start()))
                 stack.enter_context(watched(self.scheduler, "step", self._end_step))
@@ -111,27 +124,28 @@ class Masked:
     def _start(self) -> None:
         """The pipeline has set its scheduler's timesteps."""
         self.run.stop()
-        self._follow_denoiser()
+        self._follow_denoisers()
         self.sampler.check_whole(describe(self.scheduler, self.sampler.branches))
         self.restart()
 
-    def _follow_denoiser(self) -> None:
-        """Turn to the compiled form of the denoiser that somebody has put into the pipeline, if there is one.
+    def _follow_denoisers(self) -> None:
+        """Turn to the compiled forms of the denoisers that somebody has put into the pipeline, if there are any.
 
         Raises:
             RunError: The pipeline has another denoiser.
         """
-        now = denoiser_of(self.pipe)
-        if now is not self.denoiser:
-            refuse_if_replaced(now, self.denoiser)
-            self.denoiser = now
-            self.placement.denoiser = now
+        now = denoisers_of(self.pipe)
+        refuse_if_counted_otherwise(now, [network.denoiser for network in self.networks])
+        for network, denoiser in zip(self.networks, now, strict=True):
+            if denoiser is not network.denoiser:
+                refuse_if_replaced(denoiser, network.denoiser)
+                network.follow(denoiser)
 
     def _end_step(self, _: Any, *args: Any, **kwargs: Any) -> None:
         """The scheduler has made a step: it must be the schedule's."""
         try:
             self.run.end_step()
-            if self.run.evaluation == self.sampler.branches:
+            if self.run.evaluation and self.run.step == 0:
                 self.sampler.check_first(timestep_of(self.scheduler, args, kwargs))
         except (RunError, ScheduleMismatch):
             self.run.stop()
@@ -163,7 +177,8 @@ class Masked:
         """
         self.run.stop()
         refuse_other_caches(self.pipe)
-        self.placement.put()
+        for network in self.networks:
+            network.placement.put()
         self.run.start()
 
     def compile(self, **options: Any) -> None:
@@ -182,18 +197,20 @@ class Masked:
             RunError: The options ask for CUDA graphs, and the denoiser is on such a device; or all blocks are layers of
                 torch itself.
         """
-        refuse_cuda_graphs(self.denoiser, options)
-        self.placement.take_off()
-        try:
-            compile_repeated(self.denoiser, [hook.block.name for hook in self.blocks], **options)
-        finally:
-            self.placement.put()
+        for network in self.networks:
+            refuse_cuda_graphs(network.denoiser, options)
+        for network in self.networks:
+            network.placement.take_off()
+            try:
+                compile_repeated(network.denoiser, [hook.block.name for hook in network.blocks], **options)
+            finally:
+                network.placement.put()
 
     def remove(self) -> None:
         """Take the schedule off and free the store. Doing it twice is fine."""
         self._stack.close()
         self.run.stop()
-        for hook in (*self.blocks, self.own):
+        for hook in self.hooks:
             hook.vectors.clear()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -210,7 +227,7 @@ class Masked:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         evaluations = self.run.evaluation
-        if kind is None and not self.own.was_called:
+        if kind is None and not any(network.own.was_called for network in self.networks):
             log.warning(
                 "A %s was under a schedule that nothing used: it was not evaluated. If your loop calls a copy of it "
                 "(an EMA, another pipeline), apply the schedule to that one.",
@@ -238,12 +255,12 @@ class Masked:
     @property
     def vector_bytes(self) -> int:
         """What the per-channel weights and biases hold now, besides the store; they stay until `remove`."""
-        return sum(size(vectors) for hook in (*self.blocks, self.own) for vectors in hook.vectors.values())
+        return sum(size(vectors) for hook in self.hooks for vectors in hook.vectors.values())
 
     @property
     def computed_macs(self) -> int:
         """MACs of the blocks that were really run since this schedule was applied, at the traced shape."""
-        return sum(hook.computed * hook.block.macs for hook in (*self.blocks, self.own))
+        return round(sum(hook.computed * hook.block.macs for hook in self.hooks))
 
 
 def _is_interrupted(pipe: Any) -> bool:

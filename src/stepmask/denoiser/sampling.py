@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmask.denoiser.clock import Clock
-from stepmask.denoiser.families import denoiser_of, scheduler_of
+from stepmask.denoiser.families import denoiser_of, denoisers_of, scheduler_of
 from stepmask.denoiser.modes import Autocast, autocast_as, copied, usable, without_inference_mode
 from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.sampler import handed_to_step, latent_of, watched
@@ -62,8 +62,13 @@ class Sampling:
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that the sampler calls."""
+        """The network that the sampler calls, the first of several."""
         return denoiser_of(self.pipe)
+
+    @property
+    def denoisers(self) -> tuple[nn.Module, ...]:
+        """All networks that the sampler calls."""
+        return denoisers_of(self.pipe)
 
     def __call__(self) -> Sampled:
         """Run once, without gradients.

@@ -5,37 +5,36 @@ from itertools import accumulate, groupby, pairwise
 from math import gcd
 from typing import Any
 
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
 from stepmask.denoiser.branches import order_error
-from stepmask.denoiser.values import same_numbers, tensors
+from stepmask.denoiser.values import same_arguments
 from stepmask.errors import RunError
 from stepmask.schedule.fingerprint import SamplerFingerprint
 
-EVEN = "the same number of evaluations at every step"
 
-
-def branches_counted(done: Sequence[int], total: int) -> int:
-    """Evaluations per step of a run with a scheduler.
+def evaluations_counted(done: Sequence[int], total: int) -> list[int]:
+    """Evaluations of each step of a run with a scheduler.
 
     Args:
         done: How many evaluations there had been when each step was taken.
         total: How many there were in the end.
 
     Raises:
-        RunError: They are not the same at every step.
+        RunError: A step has none, or there are some after the last step.
     """
     counts = [later - before for before, later in pairwise([0, *done])]
     after = total - done[-1]
-    if len(set(counts)) > 1 or not counts[0] or after:
+    if not all(counts) or after:
         told = _of_each_step(counts) + (f", and {after} after the last step" if after else "")
-        raise _uneven(f"{total} evaluations of the denoiser in {len(counts)} sampling steps: {told}")
-    return counts[0]
+        raise RunError(
+            given=f"{total} evaluations of the denoiser in {len(counts)} sampling steps: {told}",
+            expected="at least one evaluation in front of every step of the scheduler, and none after the last",
+            advice="Step the scheduler once for every evaluation, or every few that belong together",
+        )
+    return counts
 
 
-def branches_of_a_loop(timesteps: Sequence[float], depends: Callable[[int, int], bool]) -> int:
-    """Evaluations per step of a loop without a scheduler: those at one timestep that do not depend on each other.
+def evaluations_of_a_loop(timesteps: Sequence[float], depends: Callable[[int, int], bool]) -> list[int]:
+    """Evaluations of each step of a loop without a scheduler: those at one timestep that do not depend on each other.
 
     A second evaluation at the same timestep is a branch (guidance in two calls), unless it is given what became of the
     first one's answer: then it is a step of its own (Heun's method, a corrector).
@@ -43,44 +42,53 @@ def branches_of_a_loop(timesteps: Sequence[float], depends: Callable[[int, int],
     Args:
         timesteps: Of each evaluation.
         depends: Whether an evaluation is given something that depends on the answers from another one on, by index.
-
-    Raises:
-        RunError: They are not the same at every step.
     """
+    alone = [1] * len(timesteps)
     counts = [len(list(group)) for _, group in groupby(timesteps)]
     if len(counts) == 1 or max(counts) == 1:
-        return 1
+        return alone
     starts = [0, *accumulate(counts)]
     several = next(place for place, count in enumerate(counts) if count > 1)
     if depends(starts[several], starts[several] + 1):
-        return 1
-    if len(set(counts)) == 1:
-        return counts[0]
+        return alone
     together = gcd(*counts)
-    longer = next(place for place, count in enumerate(counts) if count > together)
-    if together > 1 and depends(starts[longer], starts[longer] + together):
-        return together
-    raise _uneven(f"{len(timesteps)} evaluations at {len(counts)} timesteps: {_of_each_step(counts)}")
+    longer = next((place for place, count in enumerate(counts) if count > together), None)
+    if together > 1 and longer is not None and depends(starts[longer], starts[longer] + together):
+        return [together] * (len(timesteps) // together)
+    return counts
 
 
-def check_branches(branches: int, timesteps: Sequence[float]) -> None:
-    """Refuse a number of branches that a loop cannot have.
+def check_divides(branches: int, evaluations: int) -> None:
+    """Refuse a number of branches into which a loop's evaluations cannot be divided.
 
     Raises:
-        RunError: Its evaluations do not divide into steps of as many, at one timestep each.
+        RunError: They cannot.
     """
-    if branches < 1 or len(timesteps) % branches:
+    if branches < 1 or evaluations % branches:
         raise RunError(
-            given=f"branches={branches} for {len(timesteps)} evaluations",
+            given=f"branches={branches} for {evaluations} evaluations",
             expected="a number that divides them into steps",
             advice="Leave branches out, or evaluate the denoiser equally often at every step",
         )
-    for start in range(0, len(timesteps), branches):
-        step = timesteps[start : start + branches]
+
+
+def check_same_timestep(timesteps: Sequence[float], counts: Sequence[int]) -> None:
+    """Refuse steps of a loop whose evaluations are at several timesteps.
+
+    Args:
+        timesteps: Of each evaluation.
+        counts: How many evaluations each step has.
+
+    Raises:
+        RunError: There is one.
+    """
+    start = 0
+    for place, count in enumerate(counts):
+        step = timesteps[start : start + count]
+        start += count
         if len(set(step)) > 1:
             raise RunError(
-                given=f"branches={branches}, and timesteps {', '.join(f'{t:g}' for t in step)} at step "
-                f"{start // branches}",
+                given=f"branches={count}, and timesteps {', '.join(f'{t:g}' for t in step)} at step {place}",
                 expected="one timestep for all evaluations of a step",
                 advice="Leave branches out: evaluations at several timesteps are steps of their own",
             )
@@ -94,7 +102,7 @@ def check_told(told: int | None, counted: int) -> None:
     """
     if told is not None and told != counted:
         raise RunError(
-            given=f"branches={told}, and {counted} evaluations at every step",
+            given=f"branches={told}, and {counted} evaluations at the fullest step",
             expected=f"branches={counted}",
             advice="Leave branches out: a pipeline's are counted",
         )
@@ -129,54 +137,27 @@ def check_one_pass(sets: Sequence[int], stepped: Sequence[float], sampler: Sampl
         )
 
 
-def check_shapes(calls: Sequence[dict[str, Any]], outputs: Sequence[Any], branches: int) -> None:
-    """Refuse a run whose denoiser is given or answers tensors of other shapes at some steps.
-
-    Args:
-        calls: The arguments of each evaluation, by a name for each.
-        outputs: What it answered.
-        branches: Evaluations per step.
-
-    Raises:
-        RunError: Shapes change.
-    """
-    for now, (call, output) in enumerate(zip(calls, outputs, strict=True)):
-        branch, step = now % branches, now // branches
-        for name, value in call.items():
-            _check_shape(f"{name!r}", step, calls[branch].get(name), value)
-        _check_shape("an output", step, outputs[branch], output)
-
-
-def _check_shape(what: str, step: int, first: Any, now: Any) -> None:
-    before, after = _shapes(first), _shapes(now)
-    if before and after and before != after:  # what is given at some steps only has no other shape
-        raise RunError(
-            given=f"{what} of shape {_told(after)} at step {step}",
-            expected=f"the shape that it has at step 0, {_told(before)}, batch size included",
-            advice="Keep guidance on or off for the whole run, and keys and values of a prompt or picture uncached",
-        )
-
-
-def check_order(calls: Sequence[dict[str, Any]], branches: int) -> None:
+def check_order(calls: Sequence[dict[str, Any]], branches: int, steps: Sequence[int]) -> None:
     """Refuse a run that evaluates its branches in another order at some steps: each branch has a store of its own.
 
     It is seen by an argument that has the same values at every step, one for each branch (prompts, labels, flags).
 
     Args:
-        calls: The arguments of each evaluation, by a name for each.
+        calls: The arguments of each evaluation, by a name for each, of steps with all branches.
         branches: Evaluations per step.
+        steps: Which steps they are of.
 
     Raises:
         RunError: The order changes.
     """
     for name in calls[0] if branches > 1 else ():
         orders = _orders([call.get(name) for call in calls], branches)
-        for step, order in enumerate(orders):
+        for step, order in zip(steps, orders, strict=False):
             if order != orders[0]:
                 moved = next(branch for branch in range(branches) if order[branch] != orders[0][branch])
                 raise order_error(
-                    f"{branches} evaluations a step in changing order: what evaluation {order[moved]} of step 0 "
-                    f"is given as {name!r}, evaluation {moved} of step {step} is given"
+                    f"{branches} evaluations a step in changing order: what evaluation {order[moved]} of step "
+                    f"{steps[0]} is given as {name!r}, evaluation {moved} of step {step} is given"
                 )
 
 
@@ -196,29 +177,7 @@ def _orders(values: Sequence[Any], branches: int) -> list[list[int]]:
 
 def _places(value: Any, among: Sequence[Any]) -> list[int]:
     """Where a value stands among others."""
-    return [place for place, other in enumerate(among) if _same(value, other)]
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two arguments are the same: tensors by their numbers, anything else as it says itself."""
-    leaves, form = pytree.tree_flatten(one)
-    others, other_form = pytree.tree_flatten(other)
-    return form == other_form and all(map(_same_leaf, leaves, others))
-
-
-def _same_leaf(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or same_numbers(one, other)
-    plain = str | int | float | bool | None
-    return one is other or (isinstance(one, plain) and isinstance(other, plain) and one == other)
-
-
-def _shapes(value: Any) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for tensor in tensors(value)]
-
-
-def _told(shapes: list[tuple[int, ...]]) -> str:
-    return " and ".join(map(str, shapes))
+    return [place for place, other in enumerate(among) if same_arguments(value, other)]
 
 
 def _of_each_step(counts: Sequence[int]) -> str:
@@ -231,7 +190,3 @@ def _of_each_step(counts: Sequence[int]) -> str:
         step = last + 1
     shown = parts if len(parts) <= 6 else [*parts[:5], "and so on"]
     return ", ".join(shown)
-
-
-def _uneven(given: str) -> RunError:
-    return RunError(given=given, expected=EVEN, advice="Keep guidance on or off for the whole run")

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from stepmask.denoiser.batch import Shapes, rows_of
 from stepmask.denoiser.call import Call
 from stepmask.denoiser.dataflow import Flow, Recorder, TracedBlock
 from stepmask.denoiser.fakes import on_fakes
@@ -23,6 +25,7 @@ from stepmask.denoiser.seam import Hook, attached_by_name, frozen
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import tensors
 from stepmask.errors import TraceError
+from stepmask.schedule.fingerprint import SamplerFingerprint
 from stepmask.schedule.graph import Block, BlockGraph, Reuse
 
 log = logging.getLogger(__name__)
@@ -86,8 +89,8 @@ def trace(
     _refuse_fused(denoiser, found)
     run = example if isinstance(example, Trajectory) else None
     calls = (_call(example),) if run is None else run.calls
-    branches = 1 if run is None else run.sampler.branches
-    tracer = _Tracer(denoiser, found, branches, are_named=blocks is not None)
+    sampler = SamplerFingerprint("", tuple(map(float, range(len(calls))))) if run is None else run.sampler
+    tracer = _Tracer(denoiser, found, sampler, are_named=blocks is not None)
     with autocast_as(None if run is None else run.sampling.autocast):
         for index in _forms(calls):
             tracer.trace(calls[index], index)
@@ -119,24 +122,58 @@ class _Tracer:
     Args:
         denoiser: The denoiser.
         found: Its blocks, with the way that each is to be reused.
-        branches: How many calls a step has.
+        sampler: Which step and branch each call is of.
         are_named: Whether somebody asked for just these blocks.
     """
 
-    def __init__(self, denoiser: nn.Module, found: dict[str, Reuse | None], branches: int, *, are_named: bool) -> None:
+    def __init__(
+        self, denoiser: nn.Module, found: dict[str, Reuse | None], sampler: SamplerFingerprint, *, are_named: bool
+    ) -> None:
         self.denoiser = denoiser
         self.found = found
-        self.branches = branches
+        self.sampler = sampler
         self.are_named = are_named
         self.traced: dict[int, BlockGraph] = {}
+        self.rows: dict[int, int] = {}  # of the latent that each traced evaluation was given
         self.flops: Mapping[str, int] = {}  # of modules, by torch's counter
 
     @property
     def graph(self) -> BlockGraph:
         """What all traced calls show together."""
-        for branch in range(self.branches):
-            _check_shapes({index: graph for index, graph in self.traced.items() if index % self.branches == branch})
-        return _together(self.traced)
+        alike: dict[tuple[int, int], dict[int, BlockGraph]] = {}
+        for index, graph in self.traced.items():
+            step, branch = self.sampler.evaluations[index]
+            begun = max(begin for begin in self.sampler.begins if begin <= step)
+            alike.setdefault((branch, begun), {})[index] = graph
+        for traced in alike.values():
+            self._check_shapes(traced)
+        return _together({index: self.traced[index] for index in sorted(self.traced, key=self._is_unlike_most)})
+
+    def _is_unlike_most(self, index: int) -> bool:
+        """Whether an evaluation lacks a part of the batch, or is of a short beginning: a graph has others' sizes."""
+        step, _ = self.sampler.evaluations[index]
+        begins = [*self.sampler.begins, self.sampler.steps]
+        lengths = [end - begin for begin, end in pairwise(begins)]
+        own = next(length for begin, length in reversed([*zip(begins, lengths, strict=False)]) if begin <= step)
+        return self.sampler.loads[step] < 1 or own < max(lengths) / 2
+
+    def _check_shapes(self, traced: Mapping[int, BlockGraph]) -> None:
+        """Refuse blocks whose outputs change their shape from step to step, but for the parts of a guided batch.
+
+        Raises:
+            TraceError: There is one.
+        """
+        first_index, first = next(iter(traced.items()))
+        for index, other in traced.items():
+            rows = self.rows[first_index], self.rows[index]
+            for one, two in zip(first.blocks, other.blocks, strict=False):
+                if one.name == two.name and not _shapes_fit(one.shapes, two.shapes, *rows):
+                    raise TraceError(
+                        given=f"block {one.label!r}, which answers with shape {two.shapes} at evaluation {index}, and "
+                        f"with {one.shapes} at evaluation {first_index}",
+                        expected="one shape at all steps, for what is stored must fit later ones",
+                        advice="Keep guidance and caches on or off for the whole run, or pad what changes its length",
+                    )
 
     def trace(self, call: Call, index: int) -> None:
         """Trace one call.
@@ -157,6 +194,7 @@ class _Tracer:
                 advice="Leave it out of the pattern, or trace with inputs that use it",
             )
         self.traced[index] = recorder.graph(output)
+        self.rows[index] = rows_of(call.args, call.kwargs)
         self.flops = self.flops or {
             name.partition(".")[2]: sum(counts.values()) for name, counts in recorder.flops.get_flop_counts().items()
         }
@@ -227,25 +265,20 @@ def _numbers(call: Call) -> list[Any]:
     return [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, int | float)]
 
 
-def _check_shapes(traced: Mapping[int, BlockGraph]) -> None:
-    """Refuse blocks whose outputs change their shape from step to step.
+def _shapes_fit(one: Shapes, other: Shapes, rows: int, other_rows: int) -> bool:
+    """Whether shapes are the same, but for first dimensions that go by the rows of the batch, as `Batch` takes them.
 
-    Raises:
-        TraceError: There is one.
+    Args:
+        one: Of a block's output.
+        other: Of the same block's in another evaluation.
+        rows: How many the one evaluation is given.
+        other_rows: How many the other is given.
     """
-    if not traced:
-        return
-    first_index, first = next(iter(traced.items()))
-    for index, other in traced.items():
-        for one, two in zip(first.blocks, other.blocks, strict=False):
-            if one.name == two.name and one.shapes != two.shapes:
-                raise TraceError(
-                    given=f"block {one.label!r}, which answers with shape {two.shapes} at evaluation {index}, and with "
-                    f"{one.shapes} at evaluation {first_index}",
-                    expected="one shape at all steps, for what is stored must fit later ones",
-                    advice="A prefix cache makes the first step unlike the others: sample without it "
-                    "(use_kv_cache=False); keep guidance on or off for the whole run",
-                )
+    expected = [
+        (shape[0] // rows * other_rows, *shape[1:]) if shape and shape[0] and shape[0] % rows == 0 else shape
+        for shape in one
+    ]
+    return expected == list(other)
 
 
 def _together(traced: Mapping[int, BlockGraph]) -> BlockGraph:

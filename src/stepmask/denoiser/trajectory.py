@@ -28,21 +28,23 @@ from stepmask.denoiser.modes import (
 )
 from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.other_caches import refuse_other_caches
+from stepmask.denoiser.recorded_course import Evaluated, course_of
 from stepmask.denoiser.sampler import describe, timestep_of, watched
 from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.steps import (
-    branches_counted,
-    branches_of_a_loop,
-    check_branches,
+    check_divides,
     check_one_pass,
     check_order,
-    check_shapes,
+    check_same_timestep,
     check_told,
+    evaluations_counted,
+    evaluations_of_a_loop,
 )
 from stepmask.denoiser.values import each, first, same_numbers, tensors
 from stepmask.errors import LearningError, RunError, StepmaskError
 from stepmask.executors.local import Executor, LocalExecutor
+from stepmask.schedule.course import Course
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
 
 
@@ -58,6 +60,7 @@ class Trajectory:
         sampling: How to run it again.
         denoiser: Fingerprint of the denoiser.
         sampler: Fingerprint of the sampler.
+        networks: Which of the pipeline's networks each evaluation is of, by its place among them; empty = the only one.
     """
 
     calls: Sequence[Call]
@@ -66,6 +69,7 @@ class Trajectory:
     sampling: Sampling
     denoiser: DenoiserFingerprint
     sampler: SamplerFingerprint
+    networks: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         branches = f" × {self.sampler.branches} branches" if self.sampler.branches > 1 else ""
@@ -111,9 +115,15 @@ class Trajectory:
         return {**vars(self), "outputs": _mapped(function, self.outputs), "sampled": sampled}
 
     def at(self, step: int) -> tuple[Sequence[Call], tuple[Any, ...]]:
-        """Calls and outputs of one step, one each per branch."""
-        where = slice(step * self.sampler.branches, (step + 1) * self.sampler.branches)
+        """Calls and outputs of one step, one each for every branch that it evaluates."""
+        evaluations = [index for index, (at, _) in enumerate(self.sampler.evaluations) if at == step]
+        where = slice(evaluations[0], evaluations[-1] + 1)
         return self.calls[where], self.outputs[where]
+
+    def network_of(self, evaluation: int) -> nn.Module:
+        """The network that an evaluation is of."""
+        number = self.networks[evaluation] if self.networks else 0
+        return self.sampling.denoisers[number]
 
 
 def record(
@@ -193,21 +203,23 @@ def record_sampling(sampling: Sampling) -> Trajectory:
     """Run a sampling once and keep what its denoiser was given. It may be masked: then that is what is recorded."""
     with without_inference_mode(), uncompiled():
         listener = _Listener()
-        with _steps_seen(sampling, listener) as seen, attached({sampling.denoiser: listener}):
+        hooks = {denoiser: _OfNetwork(listener, number) for number, denoiser in enumerate(sampling.denoisers)}
+        with _steps_seen(sampling, listener) as seen, attached(hooks):
             sampled = sampling()
         listener.check_answered()
         _check_finite(sampled.latent)
         sampler = _sampler(seen, listener, sampling)
-        named = _named(sampling.denoiser, listener.calls)
-        check_shapes(named, listener.outputs, sampler.branches)
-        check_order(named, sampler.branches)
+        is_even = not sampler.course.present
         return Trajectory(
             calls=listener.calls,
             outputs=tuple(listener.outputs),
             sampled=sampled,
-            sampling=replace(sampling, steps=len(seen.timesteps) or None, branches=sampler.branches),
+            sampling=replace(
+                sampling, steps=len(seen.timesteps) or None, branches=sampler.branches if is_even else None
+            ),
             denoiser=fingerprint_of(sampling.denoiser),
             sampler=sampler,
+            networks=tuple(listener.networks) if any(listener.networks) else (),
         )
 
 
@@ -264,15 +276,14 @@ def _sampler(seen: _Seen, listener: "_Listener", sampling: Sampling) -> SamplerF
         return _loop(listener, sampling)
     sampler = seen.sequence[-1].part(seen.timesteps[0], len(seen.timesteps))
     check_one_pass(seen.sets, seen.timesteps, sampler)
-    branches = branches_counted(seen.evaluations, len(listener.calls))
-    check_told(sampling.branches, branches)
-    return replace(sampler, branches=branches)
+    counts = evaluations_counted(seen.evaluations, len(listener.calls))
+    check_told(sampling.branches, max(counts))
+    return replace(sampler, branches=max(counts), course=_course(listener, sampling, counts))
 
 
 def _loop(listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
     """A plain loop: told by the timesteps of its evaluations."""
     calls = list(listener.calls.as_they_lie())
-    branches = sampling.branches
     parameters = parameters_of(sampling.denoiser)
     if not calls:
         raise RunError(
@@ -280,12 +291,29 @@ def _loop(listener: "_Listener", sampling: Sampling) -> SamplerFingerprint:
             expected="evaluations of the module that is recorded",
             advice="Let the function call this very module",
         )
-    if branches is None:
+    if sampling.branches is None:
         timesteps = [timestep_of_call(call, index, parameters) for index, call in enumerate(calls)]
-        branches = branches_of_a_loop(timesteps, lambda first, at: _depends(sampling, listener, first, at))
-    timesteps = [timestep_of_call(call, index // max(branches, 1), parameters) for index, call in enumerate(calls)]
-    check_branches(branches, timesteps)
-    return SamplerFingerprint("", tuple(timesteps[::branches]), branches=branches)
+        counts = evaluations_of_a_loop(timesteps, lambda first, at: _depends(sampling, listener, first, at))
+    else:
+        check_divides(sampling.branches, len(calls))
+        counts = [sampling.branches] * (len(calls) // sampling.branches)
+    steps = [step for step, count in enumerate(counts) for _ in range(count)]
+    timesteps = [timestep_of_call(call, step, parameters) for call, step in zip(calls, steps, strict=True)]
+    check_same_timestep(timesteps, counts)
+    firsts = [sum(counts[:step]) for step in range(len(counts))]
+    course = _course(listener, sampling, counts)
+    return SamplerFingerprint("", tuple(timesteps[first] for first in firsts), branches=max(counts), course=course)
+
+
+def _course(listener: "_Listener", sampling: Sampling, counts: Sequence[int]) -> Course:
+    """How the steps differ in what they evaluate; refused where the order of branches changes."""
+    named = _named(sampling.denoiser, listener.calls)
+    course = course_of(Evaluated(named, listener.outputs, listener.networks, counts))
+    most = max(counts)
+    full = [step for step, count in enumerate(counts) if count == most]
+    firsts = [sum(counts[:step]) for step in range(len(counts))]
+    check_order([given for step in full for given in named[firsts[step] : firsts[step] + most]], most, full)
+    return course
 
 
 def _named(denoiser: nn.Module, calls: Calls) -> list[dict[str, Any]]:
@@ -306,17 +334,36 @@ def _depends(sampling: Sampling, listener: "_Listener", first_of_all: int, at: i
     if _same(*latents):
         return False
     replay = _Replay(listener, first_of_all, at)
-    with attached({sampling.denoiser: replay}), suppress(_SeenEnough):
+    with attached(dict.fromkeys(sampling.denoisers, replay)), suppress(_SeenEnough):
         sampling()
     return replay.differs
 
 
+class _OfNetwork(Hook):
+    """Stands in front of one of a pipeline's networks, and tells the listener which one evaluates.
+
+    Args:
+        listener: The listener.
+        number: Which network it is.
+    """
+
+    def __init__(self, listener: "_Listener", number: int) -> None:
+        self.listener = listener
+        self.number = number
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = self.listener(call, args, kwargs)
+        self.listener.networks.append(self.number)
+        return output
+
+
 class _Listener(Hook):
-    """Stands in front of the denoiser and keeps what it is given and says."""
+    """Keeps what a pipeline's networks are given and say."""
 
     def __init__(self) -> None:
         self.calls = Calls()
         self.outputs: list[Any] = []
+        self.networks: list[int] = []
         self.inside: set[int] = set()  # threads in which the denoiser is being evaluated
         self.failure: Exception | None = None  # the first, which the run may have caught
 

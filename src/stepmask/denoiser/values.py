@@ -48,6 +48,20 @@ def same_numbers(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | both_nan).all())
 
 
+def same_arguments(one: Any, other: Any) -> bool:
+    """Whether two arguments are the same: tensors by their numbers, anything else as it says itself."""
+    leaves, form = pytree.tree_flatten(one)
+    others, other_form = pytree.tree_flatten(other)
+    return form == other_form and all(map(_same_leaf, leaves, others))
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or same_numbers(one, other)
+    plain = str | int | float | bool | None
+    return one is other or (isinstance(one, plain) and isinstance(other, plain) and one == other)
+
+
 def rebuilt(value: Any) -> Any:
     """The value in lists, tuples and dictionaries of its own: who pops from one takes nothing out of the other."""
     return value if isinstance(value, Tensor) else each(lambda tensor: tensor, value)

@@ -90,11 +90,10 @@ class Contender:
 
     def run(self, seed: int) -> Run:
         """Once."""
-        denoiser = self.sampling.denoiser
         stopwatch = Stopwatch(self.clock)
         with ExitStack() as stack:
             masked = stack.enter_context(apply(self.sampling.pipe, self.schedule)) if self.schedule else None
-            stack.enter_context(attached({denoiser: stopwatch}))
+            stack.enter_context(attached(dict.fromkeys(self.sampling.denoisers, stopwatch)))
             peak = stack.enter_context(peak_memory(self.clock.device))
             sampled = replace(self.sampling, seed=seed)()
         self.warm.append(True)
@@ -123,8 +122,10 @@ class Contender:
         if not self.counted:
             return run
         counter = MacCounter()
-        denoiser = self.sampling.denoiser
-        with frozen(denoiser), attached({denoiser: counter}):  # torch's counter hooks what requires gradients
+        with ExitStack() as stack:
+            for denoiser in self.sampling.denoisers:
+                stack.enter_context(frozen(denoiser))  # torch's counter hooks what requires gradients
+            stack.enter_context(attached(dict.fromkeys(self.sampling.denoisers, counter)))
             self.run(seed)
         return replace(run, computed_macs=counter.macs)
 
@@ -147,7 +148,9 @@ class Contender:
     def _executed(self, run: Run, reference: Run) -> float:
         """MACs of the blocks that ran, over those of the reference; of a network without any, its evaluations."""
         if self.schedule is not None and (macs := int(self.schedule.graph.macs.sum())):
-            return run.computed_macs / (macs * reference.evaluations)
+            sampler = self.schedule.sampler
+            whole = sampler.branches * float(sampler.loads.sum()) / len(sampler.evaluations)  # of an evaluation
+            return run.computed_macs / (macs * reference.evaluations * whole)
         if self.counted:
             return run.computed_macs / reference.computed_macs
         return run.evaluations / reference.evaluations

@@ -1,6 +1,6 @@
 """From a profile to a table within a budget: exact shortest paths over ages, against the regular tables."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,35 +108,47 @@ class CellErrors:
         return CellErrors(np.broadcast_to(self.errors[..., :1], self.errors.shape), np.zeros_like(self.kappas))
 
 
-def shortest_paths(errors: Floats, prices: Floats) -> Bools:
-    """For every column the rows that minimise Σ error + price · (times computed), exactly; shape (steps, columns).
+def shortest_paths(errors: Floats, prices: Floats, begins: Sequence[int] = (0,)) -> Bools:
+    """For every column the rows that minimise Σ error + price of each computation, exactly; shape (steps, columns).
 
     Dynamic programming over states (age of the newest value, gap to the value before), O(steps · ages²) a column.
 
     Args:
         errors: (steps, columns, ages + 1, ages + 1), as in `CellErrors`.
-        prices: (columns,), of one computation.
+        prices: (steps, columns), of one computation; (columns,) where it is the same at all steps.
+        begins: Steps at which a run begins, or begins anew: all is computed there, and nothing older is read later.
     """
     steps, columns, width, _ = errors.shape
+    prices = np.broadcast_to(prices, (steps, columns))
     cost = np.full((columns, width, width), np.inf)
-    cost[:, 0, 0] = prices  # step 0 is computed
+    cost[:, 0, 0] = prices[0]  # step 0 is computed
     came = np.zeros((steps, columns, width), dtype=np.int64)  # the gap from which an age was left to compute
+    left = {}  # the state from which a run began anew, by step: (columns,), flat
     for step in range(1, steps):
+        if step in begins:
+            left[step] = cost.reshape(columns, -1).argmin(axis=1)
+            best = cost.min(axis=(1, 2)) + prices[step]
+            cost = np.full_like(cost, np.inf)
+            cost[:, 0, 0] = best
+            continue
         came[step] = cost.argmin(axis=2)
-        leave = cost.min(axis=2) + errors[step, :, 0, :1] + prices[:, None]  # (columns, ages + 1)
+        leave = cost.min(axis=2) + errors[step, :, 0, :1] + prices[step][:, None]  # (columns, ages + 1)
         cost[:, 1:] = cost[:, :-1] + errors[step, :, 1:]
         cost[:, 0, 1:] = leave[:, :-1]
         cost[:, 0, 0] = leave[:, -1]  # the value before is too old for a forecast
-    return _walk_back(cost, came)
+    return _walk_back(cost, came, left)
 
 
-def _walk_back(cost: Floats, came: Ints) -> Bools:
+def _walk_back(cost: Floats, came: Ints, left: Mapping[int, Ints]) -> Bools:
     steps, columns, width = came.shape
     each = np.arange(columns)
     age, gap = np.unravel_index(cost.reshape(columns, -1).argmin(axis=1), (width, width))
     rows = np.zeros((steps, columns), dtype=bool)
     for step in reversed(range(steps)):
         rows[step] = age == 0
+        if step in left:
+            age, gap = np.unravel_index(left[step], (width, width))
+            continue
         before = np.where(gap == 0, width - 1, gap - 1)  # the age that was left to compute
         gap = np.where(age == 0, came[step, each, before], gap)
         age = np.where(age == 0, before, age - 1)
@@ -155,6 +167,8 @@ class _Family:
         costs: (blocks,), of each block as a share of an evaluation, in the budget's currency.
         prices: (paths,), what a computation is taken to cost, as a share of an evaluation.
         saved: (paths,), the share that reusing a path saves at a step; `None` where savings do not add up.
+
+    Where guidance has ended, a step costs less, and saves less.
     """
 
     reference: MaskSchedule
@@ -171,26 +185,33 @@ class _Family:
         weights = np.tile(PLAIN, (*rows.shape, 1))
         blocks = np.flatnonzero(self.members >= 0)
         rows[:, blocks] = paths[:, self.members[blocks]]
-        weights[:, blocks] = _forecasts(paths, self.cells.kappas)[:, self.members[blocks]]
+        kappas, begins = self.cells.kappas, self.reference.sampler.begins
+        weights[:, blocks] = _forecasts(paths, kappas, begins)[:, self.members[blocks]]
         return self.reference.with_rows(rows, weights, provenance={"table": self.name})
 
     def share(self, paths: Bools) -> float:
         """Share that the table of some paths computes after rectification."""
         if self.saved is None:
             return lower(self.table(paths)).share(self.costs)
-        return float(1 - (~paths * self.saved).sum() / len(paths))
+        loads = self.reference.sampler.loads
+        return float(1 - ((~paths * self.saved).sum(axis=1) * loads).sum() / loads.sum())
+
+    def paths(self, price: float) -> Bools:
+        """The shortest paths where computing everything at a whole step has a price, shape (steps, paths)."""
+        sampler = self.reference.sampler
+        return shortest_paths(self.cells.errors, price * sampler.loads[:, None] * self.prices, sampler.begins)
 
     @property
     def least(self) -> float:
         """The smallest share that any table of the family computes."""
-        return self.share(shortest_paths(self.cells.errors, PRICES[1] * self.prices))
+        return self.share(self.paths(PRICES[1]))
 
     def within(self, budget: Budget) -> MaskSchedule | None:
         """The table at the lowest price that meets a budget; `None` where none does."""
         best, (low, high) = None, np.log(PRICES)
         for _ in range(BISECTIONS):
             price = high if best is None else (low + high) / 2
-            paths = shortest_paths(self.cells.errors, np.exp(price) * self.prices)
+            paths = self.paths(float(np.exp(price)))
             if budget.covers(self.share(paths)):
                 best, high = paths, price
             elif best is None:
@@ -247,12 +268,15 @@ def saves(graph: BlockGraph, column: int, costs: Floats) -> float:
     return float(costs[~wanted].sum())
 
 
-def _forecasts(rows: Bools, kappas: Floats) -> Floats:
+def _forecasts(rows: Bools, kappas: Floats, begins: Sequence[int]) -> Floats:
     """Weights (1 + κ, −κ, 0) of every reused cell, shape (steps, columns, 3)."""
     weights = np.tile(PLAIN, (*rows.shape, 1))
     newest, before = np.zeros(rows.shape[1], dtype=np.int64), np.full(rows.shape[1], -kappas.shape[2])
     each = np.arange(rows.shape[1])
     for step in range(1, len(rows)):
+        if step in begins:
+            newest[:], before[:] = step, -kappas.shape[2]
+            continue
         age, gap = step - newest, newest - before
         known = ~rows[step] & (age + gap < kappas.shape[2])
         kappa = np.where(known, kappas[step, each, age * known, gap * known], 0.0)

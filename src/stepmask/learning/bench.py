@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stepmask.denoiser.batch import Batch, rows_of
 from stepmask.denoiser.call import Call
 from stepmask.denoiser.held import Owner
 from stepmask.denoiser.modes import uncompiled
@@ -31,12 +32,20 @@ class Bench:
         self.denoiser = denoiser
         self.seats = [_Seat(block) for block in graph.blocks[:-1]]
         self.stored: Any = None  # the denoiser's own output, as the seats store their blocks'
+        self.batch = Batch(0, ())  # of what is stored
 
     @contextmanager
     def attached(self) -> Iterator["Bench"]:
         """The seats in place for as long as the context lasts."""
         with uncompiled(), attached_by_name(self.denoiser, {seat.block.name: seat for seat in self.seats}):
             yield self
+
+    def turn(self, call: Call, present: tuple[int, ...]) -> None:
+        """Take of what is stored the parts of the batch that the next call has."""
+        batch = Batch(rows_of(call.args, call.kwargs), present)
+        for holder in (self, *self.seats):
+            holder.stored = batch.part_of(holder.stored, self.batch) if self.batch.rows else holder.stored
+        self.batch = batch
 
     @torch.no_grad()
     def follow(self, call: Call, row: npt.NDArray[np.bool_]) -> None:

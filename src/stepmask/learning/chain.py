@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from stepmask.denoiser.modes import uncompiled
-from stepmask.denoiser.seam import attached
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
 from stepmask.learning.floats import lifted, wide
@@ -58,7 +57,7 @@ def loss_and_gradients(
         ages = np.flatnonzero(reads[step, column])
         answered[step, column, ages] = weights[step, column, : len(ages)]
     tape = Tape(trajectory, reading.graph, answered, gradients, reads=reads)
-    with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad(), uncompiled():
+    with tape.attached(), torch.enable_grad(), uncompiled():
         latent = trajectory.sampling.latent()
         leaf = wide(latent.detach()).requires_grad_()
         value = loss(leaf)
@@ -82,7 +81,7 @@ class _Gradients:
         for column, gradient in enumerate(moment.gradients):
             block = self.graph.blocks[column]
             for index, value in enumerate(moment.read(column) if self.moved[moment.step, column] else []):
-                products = self.rows.products(moment.branch, block, gradient, value)
+                products = self.rows.products(moment.step, moment.branch, block, gradient, value)
                 self.total[:, moment.step, column, index] += products.to(self.total)
 
 

@@ -74,13 +74,14 @@ def _first(output: Any) -> Tensor:
 
 
 def samples_of(trajectory: Trajectory) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Which sample each row belongs to: rows of the final latent, and rows of a step's outputs, all branches.
+    """Which sample each row belongs to: rows of the final latent, and rows of a whole step's outputs, all branches.
 
     Rows belong to one sample if what the scheduler is handed in one depends on the other: the connected parts of the
     guidance weights, the median over the steps. Where the final latent has other rows than the scheduler is handed,
     all rows are one sample.
     """
-    weights = np.median([guidance_of(trajectory, step).weights.abs().numpy() for step in range(trajectory.steps)], 0)
+    whole = np.flatnonzero(trajectory.sampler.loads == 1)  # where guidance is on
+    weights = np.median([guidance_of(trajectory, int(step)).weights.abs().numpy() for step in whole], 0)
     links = weights > 0.05 * weights.max()
     if len(trajectory.sampled.latent) != len(links):
         return np.zeros(len(trajectory.sampled.latent), dtype=np.int64), np.zeros(links.shape[1], dtype=np.int64)

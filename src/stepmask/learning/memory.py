@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 from torch import nn
 
+from stepmask.denoiser.batch import Batch, rows_of
 from stepmask.denoiser.call import Call
 from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.memory import Alive
@@ -56,7 +57,8 @@ def _one_evaluation(
         latent = {id(tensor) for tensor in first(call.args, call.kwargs)}
         leaves = [t.detach().requires_grad_(id(t) in latent) for t in inputs]
         grads = [tensor.clone() for tensor in floats(trajectory.outputs[0])]
-        tape.backward(Evaluation(tape, 0, 0, run), leaves, grads)
+        batch = Batch(rows_of(call.args, call.kwargs), trajectory.sampler.present(0))
+        tape.backward(Evaluation(tape, 0, 0, run, denoiser, batch), leaves, grads)
     return alive.peak, reader.kept
 
 

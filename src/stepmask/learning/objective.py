@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepmask.denoiser.batch import Batch, rows_of
+from stepmask.denoiser.calls import as_they_lie
 from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.trajectory import Trajectory
@@ -124,7 +126,7 @@ class MeasuredGain:
 
     def _gain(self, trajectory: Trajectory, step: int, fraction: float) -> float:
         nudge = _Nudge(trajectory, step, fraction)
-        with attached({trajectory.sampling.denoiser: nudge}), uncompiled():
+        with attached(dict.fromkeys(trajectory.sampling.denoisers, nudge)), uncompiled():
             latent = trajectory.sampling().latent
         moved = float((wide(latent) - wide(trajectory.sampled.latent)).float().square().sum())
         if not np.isfinite(moved):
@@ -154,14 +156,17 @@ class _Nudge(Hook):
         self.moved: list[Any] = []
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        branches, now = self.trajectory.sampler.branches, self.evaluation
+        sampler, now = self.trajectory.sampler, self.evaluation
         self.evaluation += 1
-        if now >= (self.step + 1) * branches:
+        step, branch = sampler.evaluations[now]
+        if step > self.step:
             return call(*args, **kwargs)
         said = self.trajectory.outputs[now]
-        if now < self.step * branches:
+        if step < self.step:
+            if sampler.course.starts and step in sampler.begins:
+                call(*args, **kwargs)  # a cache of keys and values that later steps read is filled there
             return each(torch.clone, said)
-        before = self.trajectory.outputs[now - branches]
+        before = earlier_output(self.trajectory, step, branch)
         moved = mixed(lambda new, old: torch.lerp(new, old, self.fraction), said, before)
         self.moved.append(moved)
         return moved
@@ -178,6 +183,25 @@ def step_changes(trajectory: Trajectory) -> Floats:
     changes = [0.0]
     for step in range(1, trajectory.steps):
         guidance = guidance_of(trajectory, step)
-        before, now = (guidance(trajectory.at(which)[1]) for which in (step - 1, step))
-        changes.append(float(relative_error(before, now)))
+        branches = trajectory.sampler.present(step) if trajectory.sampler.branches > 1 else (0,)
+        before = guidance([earlier_output(trajectory, step, branch) for branch in branches])
+        changes.append(float(relative_error(before, guidance(trajectory.at(step)[1]))))
     return np.array(changes)
+
+
+def earlier_output(trajectory: Trajectory, step: int, branch: int) -> Any:
+    """What the denoiser answered a step earlier for the same branch, and for the parts of the batch that a step has.
+
+    Where there was no such branch, or the batch was another, it is what it answers at the step itself.
+    """
+    sampler = trajectory.sampler
+    now = trajectory.outputs[sampler.evaluations.index((step, branch))]
+    before, present = sampler.present(step - 1), sampler.present(step)
+    if step in sampler.begins or not {*present} <= {*before}:
+        return now
+    output = trajectory.outputs[sampler.evaluations.index((step - 1, branch))]
+    if sampler.branches > 1:
+        return output
+    call = next(iter(as_they_lie(trajectory.calls[step - 1 : step])))
+    rows = rows_of(call.args, call.kwargs)
+    return Batch(rows, present).part_of(output, Batch(rows, before))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from stepmask.denoiser.call import Call
 from stepmask.denoiser.calls import Calls
 from stepmask.denoiser.device import device_of
 from stepmask.denoiser.modes import autocast_as
@@ -71,8 +72,9 @@ class PerTimestep:
         tried: list[tuple[float, MaskSchedule]] = []
         for _ in range(self.rounds):
             jobs = self._jobs(under, table, costs, weights, price, shares)
-            scores = np.array(finish(ROW, task.shared, jobs, task.executor, task.folder))
-            scores = np.vstack([np.ones(scores.shape[1]), scores])
+            scores = np.ones(reference.rows.shape)  # where a run begins all is computed
+            for job, learned in zip(jobs, finish(ROW, task.shared, jobs, task.executor, task.folder), strict=True):
+                scores[job.step] = learned
             if not self.whole_steps:
                 scores[:, -1] = np.inf
             table = round_scores(scores, reference, budget, max_age=self.max_age)
@@ -92,14 +94,19 @@ class PerTimestep:
         self, under: Trajectory, table: MaskSchedule, costs: Floats, weights: Floats, price: float, shares: Floats
     ) -> list[StepJob]:
         whole = [int(step) for step in np.flatnonzero(table.rows.all(axis=1))]
-        jobs, branches = [], under.sampler.branches
-        for step in range(1, under.steps):
+        jobs, sampler = [], under.sampler
+        for step in sorted({*range(under.steps)} - {*sampler.begins}):
             first = max(start for start in whole if start < step)
-            window = under.calls[first * branches : (step + 1) * branches]
+            branches = sampler.present(step) if sampler.branches > 1 else (0,)
+            places = [[sampler.evaluations.index((at, branch)) for at in range(first, step + 1)] for branch in branches]
             jobs.append(
                 StepJob(
                     step=step,
-                    calls=tuple(window[branch::branches] for branch in range(branches)),
+                    calls=tuple(_picked(under.calls, window) for window in places),
+                    networks=tuple(under.networks[window[-1]] if under.networks else 0 for window in places),
+                    present=tuple(
+                        sampler.present(at) if sampler.branches == 1 else () for at in range(first, step + 1)
+                    ),
                     rows=table.rows[first:step],
                     graph=table.graph,
                     costs=costs,
@@ -128,13 +135,20 @@ class PerTimestep:
         }
 
 
+def _picked(calls: Sequence[Call], places: Sequence[int]) -> Sequence[Call]:
+    """Some calls, still where they lie."""
+    if isinstance(calls, Calls):
+        return Calls(calls.kept[place] for place in places)
+    return [calls[place] for place in places]
+
+
 def _learn_row(trajectories: Sequence[Trajectory], job: StepJob) -> Floats:
     sampling = trajectories[0].sampling
     for calls in job.calls:
         if isinstance(calls, Calls):
             calls.settle(device_of(sampling.denoiser))
     with autocast_as(sampling.autocast):
-        return learn_step(sampling.denoiser, job)
+        return learn_step(sampling.denoisers, job)
 
 
 ROW = Kind[StepJob, Floats](

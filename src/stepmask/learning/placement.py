@@ -23,27 +23,34 @@ def later(table: MaskSchedule, order: int) -> list[MaskSchedule]:
 
     A regular table ends with as many reused steps as there are between two evaluations.
 
+    Where a run begins anew on its way there are none.
+
     Args:
         table: Its evaluations are rows that compute everything, its other rows are alike.
         order: Of Taylor's forecast, 0 to 2.
     """
     whole = table.rows.all(axis=1)
     count, last = int(whole.sum()), int(np.flatnonzero(whole)[-1])
-    if whole.all() or count == 1:
+    if whole.all() or count == 1 or table.sampler.course.starts:
         return []
     found = []
     for end in range(last + 1, table.steps):
         rows = np.tile(table.rows[~whole][0], (table.steps, 1))
         rows[np.rint(np.linspace(0, end, count)).astype(int)] = True
         name = {"table": f"{table.provenance['table']}, to step {end}"}
-        found.append(table.with_rows(rows, taylor_forecasts(rows, order), provenance=name))
+        found.append(table.with_taylor(rows, order, provenance=name))
     return found
 
 
-def movable(rows: Bools) -> list[int]:
-    """Steps whose row differs from the next one's: these two can change places. The first row stays where it is."""
-    differ = (rows[1:-1] != rows[2:]).any(axis=1)
-    return [int(step) + 1 for step in np.flatnonzero(differ)]
+def movable(rows: Bools, begins: Sequence[int] = (0,)) -> list[int]:
+    """Steps whose row differs from the next one's: these two can change places. Rows stay where a run begins.
+
+    Args:
+        rows: (steps, blocks), true = compute.
+        begins: Steps at which a run begins, or begins anew.
+    """
+    differ = (rows[:-1] != rows[1:]).any(axis=1)
+    return [int(step) for step in np.flatnonzero(differ) if not {int(step), int(step) + 1} & {*begins}]
 
 
 def swapped(table: MaskSchedule, steps: Sequence[int], refit: Refit) -> MaskSchedule:
@@ -74,4 +81,5 @@ def apart(steps: Sequence[int]) -> list[int]:
 def order_of(table: MaskSchedule) -> int | None:
     """Taylor's order of all forecasts of a table; `None` if they are no Taylor forecasts of one order."""
     orders = range(WINDOW)
-    return next((o for o in orders if np.array_equal(taylor_forecasts(table.rows, o), table.forecasts)), None)
+    begins = table.sampler.begins
+    return next((o for o in orders if np.array_equal(taylor_forecasts(table.rows, o, begins), table.forecasts)), None)

@@ -61,9 +61,12 @@ def _lowest_threshold(scores: Floats, reference: MaskSchedule, budget: Budget, m
 
 
 def _table(scores: Floats, threshold: float, reference: MaskSchedule, max_age: int) -> MaskSchedule:
-    """The table at a threshold: first row computed, nothing reused for too long, nothing computed in a skipped step."""
+    """The table at a threshold: whole where a run begins, nothing reused for too long, nothing computed for nobody."""
     rows, age = np.ones(scores.shape, dtype=bool), np.zeros(scores.shape[1])
-    for row, row_scores in zip(rows[1:], scores[1:], strict=True):
+    for step, (row, row_scores) in enumerate(zip(rows, scores, strict=True)):
+        if step in reference.sampler.begins:
+            age[:] = 0
+            continue
         age += 1
         row[:] = (row_scores * age**2 >= threshold) | (age > max_age)
         row &= row[-1]

@@ -24,12 +24,14 @@ class SampleRows:
     """
 
     def __init__(self, samples: npt.NDArray[np.int64], trajectory: Trajectory) -> None:
-        self.samples = torch.from_numpy(samples).reshape(trajectory.sampler.branches, -1)
+        self.sampler = trajectory.sampler
+        most = max(trajectory.sampler.branches, trajectory.sampler.course.parts)
+        self.samples = torch.from_numpy(samples).reshape(most, -1)  # (branches or parts, rows of each)
         self.count = int(self.samples.max()) + 1
         predicted = prediction(trajectory.outputs[0])
         self.listed = isinstance(predicted, list)
         self.device = predicted[0].device  # where a block without a floating tensor is zero
-        self.indices: dict[tuple[int, int, torch.device], Tensor] = {}
+        self.indices: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
         self.mixed: dict[tuple[str, tuple[int, ...]], Tensor] = {}  # whether anybody reads what samples share
 
     @classmethod
@@ -37,19 +39,21 @@ class SampleRows:
         """As a trajectory tells by its guidance."""
         return cls(samples_of(trajectory)[1], trajectory)
 
-    def products(self, branch: int, block: Block, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    def products(self, step: int, branch: int, block: Block, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """Σ ⟨gradient, value⟩ over the floating tensors of one block, shape (samples,).
 
         A tensor with other rows than the denoiser's output, or with none, is shared by the samples: it counts where
         all rows are one sample's, and where nobody reads it, for then its gradient is zero: `check` tells.
 
         Args:
+            step: Of the evaluation whose gradients these are.
             branch: Of the evaluation.
             block: Whose tensors they are.
             left: Gradients.
             right: Values.
         """
-        samples = self.samples[branch]
+        present = self.sampler.present(step) if self.sampler.branches == 1 else (branch,)
+        samples = self.samples[list(present)].flatten()
         total = torch.zeros(self.count, dtype=torch.float32, device=left[0].device if left else self.device)
         if self.listed and not block.name:
             left, right = [torch.stack(list(left))], [torch.stack(list(right))]
@@ -58,7 +62,7 @@ class SampleRows:
                 total += self._shared(block, a, b)
                 continue
             rows = torch.linalg.vecdot(a.flatten(1).float(), b.flatten(1).float())
-            total.index_add_(0, self._index(branch, len(rows) // len(samples), rows.device), rows)
+            total.index_add_(0, self._index(present, len(rows) // len(samples), rows.device), rows)
         return total
 
     def check(self) -> None:
@@ -72,13 +76,14 @@ class SampleRows:
         kinds, self.mixed = self.mixed, {}
         for (label, shape), is_read in zip(kinds, read_together(kinds.values()), strict=True):
             if is_read:
-                raise _mixed_rows(label, shape, self.samples.shape[1])
+                raise _mixed_rows(label, shape, self.samples.numel() // self.sampler.branches)
 
-    def _index(self, branch: int, repeats: int, device: torch.device) -> Tensor:
+    def _index(self, present: tuple[int, ...], repeats: int, device: torch.device) -> Tensor:
         """Which sample each row of a tensor belongs to, each of the output's rows standing for several."""
-        key = branch, repeats, device
+        key = present, repeats, device
         if key not in self.indices:
-            self.indices[key] = to_device(self.samples[branch].repeat_interleave(repeats), device)
+            samples = self.samples[list(present)].flatten()
+            self.indices[key] = to_device(samples.repeat_interleave(repeats), device)
         return self.indices[key]
 
     def _shared(self, block: Block, left: Tensor, right: Tensor) -> Tensor:

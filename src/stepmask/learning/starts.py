@@ -15,7 +15,7 @@ from stepmask.learning.profile import Profile
 from stepmask.learning.whole_steps import WholeSteps
 from stepmask.schedule.baselines import answer, branches, deepcache_within, fixed_interval, whole_step
 from stepmask.schedule.budget import Budget, too_small_a_store
-from stepmask.schedule.forecasts import PLAIN, taylor_forecasts
+from stepmask.schedule.forecasts import PLAIN
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
@@ -129,7 +129,7 @@ def _uneven(profile: Profile, budget: Budget, window: int) -> Iterator[MaskSched
             yield table
         for order in range(window):
             name = {"table": f"{table.provenance['table']}, {answer(order)}"}
-            yield table.with_rows(table.rows, taylor_forecasts(table.rows, order), provenance=name)
+            yield table.with_taylor(table.rows, order, provenance=name)
 
 
 def _fitted(outputs: WholeSteps, whole: Sequence[MaskSchedule]) -> Iterator[MaskSchedule]:
@@ -176,22 +176,24 @@ def refreshed_interval(
     Returns:
         The table; `None` if the budget does not leave a whole partial evaluation.
     """
-    costs = budget.costs(reference.graph)
+    costs, loads = budget.costs(reference.graph), reference.sampler.loads
     whole = np.rint(np.linspace(0, reference.steps * (1 - 1 / most), full)).astype(int)
     middles = np.rint((whole[1:] + whole[:-1]) / 2).astype(int)
     rows = np.zeros(reference.rows.shape, dtype=bool)
-    rows[whole], rows[:, -1] = True, True
-    left = _left(budget, rows, costs)
+    rows[[*whole, *reference.sampler.begins]] = True
+    rows[:, -1] = True
+    left = _left(reference, budget, rows)
     if left < costs[list(columns)].sum():
         return None
     for step in middles:
         for column in sorted(columns, reverse=True):
-            if not rows[step, column] and costs[column] <= left:
+            cost = costs[column] * loads[step]
+            if not rows[step, column] and cost <= left:
                 rows[step, column] = True
-                left -= costs[column]
+                left -= cost
     partial = int(rows[middles][:, :-1].any(axis=1).sum())
     what = f"{full} whole and {partial} partial evaluations of {len(columns)} blocks, Taylor {order}"
-    return reference.with_rows(rows, taylor_forecasts(rows, order), provenance={"table": what})
+    return reference.with_taylor(rows, order, provenance={"table": what})
 
 
 def _filled(reference: MaskSchedule, budget: Budget, window: int, most: int) -> Iterator[MaskSchedule]:
@@ -207,9 +209,11 @@ def _filled(reference: MaskSchedule, budget: Budget, window: int, most: int) -> 
                     yield table
 
 
-def _left(budget: Budget, rows: npt.NDArray[np.bool_], costs: npt.NDArray[np.float64]) -> float:
-    """What a budget leaves beside a table, in evaluations, up to rounding."""
-    return budget.share * len(rows) - float((rows * costs).sum()) + 1e-9
+def _left(reference: MaskSchedule, budget: Budget, rows: npt.NDArray[np.bool_]) -> float:
+    """What a budget leaves beside a table, in whole evaluations, up to rounding."""
+    loads = reference.sampler.loads
+    costs = budget.costs(reference.graph)
+    return float(budget.share * loads.sum() - ((rows * costs).sum(axis=1) * loads).sum()) + 1e-9
 
 
 def filled_interval(
@@ -232,17 +236,20 @@ def filled_interval(
     """
     interval, costs = fixed_interval(reference, count / reference.steps), budget.costs(reference.graph)
     rows = interval.rows.copy()
-    step = np.flatnonzero(rows.all(axis=1))[partial]
+    step = int(np.flatnonzero(rows.all(axis=1))[partial])
+    if step in reference.sampler.begins:
+        return None
     rows[step, :-1] = False
-    left = _left(budget, rows, costs)
+    left = _left(reference, budget, rows)
     columns = range(len(costs) - 1)
     for column in reversed(columns) if last_first else columns:
-        if costs[column] > left:
+        cost = costs[column] * reference.sampler.loads[step]
+        if cost > left:
             break
         rows[step, column] = True
-        left -= costs[column]
+        left -= cost
     chosen = int(rows[step, :-1].sum())
     if not chosen:
         return None
     what = f"interval of {count} evaluations, {chosen} blocks at step {step}, Taylor {order}"
-    return reference.with_rows(rows, taylor_forecasts(rows, order), provenance={"table": what})
+    return reference.with_taylor(rows, order, provenance={"table": what})

@@ -29,7 +29,9 @@ class StepJob:
     Args:
         step: The step whose row is learned.
         calls: What the denoiser was given, by branch and then step, from the last fully computed step before this
-            one up to this one.
+            one up to this one; of the branches that this step has.
+        networks: Which of the pipeline's networks evaluates each of these branches.
+        present: Which parts of the batch each of these steps has.
         rows: The rows of the steps before this one in `calls`, shape (len(calls[0]) − 1, blocks): they fill the store.
         graph: The blocks.
         costs: Of each block, as a share of an evaluation, shape (blocks,).
@@ -44,6 +46,8 @@ class StepJob:
 
     step: int
     calls: tuple[Sequence[Call], ...]
+    networks: tuple[int, ...]
+    present: tuple[tuple[int, ...], ...]
     rows: npt.NDArray[np.bool_]
     graph: BlockGraph
     costs: npt.NDArray[np.float64]
@@ -59,6 +63,8 @@ class StepJob:
         """A name for the content of this job: equal jobs have equal names, on any machine."""
         settings = (
             self.step,
+            self.networks,
+            self.present,
             self.guidance.channels,
             self.objective,
             self.relaxation,
@@ -72,10 +78,14 @@ class StepJob:
         return digest(repr(settings), self.rows, self.costs, list(tensors([calls, self.guidance.weights])))
 
 
-def learn_step(denoiser: nn.Module, job: StepJob) -> npt.NDArray[np.float64]:
+def learn_step(denoisers: Sequence[nn.Module], job: StepJob) -> npt.NDArray[np.float64]:
     """Train the scores of one row.
 
     A pure function of the job and the weights. Memory: one evaluation with gradients, however many steps there are.
+
+    Args:
+        denoisers: The pipeline's networks.
+        job: The row.
 
     Returns:
         Scores, shape (blocks,), in [0, 1].
@@ -87,7 +97,10 @@ def learn_step(denoiser: nn.Module, job: StepJob) -> npt.NDArray[np.float64]:
     costs = torch.tensor(job.costs, dtype=torch.float32)
     parameter = job.relaxation.start(len(costs)).requires_grad_()
     optimiser = torch.optim.Adam([parameter], lr=job.relaxation.rate)
-    branches = [_Branch(Bench(denoiser, job.graph), calls, job.rows) for calls in job.calls]
+    branches = [
+        _Branch(Bench(denoisers[network], job.graph), calls, job)
+        for network, calls in zip(job.networks, job.calls, strict=True)
+    ]
     target = job.guidance([branch.target for branch in branches])
     job = replace(job, guidance=job.guidance.to(target.device))  # for all iterations
     factor = _factor(job, target)
@@ -113,11 +126,13 @@ def learn_step(denoiser: nn.Module, job: StepJob) -> npt.NDArray[np.float64]:
 class _Branch:
     """One branch of the step: its store filled, its targets known."""
 
-    def __init__(self, bench: Bench, calls: Sequence[Call], rows: npt.NDArray[np.bool_]) -> None:
+    def __init__(self, bench: Bench, calls: Sequence[Call], job: StepJob) -> None:
         self.bench, self.call = bench, calls[-1]
         with bench.attached():
-            for call, row in zip(calls[:-1], rows, strict=True):
+            for call, present, row in zip(calls[:-1], job.present[:-1], job.rows, strict=True):
+                bench.turn(call, present)
                 bench.follow(call, row)
+            bench.turn(self.call, job.present[-1])
             self.target = each(torch.clone, bench.observe(self.call))
 
     def blend(self, scores: Tensor) -> tuple[Any, list[Tensor]]:

@@ -20,7 +20,7 @@ from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.modes import autocast_as, own_modes, refuse_made_in_inference_mode, uncompiled
 from stepmask.denoiser.refusals import refuse_if_taken
-from stepmask.denoiser.seam import attached, frozen
+from stepmask.denoiser.seam import frozen
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError, ScheduleMismatch
@@ -33,7 +33,7 @@ from stepmask.learning.memory import predict
 from stepmask.learning.objective import relative_error
 from stepmask.learning.profile import Profile, swept_answers
 from stepmask.learning.sample_rows import SampleRows
-from stepmask.learning.tape import Blocks, Moment, Tape, detached, not_finite
+from stepmask.learning.tape import Blocks, Evaluation, Moment, Tape, detached, not_finite
 from stepmask.progress import progress
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.schedule import MaskSchedule
@@ -106,6 +106,7 @@ def sweep(
     for each in trajectories:
         around.denoiser.check(each.denoiser)
         around.sampler.check(each.sampler)
+        _check_course(around, each)
     executor, folder = executor or LocalExecutor(), as_path(folder) if folder else None
     if folder:
         _check_named(decode)
@@ -195,7 +196,7 @@ def _run(tape: Tape, trajectory: Trajectory, *, reference: bool) -> Tensor:
     Raises:
         LearningError: It is cut off from the tape, or not what was recorded.
     """
-    with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad(), uncompiled():
+    with tape.attached(), torch.enable_grad(), uncompiled():
         latent = trajectory.sampling.latent()
     if tape.evaluation != len(trajectory.calls) or latent.shape != trajectory.sampled.latent.shape:
         raise _another_run(f"a run of {tape.evaluation} evaluations that ends with shape {tuple(latent.shape)}")
@@ -275,26 +276,31 @@ class _Readings:
 
     def __init__(self, trajectory: Trajectory, graph: BlockGraph, samples: npt.NDArray[np.int64], ages: int) -> None:
         self.steps, self.graph, self.ages = trajectory.steps, graph, ages
+        self.sampler = trajectory.sampler
         self.rows = SampleRows(samples, trajectory)
         self.probes: list[npt.NDArray[np.float32]] = []
         self.total = torch.zeros(())  # of this probe, where the gradients are
-        self.kept: dict[int, deque[tuple[int, Blocks, Blocks]]] = {}
+        self.kept: dict[int, deque[tuple[Evaluation, Blocks, Blocks]]] = {}
 
     def begin(self) -> None:
         """The next probe."""
         shape = (2, self.rows.count, self.steps, len(self.graph), self.ages + 1)
         self.total = torch.zeros(shape, device=self.rows.device)
-        self.kept = {branch: deque() for branch in range(len(self.rows.samples))}
+        self.kept = {branch: deque() for branch in range(self.sampler.branches)}
 
     def __call__(self, moment: Moment) -> None:
         """Take in one evaluation; steps come last first."""
         values = moment.values()
-        self.kept[moment.branch].append((moment.step, moment.gradients, moment.held()))
-        for later, *both in self.kept[moment.branch]:
-            products = torch.stack([self._by_sample(pulls, values, moment.branch) for pulls in both])
-            self.total[:, :, later, :, later - moment.step] += products.to(self.total)
-        while self.kept[moment.branch][0][0] >= moment.step + self.ages:  # no earlier value is read with these
-            self.kept[moment.branch].popleft()
+        kept = self.kept[moment.branch]
+        kept.append((moment.evaluation, moment.gradients, moment.held()))
+        for later, *both in kept:
+            read = later.batch.part_of(values, moment.evaluation.batch)
+            products = torch.stack([self._by_sample(pulls, read, later) for pulls in both])
+            self.total[:, :, later.step, :, later.step - moment.step] += products.to(self.total)
+        while kept and kept[0][0].step >= moment.step + self.ages:  # no earlier value is read with these
+            kept.popleft()
+        if moment.step in self.sampler.begins:  # nor with any
+            kept.clear()
 
     def end(self, factor: Tensor) -> None:
         """The probe is done: only now an accelerator is waited for.
@@ -312,10 +318,10 @@ class _Readings:
             raise not_finite(f"a gradient at step {np.flatnonzero(~finite)[-1]}")
         self.probes.append(read)
 
-    def _by_sample(self, pulls: Blocks, values: Blocks, branch: int) -> Tensor:
+    def _by_sample(self, pulls: Blocks, values: Blocks, at: Evaluation) -> Tensor:
         """⟨gradient, value⟩ of every block, shape (samples, blocks)."""
         triples = zip(self.graph.blocks, pulls, values, strict=True)
-        return torch.stack([self.rows.products(branch, block, *pair) for block, *pair in triples], dim=1)
+        return torch.stack([self.rows.products(at.step, at.branch, block, *pair) for block, *pair in triples], dim=1)
 
 
 def _check(pipe: Any, trajectories: Sequence[Trajectory], probes: int, ages: int) -> None:
@@ -346,6 +352,16 @@ def _check_graphs(graph: BlockGraph, swept: BlockGraph) -> None:
             given=f"a graph of {len(graph)} blocks and a table over {len(swept)} that are not the same",
             expected="the graph of the table that is swept around",
             advice="Leave graph out",
+        )
+
+
+def _check_course(around: MaskSchedule, trajectory: Trajectory) -> None:
+    ours, theirs = around.sampler, trajectory.sampler
+    if (theirs.branches, theirs.course) != (ours.branches, ours.course):
+        raise ScheduleMismatch(
+            given=f"trajectories that do not evaluate the same branches at the same steps ({theirs.course} in one)",
+            expected=f"{ours.branches} branches, {ours.course}",
+            advice="Record all of them with the same guidance",
         )
 
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from stepmask.denoiser.batch import Batch, rows_of
 from stepmask.denoiser.device import read_together
 from stepmask.denoiser.families import casts_weights
 from stepmask.denoiser.held import Owner
 from stepmask.denoiser.modes import in_this_autocast
-from stepmask.denoiser.seam import Hook, attached_by_name
+from stepmask.denoiser.seam import Hook, attached, attached_by_name
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import each, forecast, tensors, to_output, to_stored_form
 from stepmask.errors import LearningError
@@ -43,7 +44,7 @@ class Reader(Protocol):
         """Take in one evaluation."""
 
 
-class Tape(Hook):
+class Tape:
     """In front of the denoiser: runs a table without gradients, and gives gradients back by recomputing.
 
     Gradients flow through the store: a reused answer hands its gradient on to the evaluations whose values
@@ -73,8 +74,10 @@ class Tape(Hook):
         reads: npt.NDArray[np.bool_] | None = None,
         checkpoint_blocks: bool = False,
     ) -> None:
-        self.denoiser, self.branches = trajectory.sampling.denoiser, trajectory.sampler.branches
-        _check_weights(self.denoiser)
+        self.denoisers = trajectory.sampling.denoisers
+        self.sampler = trajectory.sampler
+        for denoiser in self.denoisers:
+            _check_weights(denoiser)
         self.answered, self.reader = answered, reader
         self.reads = answered != 0 if reads is None else reads
         self.seats = [_Seat(block, checkpointed=checkpoint_blocks) for block in graph.blocks]
@@ -86,19 +89,42 @@ class Tape(Hook):
         self.owed: dict[tuple[int, int, int], list[Tensor]] = {}  # gradients of what is stored
         self.finite: list[tuple[str, Tensor]] = []  # whether what was looked at is, not yet read
 
-    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One evaluation as a node of the autograd graph."""
+    def attached(self) -> AbstractContextManager[None]:
+        """In front of the networks of the trajectory's pipeline for as long as the context lasts."""
+        return attached({denoiser: _OfNetwork(self, denoiser) for denoiser in self.denoisers})
+
+    def evaluate(
+        self, denoiser: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One evaluation of a network as a node of the autograd graph."""
         run, inputs = as_function(in_this_autocast(call), args, kwargs)
-        step, branch = divmod(self.evaluation, self.branches)
-        self.evaluation += 1
+        step, branch = self._next()
         self._look(inputs, f"a latent at step {step}")
         if step and not any(tensor.requires_grad for tensor in inputs):
             raise detached(f"between the evaluations of step {step - 1} and step {step}")
-        evaluation = Evaluation(self, step, branch, run)
+        evaluation = Evaluation(self, step, branch, run, denoiser, self._batch(step, branch, rows_of(args, kwargs)))
         self.ran[step, branch] = evaluation, [tensor.detach() for tensor in inputs]
         taped = _Again.apply(evaluation, self.anchor, *inputs)  # type: ignore[no-untyped-call]  # untyped in torch
         outputs = iter(taped)
         return each(lambda tensor: next(outputs) if tensor.is_floating_point() else tensor, evaluation.output)
+
+    def _next(self) -> tuple[int, int]:
+        """The step and the branch of the next evaluation.
+
+        Raises:
+            LearningError: The recorded run had no more.
+        """
+        if self.evaluation == len(self.sampler.evaluations):
+            raise LearningError(
+                given=f"a run with more than the {self.evaluation} evaluations of the recorded one",
+                expected="the recorded run",
+                advice="Record again: the scheduler, the weights or the arguments have changed since",
+            )
+        self.evaluation += 1
+        return self.sampler.evaluations[self.evaluation - 1]
+
+    def _batch(self, step: int, branch: int, rows: int) -> Batch:
+        return Batch(rows, self.sampler.present(step) if self.sampler.branches == 1 else (branch,))
 
     def forward(self, evaluation: "Evaluation", inputs: Sequence[Tensor]) -> Any:
         """One evaluation of the table, without gradients."""
@@ -115,10 +141,10 @@ class Tape(Hook):
         ends, pulls = self._ends(step, branch, grads)
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         said = [tensor for seat in self.seats[:-1] for tensor in floats(seat.said)]
-        with self._seated():  # a denoiser that checkpoints itself calls its blocks again
+        with self._seated(evaluation):  # a denoiser that checkpoints itself calls its blocks again
             pulled = _pull(ends, [*wanted, *said], pulls)
         moment = Moment(self, evaluation, inputs, [*self._by_block(pulled[len(wanted) :]), grads])
-        self._owe(step, branch, moment.gradients)
+        self._owe(evaluation, moment.gradients)
         self.reader(moment)
         for seat in self.seats:
             seat.clear()
@@ -144,7 +170,7 @@ class Tape(Hook):
         """Gradients of the answers with all blocks holding them: only the denoiser's own glue is computed again."""
         for seat in self.seats[:-1]:
             seat.hold()
-        with torch.enable_grad(), self._seated():
+        with torch.enable_grad(), self._seated(moment.evaluation):
             answer = self._finish(moment.evaluation.run([tensor.detach() for tensor in moment.inputs]))
             pairs = zip(floats(answer), moment.gradients[-1], strict=True)
             ends = [(end, grad) for end, grad in pairs if end.requires_grad]
@@ -164,8 +190,8 @@ class Tape(Hook):
 
     def _evaluate(self, evaluation: "Evaluation", inputs: Sequence[Tensor]) -> Any:
         """What the table's row answers; the denoiser does not run where it computes nothing."""
-        self._tell(evaluation.step, evaluation.branch)
-        with self._seated():
+        self._tell(evaluation)
+        with self._seated(evaluation):
             return self._finish(evaluation.run(inputs) if self.reads[evaluation.step, :, 0].any() else None)
 
     def _run(self, evaluation: "Evaluation", inputs: Sequence[Tensor]) -> Any:
@@ -176,20 +202,28 @@ class Tape(Hook):
                 self.stored[step, branch, column] = seat.owner.own(seat.value)
         return output
 
-    def _tell(self, step: int, branch: int) -> None:
+    def _tell(self, evaluation: "Evaluation") -> None:
         """Give the seats what they answer, or what they mix into it."""
+        step, branch = evaluation.step, evaluation.branch
         read = {column: self.ages_read(step, column) for column in range(len(self.seats))}
         self._make_again({step - age for ages in read.values() for age in ages}, step, branch)
         for column, seat in enumerate(self.seats):
             seat.clear()
+            seat.batch = evaluation.batch
             seat.dead = not self.reads[step, column].any()
             weights, ages = self.answered[step, column], read[column]
-            values = [self.stored[step - age, branch, column] for age in ages]
+            values = [self.value_for(evaluation, column, age) for age in ages]
             older = forecast(weights[ages].tolist(), values) if ages else None
             if not self.reads[step, column, 0]:
                 seat.told = older
             elif ages or weights[0] != 1:
                 seat.blend = partial(_blend, float(weights[0]), older)
+
+    def value_for(self, evaluation: "Evaluation", column: int, age: int) -> Any:
+        """What an evaluation reads of a stored value: the parts of the batch that it has itself."""
+        source = evaluation.step - age
+        stored = self.stored[source, evaluation.branch, column]
+        return evaluation.batch.part_of(stored, self.ran[source, evaluation.branch][0].batch)
 
     def _make_again(self, sources: set[int], step: int, branch: int) -> None:
         """Run earlier evaluations once more, if what they stored is not held."""
@@ -204,8 +238,8 @@ class Tape(Hook):
         for key in [key for key in self.stored if key[1] == branch and done(key[0], key[2])]:
             del self.stored[key]
 
-    def _seated(self) -> AbstractContextManager[None]:
-        return attached_by_name(self.denoiser, {seat.block.name: seat for seat in self.seats[:-1]})
+    def _seated(self, evaluation: "Evaluation") -> AbstractContextManager[None]:
+        return attached_by_name(evaluation.denoiser, {seat.block.name: seat for seat in self.seats[:-1]})
 
     def _finish(self, output: Any) -> Any:
         """What the evaluation answers: its output, a blend of it, or what the denoiser's own cell is told."""
@@ -224,14 +258,28 @@ class Tape(Hook):
         pairs = [(end, pull) for end, pull in pairs if end.requires_grad]
         return [end for end, _ in pairs], [pull for _, pull in pairs]
 
-    def _owe(self, step: int, branch: int, gradients: Blocks) -> None:
+    def _owe(self, evaluation: "Evaluation", gradients: Blocks) -> None:
         """Hand the gradients of reused answers on to the steps whose values they were made from."""
+        step, branch = evaluation.step, evaluation.branch
         for column, answer in enumerate(gradients):
             for age in self.ages_read(step, column):
                 source = (step - age, branch, column)
-                before = self.owed.get(source) or [torch.zeros_like(gradient) for gradient in answer]
+                batch = self.ran[step - age, branch][0].batch
+                owed = [evaluation.batch.whole_of(gradient, batch) for gradient in answer]
+                before = self.owed.get(source) or [torch.zeros_like(gradient) for gradient in owed]
                 weight = float(self.answered[step, column, age])
-                self.owed[source] = [torch.add(old, new, alpha=weight) for old, new in zip(before, answer, strict=True)]
+                self.owed[source] = [torch.add(old, new, alpha=weight) for old, new in zip(before, owed, strict=True)]
+
+
+class _OfNetwork(Hook):
+    """Stands in front of one of the pipeline's networks, and has the tape evaluate it."""
+
+    def __init__(self, tape: Tape, denoiser: nn.Module) -> None:
+        self.tape = tape
+        self.denoiser = denoiser
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.tape.evaluate(self.denoiser, call, args, kwargs)
 
 
 def _check_weights(denoiser: nn.Module) -> None:
@@ -279,7 +327,7 @@ class Moment:
         """The values that a block answered from, newest first: what it computed, if it did, and stored ones."""
         own = [floats(self.tape.seats[column].value)] if self.tape.reads[self.step, column, 0] else []
         ages = self.tape.ages_read(self.step, column)
-        return own + [floats(self.tape.stored[self.step - age, self.branch, column]) for age in ages]
+        return own + [floats(self.tape.value_for(self.evaluation, column, age)) for age in ages]
 
     def values(self) -> Blocks:
         """What each block says when computed, as it is stored; reused ones are computed for it."""
@@ -298,6 +346,8 @@ class Evaluation:
     step: int
     branch: int
     run: Callable[[Sequence[Tensor]], Any]
+    denoiser: nn.Module
+    batch: Batch
     output: Any = None
 
 
@@ -343,7 +393,8 @@ class _Seat(Hook):
     def __init__(self, block: Block, *, checkpointed: bool) -> None:
         self.block, self.checkpointed = block, checkpointed
         self.owner = Owner()
-        self.like: Any = None
+        self.likes: dict[Batch, Any] = {}  # zeros, for an output that nobody reads
+        self.batch = Batch(0, ())
         self.clear()
 
     def clear(self) -> None:
@@ -361,10 +412,11 @@ class _Seat(Hook):
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = partial(call, *args, **kwargs)
         if self.dead:
-            output = self.like
+            output = self._like()
         elif self.told is None:
             output = checkpoint(run, use_reentrant=False) if self.checkpointed and torch.is_grad_enabled() else run()
-            self.like = each(_zero, output) if self.like is None else self.like
+            if self.batch not in self.likes:
+                self.likes[self.batch] = each(_zero, output)
             self.value = to_stored_form(self.block.reuse, output, args, kwargs)
             if self.blend is not None:
                 output = to_output(self.block.reuse, self.blend(self.value), args, kwargs)
@@ -375,6 +427,13 @@ class _Seat(Hook):
             output = to_output(self.block.reuse, self.told, args, kwargs)
         self.said = each(_apart, output) if torch.is_grad_enabled() else output
         return self.said
+
+    def _like(self) -> Any:
+        """Zeros for the present batch, made for it or for a larger one."""
+        if self.batch not in self.likes:
+            larger = next(batch for batch in reversed(self.likes) if {*self.batch.present} <= {*batch.present})
+            self.likes[self.batch] = self.batch.part_of(self.likes[larger], larger)
+        return self.likes[self.batch]
 
     @torch.no_grad()
     def computed_value(self) -> Any:

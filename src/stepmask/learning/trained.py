@@ -30,6 +30,7 @@ from stepmask.learning.whole_steps import WholeSteps, output_alone
 from stepmask.progress import progress
 from stepmask.schedule.answers import answers
 from stepmask.schedule.budget import Budget
+from stepmask.schedule.course import computed_before
 from stepmask.schedule.forecasts import DIFFERENCES, PACE, PLAIN, WINDOW, taylor_forecasts
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower, rectify
@@ -223,7 +224,9 @@ def _neighbours(start: _Start, task: Task) -> list[_Start]:
     on all trajectories that judge.
     """
     refit, judges = start.family.refit or _taylor(start), _judges(task)
-    singles = {step: swapped(start.table, [step], refit) for step in movable(start.table.rows)}
+    singles = {
+        step: swapped(start.table, [step], refit) for step in movable(start.table.rows, start.table.sampler.begins)
+    }
     singles = {step: table for step, table in singles.items() if task.budget.allows(lower(table))}
     errors = calibration_errors(task, list(singles.values()), judges[-1:])
     typical = {step: replace(start, errors=own).typical for step, own in zip(singles, errors, strict=True)}
@@ -237,7 +240,8 @@ def _neighbours(start: _Start, task: Task) -> list[_Start]:
 
 def _taylor(start: _Start) -> Refit:
     order = order_of(start.table)
-    return partial(taylor_forecasts, order=min(1, start.family.window - 1) if order is None else order)
+    order = min(1, start.family.window - 1) if order is None else order
+    return partial(taylor_forecasts, order=order, begins=start.table.sampler.begins)
 
 
 def _outputs(task: Task, window: int) -> WholeSteps:
@@ -390,7 +394,7 @@ def _readable(start: MaskSchedule, window: int, budget: Budget) -> npt.NDArray[n
     Those of reused cells; and, where the budget's store has room, of computed ones: of the denoiser, whose output is
     the smallest value there is, and of blocks after two reused steps or more, whose values are stored anyway.
     """
-    stored = np.cumsum(start.rows.astype(np.int64), axis=0) - start.rows  # values older than the step's own
+    stored = computed_before(start.rows, start.sampler.begins)  # values older than the step's own
     reads = answers(start, start.steps - 1) != 0
     reused = reads[..., 1:].any(axis=2)
     after_two = np.zeros_like(start.rows)

@@ -43,17 +43,19 @@ class WholeSteps:
     Args:
         inner: (rows, steps, ages + 1): ⟨G_k, y(k − age)⟩, as in `Profile.inner`; a row for each sample.
         window: How many outputs a forecast may read, from 1.
+        begins: Steps at which a run begins, or begins anew: they are always evaluated, and no forecast reads past them.
     """
 
     inner: Floats
     window: int
+    begins: tuple[int, ...] = (0,)
 
     @classmethod
     def of(cls, profile: Profile, window: int) -> "WholeSteps":
         """From a sweep of the reference run with one probe a sample, over ages up to the last step's."""
         inner = profile.inner[:, :, -1].astype(np.float64)
         lengths = np.linalg.norm(inner[:, 1:, 1] - inner[:, 1:, 0], axis=1)
-        return cls(inner / np.where(lengths > 0, lengths, 1)[:, None, None], window)
+        return cls(inner / np.where(lengths > 0, lengths, 1)[:, None, None], window, profile.sampler.begins)
 
     @property
     def steps(self) -> int:
@@ -61,15 +63,23 @@ class WholeSteps:
         return int(self.inner.shape[1])
 
     def best(self, count: int) -> list[list[int]]:
-        """Choices of steps to evaluate, with 0, that no exchange of one makes better; what promises most comes first.
+        """Choices of steps to evaluate that no exchange of one makes better; what promises most comes first.
 
         Evaluations are spread evenly, up to each of the last steps that such a spread may end with; and then one is put
         where it helps most, a step away or, of those that are missed least, anywhere, as long as it helps.
         """
         ends = range(self.steps - self.steps // count, self.steps)
-        starts = ([int(step) for step in np.linspace(0, end, count).round()] for end in ends)
+        spreads = ([int(step) for step in np.linspace(0, end, count).round()] for end in ends)
+        starts = [self._with_begins(spread, count) for spread in spreads]
         found = {tuple(self._exchanged(start)) for start in starts}
         return [list(chosen) for chosen in sorted(found, key=self.error)]
+
+    def _with_begins(self, spread: Sequence[int], count: int) -> list[int]:
+        """A choice with all steps at which a run begins, in place of others that lie next to them."""
+        chosen = {*spread} | {*self.begins}
+        while len(chosen) > max(count, len(self.begins)):
+            chosen.remove(min(chosen - {*self.begins}, key=lambda at: min(abs(at - begin) for begin in self.begins)))
+        return sorted(chosen)
 
     def _exchanged(self, chosen: list[int]) -> list[int]:
         error = self.error(chosen)
@@ -81,8 +91,9 @@ class WholeSteps:
 
     def _exchanges(self, chosen: Sequence[int]) -> list[tuple[float, list[int]]]:
         free = {*range(self.steps)} - {*chosen}
-        least = sorted(chosen[1:], key=lambda at: self.error([other for other in chosen if other != at]))[:DROPPED]
-        pairs = [(at, to) for at in chosen[1:] for to in free if at in least or abs(at - to) == 1]
+        moved = [at for at in chosen if at not in self.begins]
+        least = sorted(moved, key=lambda at: self.error([other for other in chosen if other != at]))[:DROPPED]
+        pairs = [(at, to) for at in moved for to in free if at in least or abs(at - to) == 1]
         found = (sorted({*chosen} - {at} | {to}) for at, to in pairs)
         return [(self.error(steps), steps) for steps in found]
 
@@ -113,7 +124,8 @@ class WholeSteps:
         """What plain reuse does to each row; what moves of weights add, (rows, moves); a step and an order each."""
         plain, features, cells = np.zeros(len(self.inner)), [np.zeros((len(self.inner), 0))], []
         for step in sorted({*range(1, self.steps)} - {*evaluated}):
-            ages = [step - at for at in reversed(evaluated) if at < step][: self.window]
+            begun = max(begin for begin in self.begins if begin <= step)
+            ages = [step - at for at in reversed(evaluated) if begun <= at < step][: self.window]
             said = self.inner[:, step, ages]
             plain += said[:, 0] - self.inner[:, step, 0]
             features.append(said @ MOVES[: len(ages), : len(ages)].T)

@@ -243,7 +243,7 @@ def _sampled(sampling: Sampling, table: MaskSchedule | None, measure: Measure) -
     with ExitStack() as stack:
         if table is not None:
             stack.enter_context(apply(sampling.pipe, table))
-        stack.enter_context(attached({sampling.denoiser: stopwatch}))
+        stack.enter_context(attached(dict.fromkeys(sampling.denoisers, stopwatch)))
         images = pictures_of(sampling().output)
     return _Batch(measure.features(images), stopwatch.seconds)
 

@@ -1,6 +1,7 @@
 """Rival schedules as data in the same table: what every learned table must beat at equal MACs."""
 
 import math
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -8,7 +9,8 @@ import numpy.typing as npt
 
 from stepmask.errors import InvalidBudget, InvalidSchedule
 from stepmask.schedule.budget import Budget, too_small_a_share, too_small_a_store
-from stepmask.schedule.forecasts import WINDOW, taylor_forecasts
+from stepmask.schedule.course import computed_before
+from stepmask.schedule.forecasts import WINDOW
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.limits import is_number
 from stepmask.schedule.rectify import lower
@@ -55,9 +57,10 @@ def all_reused(reference: MaskSchedule, *, order: int = 0) -> MaskSchedule:
         InvalidSchedule: The order is not 0, 1 or 2.
     """
     said = {"table": f"all reused, {answer(order)}"}
-    rows = np.ones_like(reference.rows)
-    rows[order + 1 :, :-1] = False
-    return reference.with_rows(rows, taylor_forecasts(rows, order), provenance=said)
+    computed = computed_before(np.ones_like(reference.rows), reference.sampler.begins)
+    rows = computed <= order
+    rows[:, -1] = True
+    return reference.with_taylor(rows, order, provenance=said)
 
 
 def deepcache(reference: MaskSchedule, interval: float, *, branch: int = 0, order: int = 0) -> MaskSchedule:
@@ -88,7 +91,7 @@ def deepcache(reference: MaskSchedule, interval: float, *, branch: int = 0, orde
     whole = np.arange(math.ceil(reference.steps / interval - 1e-9)) * interval
     rows[np.ceil(whole - 1e-9).astype(int)] = True
     provenance = {"table": f"DeepCache, interval {interval:g}, branch {branch}, {said}"}
-    return reference.with_rows(rows, taylor_forecasts(rows, order), provenance=provenance)
+    return reference.with_taylor(rows, order, provenance=provenance)
 
 
 def deepcache_within(
@@ -136,17 +139,18 @@ def _spread(reference: MaskSchedule, budget: Budget, order: int, *, skip_denoise
     said = answer(order)
     count = math.floor(budget.share * reference.steps + 1e-9)
     kind = "whole-step" if skip_denoiser else "fixed-interval"
-    if count < 1:
+    begins = reference.sampler.begins
+    if count < len(begins):
         raise InvalidBudget(
             given=f"{budget} for a {kind} table over {reference.steps} steps",
-            expected=f"at least {1 / reference.steps:g}, the share of one computed step",
+            expected=f"at least {len(begins) / reference.steps:g}, the share of the steps at which a run begins",
             advice="Spend more, or sample with more steps",
         )
     rows = np.zeros(reference.rows.shape, dtype=bool)
-    rows[_even_steps(reference.steps, count)] = True
+    rows[_spread_steps(reference.steps, count, begins)] = True
     if not skip_denoiser:
         rows[:, -1] = True
-    table = reference.with_rows(rows, taylor_forecasts(rows, order), provenance={"table": f"{kind}, {said}"})
+    table = reference.with_taylor(rows, order, provenance={"table": f"{kind}, {said}"})
     if not budget.stores(plan := lower(table)):
         raise too_small_a_store(budget, plan.peak_bytes)
     return table
@@ -159,6 +163,15 @@ def answer(order: int) -> str:
             given=f"order {order}", expected="0 (reuse), 1 or 2", advice="Choose one of these Taylor orders"
         )
     return "reuse" if order == 0 else f"Taylor {order}"
+
+
+def _spread_steps(steps: int, count: int, begins: Sequence[int]) -> list[int]:
+    """As many steps as are allowed, those at which a run begins among them, the others spread evenly over all."""
+    for evenly in range(count, 0, -1):
+        spread = sorted({*_even_steps(steps, evenly), *begins})
+        if len(spread) <= count:
+            return spread
+    return sorted(begins)
 
 
 def _even_steps(steps: int, count: int) -> list[int]:

@@ -1,10 +1,15 @@
 """What a schedule was made for: the denoiser and the sampler, as plain data that can be compared."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from stepmask.errors import InvalidSchedule, RunError, ScheduleMismatch
+from stepmask.schedule.course import Course
 from stepmask.schedule.limits import MAX_BRANCHES, MAX_NUMBER, check_plain, is_class, is_number, is_whole
 from stepmask.text import shortened, told
 
@@ -54,12 +59,14 @@ class SamplerFingerprint:
         timesteps: What the denoiser is given at each step, noisiest first.
         log_snr: log(α²/σ²) at each step; empty where the sampler does not tell.
         branches: Denoiser calls per step; 1 where guidance is batched.
+        course: How steps differ in what they evaluate, where they do.
     """
 
     class_name: str
     timesteps: tuple[float, ...]
     log_snr: tuple[float, ...] = ()
     branches: int = 1
+    course: Course = field(default_factory=Course)
 
     @property
     def steps(self) -> int:
@@ -83,6 +90,7 @@ class SamplerFingerprint:
             raise _no_fingerprint(f"{len(self.log_snr)} log-SNRs of {self.steps} steps", "one a step, or none at all")
         if not is_whole(self.branches, MAX_BRANCHES) or self.branches == 0:
             raise _no_fingerprint(f"{told(self.branches)} branches", f"a whole number from 1 to {MAX_BRANCHES}")
+        self.course.validate(self.steps, self.branches)
 
     def part(self, first: float, steps: int) -> "SamplerFingerprint":
         """The same sampler's run over some of its steps, from the one with a timestep on (img2img, `denoising_end`).
@@ -98,7 +106,28 @@ class SamplerFingerprint:
                 advice="Hand the scheduler's own timesteps to its step()",
             )
         where = slice(start, start + steps)
-        return SamplerFingerprint(self.class_name, self.timesteps[where], self.log_snr[where], self.branches)
+        return replace(self, timesteps=self.timesteps[where], log_snr=self.log_snr[where])
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """Steps at which nothing is stored: the first, and those at which the run begins anew."""
+        return self.course.begins
+
+    def present(self, step: int) -> tuple[int, ...]:
+        """Which branches a step evaluates, or which parts of its batch."""
+        return self.course.at(step, self.branches)
+
+    @cached_property
+    def evaluations(self) -> tuple[tuple[int, int], ...]:
+        """The step and the branch of each evaluation of a run, in order."""
+        branches = (self.present(step) if self.branches > 1 else (0,) for step in range(self.steps))
+        return tuple((step, branch) for step, calls in enumerate(branches) for branch in calls)
+
+    @cached_property
+    def loads(self) -> npt.NDArray[np.float64]:
+        """What each step evaluates, as a share of the fullest, shape (steps,)."""
+        most = max(self.branches, self.course.parts)
+        return np.array([len(self.present(step)) / most for step in range(self.steps)])
 
     def check(self, given: "SamplerFingerprint") -> None:
         """Refuse another sampler or another sequence of timesteps.

@@ -1,5 +1,6 @@
 """Forecast weights: how they stand for differences of the stored values, and Taylor's formula."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -42,17 +43,19 @@ def taylor_weights(step: int, computed: list[int], order: int) -> tuple[float, f
     return (1 + slope + near, 0.0 - slope - near - far, far)
 
 
-def taylor_forecasts(rows: npt.NDArray[np.bool_], order: int) -> npt.NDArray[np.float64]:
+def taylor_forecasts(rows: npt.NDArray[np.bool_], order: int, begins: Sequence[int] = (0,)) -> npt.NDArray[np.float64]:
     """Taylor's weights for every reused cell of a table whose first row is computed, shape (steps, blocks, 3).
 
     Args:
         rows: (steps, blocks), true = compute.
         order: 0 to 2.
+        begins: Steps at which all is computed and nothing older is read from then on, ascending from 0.
     """
     kinds, kind_of = np.unique(rows, axis=1, return_inverse=True)  # most blocks are computed at the same steps
     weights = np.tile(PLAIN, (*kinds.shape, 1))
     for column, bits in enumerate(kinds.T):
         computed = np.flatnonzero(bits).tolist()
         for step in np.flatnonzero(~bits).tolist():
-            weights[step, column] = taylor_weights(step, [at for at in computed if at < step], order)
+            begun = max(begin for begin in begins if begin <= step)
+            weights[step, column] = taylor_weights(step, [at for at in computed if begun <= at < step], order)
     return weights[:, kind_of.ravel()]

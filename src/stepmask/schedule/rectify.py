@@ -9,7 +9,9 @@ them changes no sample. This is the "knowledge-guided mask rectification" of arX
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
+from itertools import compress
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy.typing as npt
 from stepmask.schedule.channels import Vectors, bytes_of
 from stepmask.schedule.forecasts import PLAIN
 from stepmask.schedule.graph import BlockGraph
+from stepmask.schedule.limits import MAX_BRANCHES
 from stepmask.schedule.schedule import MaskSchedule
 
 Action = Literal["compute", "reuse", "dead"]
@@ -64,10 +67,13 @@ class Plan:
     Args:
         graph: The blocks.
         cells: What each block does, by step and column.
+        loads: What each step evaluates at most, as a share of the fullest, shape (steps,): where guidance has ended,
+            a block costs less.
     """
 
     graph: BlockGraph
     cells: tuple[tuple[Cell, ...], ...]
+    loads: npt.NDArray[np.float64]
 
     @cached_property
     def computed(self) -> npt.NDArray[np.bool_]:
@@ -83,14 +89,17 @@ class Plan:
 
     @property
     def shares(self) -> npt.NDArray[np.float64]:
-        """MACs of each step over those of an evaluation, shape (steps,)."""
-        return np.asarray((self.paid * self.graph.costs).sum(axis=1))
+        """MACs of each step over those of the fullest, all computed, shape (steps,)."""
+        return np.asarray((self.paid * self.graph.costs).sum(axis=1) * self.loads)
 
     @property
     def macs(self) -> int:
-        """MACs of the whole run at the traced shape."""
-        counts = self.paid.sum(axis=0).tolist()
-        return sum(count * block.macs for count, block in zip(counts, self.graph.blocks, strict=True))
+        """MACs of the whole run at the traced shape, of one branch at each step."""
+        macs = [block.macs for block in self.graph.blocks]
+        total = Fraction()
+        for load, row in zip(self.loads.tolist(), self.paid.tolist(), strict=True):
+            total += Fraction(load).limit_denominator(MAX_BRANCHES) * sum(compress(macs, row))
+        return round(total)
 
     @property
     def macs_share(self) -> float:
@@ -112,7 +121,7 @@ class Plan:
         Args:
             costs: Of each block as a share of an evaluation, shape (blocks,).
         """
-        return float((self.paid * costs).sum() / len(self.cells))
+        return float(((self.paid * costs).sum(axis=1) * self.loads).sum() / self.loads.sum())
 
     @cached_property
     def peak_bytes(self) -> int:
@@ -146,7 +155,7 @@ class Plan:
 
 
 def rectify(schedule: MaskSchedule) -> MaskSchedule:
-    """Drop the computations that nothing reads. Samples stay the same; rows never gain a bit; step 0 stays whole."""
+    """Drop the computations that nothing reads. Samples stay the same; no bit is added; where runs begin all stay."""
     live, _ = _liveness(schedule, _output_alone(schedule))
     weights = np.where(live[..., None], schedule.forecasts, PLAIN)
     channels = {cell: vectors for cell, vectors in schedule.channels.items() if live[cell]}
@@ -176,6 +185,7 @@ def _plan(schedule: MaskSchedule, wanted: npt.NDArray[np.bool_]) -> Plan:
             tuple(_cell(schedule, step, column, live, keeps) for column in range(len(schedule.graph)))
             for step in range(schedule.steps)
         ),
+        schedule.sampler.loads,
     )
 
 
@@ -223,8 +233,9 @@ def _live_row(
     graph = schedule.graph
     row = schedule.rows[step]
     live = wanted.copy()
+    begins = step in schedule.sampler.begins  # there all are computed, and show what stands for them later
     for column in reversed(range(len(graph))):
-        live[column] = wanted[column] or (row[column] and (owed[column] > 0 or step == 0))
+        live[column] = wanted[column] or (row[column] and (owed[column] > 0 or begins))
         if not live[column]:
             continue
         if row[column] or graph.blocks[column].reuse == "delta":

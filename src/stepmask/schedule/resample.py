@@ -1,8 +1,11 @@
 """A table carried over to another sequence of steps, along log-SNR."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
+from stepmask.schedule.course import computed_before
 from stepmask.schedule.forecasts import DIFFERENCES, PLAIN, WINDOW
 
 Bools = npt.NDArray[np.bool_]
@@ -28,6 +31,23 @@ def resample_table(rows: Bools, weights: Floats, old: Floats, new: Floats) -> tu
     for column in range(spread.shape[1]):
         carried[:, column] = _carried(rows[:, column], weights[:, column], places, spread[:, column])
     return spread, carried
+
+
+def begun_anew(rows: Bools, weights: Floats, begins: Sequence[int]) -> tuple[Bools, Floats]:
+    """A table with everything computed where a run begins anew, and no forecast that reads past there.
+
+    Args:
+        rows: (steps, blocks).
+        weights: (steps, blocks, 3).
+        begins: Steps at which a run begins, ascending from 0.
+    """
+    if len(begins) == 1:
+        return rows, weights
+    rows, weights = rows.copy(), weights.copy()
+    rows[list(begins)] = True
+    read = WINDOW - np.argmax((weights != 0)[..., ::-1], axis=2) - rows
+    weights[read > computed_before(rows, begins)] = PLAIN
+    return rows, weights
 
 
 def _spread(computed: Bools, places: Floats, allowed: Bools) -> Bools:

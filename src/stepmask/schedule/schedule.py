@@ -14,11 +14,12 @@ from stepmask.errors import InvalidSchedule, InvalidScheduleFile, ReuseBeforeCom
 from stepmask.hub import Card, Source, push
 from stepmask.schedule import file
 from stepmask.schedule.channels import Channels, checked, reads_of
+from stepmask.schedule.course import Course, computed_before
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
-from stepmask.schedule.forecasts import PLAIN, WINDOW
+from stepmask.schedule.forecasts import PLAIN, WINDOW, taylor_forecasts
 from stepmask.schedule.graph import BlockGraph, columns_of, span_of
 from stepmask.schedule.limits import MAX_CELLS, MAX_STEPS, check_plain, is_number, is_whole
-from stepmask.schedule.resample import resample_table
+from stepmask.schedule.resample import begun_anew, resample_table
 from stepmask.text import told
 
 if TYPE_CHECKING:
@@ -92,12 +93,15 @@ class MaskSchedule:
             )
 
     def _check_reads(self) -> None:
-        computed_before: npt.NDArray[np.int64] = np.cumsum(self.rows, axis=0) - self.rows
-        for step, column in np.argwhere(self.windows > computed_before)[:1]:
+        before = computed_before(self.rows, self.sampler.begins)
+        for step, column in np.argwhere(self.windows > before)[:1]:
+            begun = max(begin for begin in self.sampler.begins if begin <= step)
+            since = f" since the run began anew at step {begun}" if begun else ""
             raise ReuseBeforeCompute(
                 given=f"{self.graph.blocks[column].label!r} reads {self.windows[step, column]} stored values at step "
-                f"{step}, when {computed_before[step, column]} have been computed",
-                expected="every block computed at step 0, and at least as many computations as values read",
+                f"{step}, when {before[step, column]} have been computed{since}",
+                expected="every block computed where the run begins (step 0, and where a branch comes back or another "
+                "network takes over), and at least as many computations as values read",
                 advice="Set more bits before that step, or use fewer weights",
             )
 
@@ -174,6 +178,19 @@ class MaskSchedule:
         """The same denoiser and sampler under another table. What is not given is plain: nothing is carried over."""
         return replace(self, rows=rows, weights=weights, channels=channels or {}, provenance=provenance or {})
 
+    def with_taylor(self, rows: npt.NDArray[np.bool_], order: int, *, provenance: Mapping[str, Any]) -> "MaskSchedule":
+        """Another table, reused cells forecast by Taylor's formula; all is computed where the run begins anew.
+
+        Args:
+            rows: (steps, blocks), true = compute.
+            order: Of the forecast, 0 to 2.
+            provenance: As of any schedule.
+        """
+        begins = self.sampler.begins
+        begun = rows.copy()
+        begun[list(begins)] = True
+        return self.with_rows(begun, taylor_forecasts(begun, order, begins), provenance=provenance)
+
     def resample(self, sampler: SamplerFingerprint) -> "MaskSchedule":
         """This table for another sequence of steps, carried over along log-SNR; for its own it is the table as it is.
 
@@ -183,10 +200,18 @@ class MaskSchedule:
         cannot be resampled.
 
         Raises:
-            ScheduleMismatch: One of the two samplers does not tell its log-SNR, or the table has per-channel forecasts.
+            ScheduleMismatch: One of the two samplers does not tell its log-SNR, the table has per-channel forecasts, or
+                it is for a run whose steps differ in what they evaluate, and the sampler does not tell how its own do.
         """
         if sampler == self.sampler:
             return self
+        if self.sampler.course != Course() and sampler.course == Course():
+            raise ScheduleMismatch(
+                given="a schedule of a run whose steps differ in what they evaluate (guidance that ends part-way, "
+                "networks in turn, a cache filled at the first step), to be resampled",
+                expected="a sampler that tells how its own steps differ",
+                advice="Take it from a recorded run of as many steps: stepmask.record(...).sampler",
+            )
         if self.channels:
             raise ScheduleMismatch(
                 given=f"a schedule with {len(self.channels)} per-channel forecasts, to be resampled",
@@ -201,7 +226,7 @@ class MaskSchedule:
                 advice="Learn a schedule for this sampler instead of resampling one",
             )
         old, new = np.array(self.sampler.log_snr), np.array(sampler.log_snr)
-        rows, weights = resample_table(self.rows, self.forecasts, old, new)
+        rows, weights = begun_anew(*resample_table(self.rows, self.forecasts, old, new), sampler.begins)
         source = {"resampled_from": {"class": self.sampler.class_name, "steps": self.steps}}
         return replace(self, rows=rows, weights=weights, sampler=sampler, provenance={**self.provenance, **source})
 
@@ -308,6 +333,7 @@ class MaskSchedule:
                     "branches": self.sampler.branches,
                     "timesteps": list(self.sampler.timesteps),
                     "log_snr": list(self.sampler.log_snr),
+                    **self.sampler.course.to_plain(),
                 },
                 "blocks": self.graph.to_plain(),
                 "rows": ["".join("01"[int(bit)] for bit in row) for row in self.rows],
@@ -351,7 +377,11 @@ def _from_plain(data: dict[str, Any], tensors: bytes | None) -> MaskSchedule:
         channels=file.unpack(data.get("tensors"), tensors, reads),
         denoiser=DenoiserFingerprint(data["denoiser"]["class"], data["denoiser"]["config"]),
         sampler=SamplerFingerprint(
-            sampler["class"], tuple(sampler["timesteps"]), tuple(sampler["log_snr"]), sampler["branches"]
+            sampler["class"],
+            tuple(sampler["timesteps"]),
+            tuple(sampler["log_snr"]),
+            sampler["branches"],
+            Course.from_plain(sampler),
         ),
         provenance=data["provenance"],
     )
