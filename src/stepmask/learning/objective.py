@@ -163,8 +163,8 @@ class _Nudge(Hook):
             return call(*args, **kwargs)
         said = self.trajectory.outputs[now]
         if step < self.step:
-            if sampler.course.starts and step in sampler.begins:
-                call(*args, **kwargs)  # a cache of keys and values that later steps read is filled there
+            if sampler.course.starts and step in sampler.begins:  # there a cache is filled that later steps read
+                return call(*args, **kwargs)
             return each(torch.clone, said)
         before = earlier_output(self.trajectory, step, branch)
         moved = mixed(lambda new, old: torch.lerp(new, old, self.fraction), said, before)
