@@ -85,7 +85,7 @@ def learning_to_cache(trajectory: Trajectory, full: MaskSchedule, price: float, 
     """
     odd, rows = np.arange(1, full.steps, 2), np.ones(full.rows.shape, dtype=bool)
     jobs = [_after_a_whole_step(trajectory, full, int(step), price, iterations) for step in odd]
-    rows[odd] = np.array([learn_step(trajectory.sampling.denoiser, job) for job in jobs]) > 0.5
+    rows[odd] = np.array([learn_step(trajectory.sampling.denoisers, job) for job in jobs]) > 0.5
     return full.with_rows(rows)
 
 
@@ -95,6 +95,8 @@ def _after_a_whole_step(
     return StepJob(
         step=step,
         calls=tuple(zip(trajectory.at(step - 1)[0], trajectory.at(step)[0], strict=True)),
+        networks=(0,) * trajectory.sampler.branches,
+        present=((0,), (0,)),
         rows=full.rows[step - 1 : step],
         graph=full.graph,
         costs=full.graph.costs,

@@ -167,7 +167,7 @@ class TestRelaxations:
         assert float(hard.mean()) == pytest.approx(0.3, abs=0.05)
 
 
-def drift_job(relaxation: Any = None, price: float = 0.05) -> tuple[Drift, StepJob]:
+def drift_job(relaxation: Any = None, price: float = 0.05) -> tuple[tuple[Drift], StepJob]:
     """Step 1 of a run at t = 1, 2 on the same x: the still block's stored value is right, the moving one's is not."""
     denoiser, x = Drift(), torch.ones(2, 3)
     graph = stepmask.trace(denoiser, (x, 1.0), blocks={"still": "output", "moving": "output"})
@@ -175,6 +175,8 @@ def drift_job(relaxation: Any = None, price: float = 0.05) -> tuple[Drift, StepJ
     job = StepJob(
         step=1,
         calls=((Call((x, 1.0), {}), Call((x, 2.0), {})),),
+        networks=(0,),
+        present=((0,), (0,)),
         rows=np.ones((1, 3), dtype=bool),
         graph=stepmask.BlockGraph(blocks),
         costs=np.array([0.5, 0.5, 0.0]),
@@ -186,7 +188,7 @@ def drift_job(relaxation: Any = None, price: float = 0.05) -> tuple[Drift, StepJ
         iterations=60,
         seed=0,
     )
-    return denoiser, job
+    return (denoiser,), job
 
 
 class TestLearnStep:
@@ -208,7 +210,7 @@ class TestLearnStep:
     def test_it_is_a_pure_function(self, pipe: Any, trajectory: Trajectory, reference: MaskSchedule) -> None:
         jobs = QUICK._jobs(trajectory, reference, reference.graph.costs, np.ones(5), 1.0, np.ones(5))
         before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
-        first, again = learn_step(pipe.transformer, jobs[2]), learn_step(pipe.transformer, jobs[2])
+        first, again = learn_step([pipe.transformer], jobs[2]), learn_step([pipe.transformer], jobs[2])
         np.testing.assert_array_equal(first, again)
         assert all(torch.equal(value, before[name]) for name, value in pipe.transformer.state_dict().items())
         assert all(parameter.requires_grad and parameter.grad is None for parameter in pipe.transformer.parameters())

@@ -192,14 +192,14 @@ class TestShared:
         run = recorded(Layers(), noise(2, 8))
         rows, block = SampleRows(np.array([0, 1]), run), reference_of(run).graph.blocks[0]
         frames = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-        assert rows.products(0, block, [frames], [torch.ones(4, 1)]).tolist() == [3.0, 7.0]
+        assert rows.products(0, 0, block, [frames], [torch.ones(4, 1)]).tolist() == [3.0, 7.0]
 
     def test_what_one_sample_says_of_any_shape_is_its_own(self) -> None:
         run = recorded(Layers(), noise(1, 8))
         rows, block = SampleRows(np.array([0]), run), reference_of(run).graph.blocks[0]
         both = [torch.tensor(2.0), torch.tensor([[1.0], [2.0], [3.0]])]
-        assert rows.products(0, block, both, both).tolist() == [4.0 + 14.0]
-        assert rows.products(0, block, [], []).tolist() == [0.0]
+        assert rows.products(0, 0, block, both, both).tolist() == [4.0 + 14.0]
+        assert rows.products(0, 0, block, [], []).tolist() == [0.0]
 
 
 class Glued(nn.Module):
