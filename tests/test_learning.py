@@ -224,10 +224,10 @@ class TestLearnStep:
         assert len({job.digest() for job in [*jobs, *dearer]}) == 8
 
     def test_a_loss_that_is_not_finite_is_an_error(self) -> None:
-        denoiser, job = drift_job()
+        denoisers, job = drift_job()
         with pytest.raises(LearningError, match="step 1 that is not finite"):
-            learn_step(denoiser, replace(job, calls=((job.calls[0][0], Call((torch.ones(2, 3), float("inf")), {})),)))
-        assert type(denoiser.still) is Scale
+            learn_step(denoisers, replace(job, calls=((job.calls[0][0], Call((torch.ones(2, 3), float("inf")), {})),)))
+        assert type(denoisers[0].still) is Scale
 
 
 class TestRounding:
@@ -481,7 +481,7 @@ class TestChain:
         weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
         with pytest.raises(LearningError, match=r"torch\.no_grad"):
             loss_and_gradients(trajectory, schedule, weights, Tensor.sum)
-        assert type(denoiser.still) is Scale
+        assert type(denoisers[0].still) is Scale
 
 
 class Killed(BaseException):

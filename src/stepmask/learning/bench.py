@@ -43,8 +43,10 @@ class Bench:
     def turn(self, call: Call, present: tuple[int, ...]) -> None:
         """Take of what is stored the parts of the batch that the next call has."""
         batch = Batch(rows_of(call.args, call.kwargs), present)
-        for holder in (self, *self.seats):
-            holder.stored = batch.part_of(holder.stored, self.batch) if self.batch.rows else holder.stored
+        if self.batch.present not in ((), present):
+            self.stored = batch.part_of(self.stored, self.batch)
+            for seat in self.seats:
+                seat.stored = batch.part_of(seat.stored, self.batch)
         self.batch = batch
 
     @torch.no_grad()
