@@ -13,6 +13,7 @@ import stepmask
 from denoisers import BATCH, TINY, build, sampler
 from pipelines import PIPELINES
 from promises import check_promises
+from situations import SITUATIONS
 from stepmask import Trajectory
 from stepmask.denoiser.families import FAMILIES, Granularity
 from stepmask.learning.trained import TrainedForecasts
@@ -94,6 +95,7 @@ def test_the_page_in_the_docs_is_what_the_tests_cover() -> None:
         samplers=", ".join(f"`{type(scheduler(name)).__name__}`" for name in samplers),
         others="\n".join(f"- `{name}`: {reason}." for name, reason in NOT_COVERED.items()),
         besides="\n".join(f"- {what}" for what in BESIDES),
+        situations="; ".join(SITUATIONS),
     )
     if TABLE.read_text() != written:
         TABLE.write_text(written)
@@ -133,6 +135,10 @@ Recorded, masked, learned for and evaluated: {pipelines}. img2img and inpainting
 Real evaluations are counted, second-order ones too, and all-compute is bitwise the bare pipeline: {samplers}. Custom
 timesteps work too.
 
+## Steps that differ
+
+Recorded, learned for by every learner, masked and measured; all-compute is bitwise the bare run: {situations}.
+
 ## Together with
 
 Before and after a schedule is applied:
@@ -151,8 +157,9 @@ their own work side by side.
   accelerate or diffusers). `masked.compile()` where all blocks are layers of torch itself (`nn.Sequential`).
 - Another cache on the denoiser, enabled before or after.
 - FreeU, which writes into outputs that may be stored.
-- Guidance that is switched off part-way, or any other change of the batch size within a run; keys and values of a
-  prompt that are cached at the first step (`use_kv_cache`).
+- A batch that changes within a run where nothing tells which part of it goes on; or that changes at another step than
+  in the recorded run.
+- Several denoisers that are not of one class and configuration.
 - Values that go past a block's arguments and answer, state, random numbers, writes in place that others read: in the
   trace, or in the proof on the recorded run.
 - Another denoiser put into the pipeline.
