@@ -481,7 +481,7 @@ class TestChain:
         weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
         with pytest.raises(LearningError, match=r"torch\.no_grad"):
             loss_and_gradients(trajectory, schedule, weights, Tensor.sum)
-        assert type(denoisers[0].still) is Scale
+        assert type(denoiser.still) is Scale
 
 
 class Killed(BaseException):
