@@ -92,6 +92,7 @@ class Masked:
         feeders = {name: MaskedFeeder(self.run, columns) for name, columns in schedule.graph.fed.items()}
         self.placement = Placement(self.denoiser, self.run, self.blocks, feeders, self.own)
         self.own.at_start = self.placement.put  # modules may have been put in others' places since
+        self.own.at_missing = self.placement.refuse_if_lost
         self._stack = self._put_on()
         if self.scheduler is None:
             self.restart()
