@@ -143,7 +143,8 @@ def refuse_tracing() -> None:
     Raises:
         RunError: `torch.export`, `torch.jit.trace` or a conversion to ONNX is under way.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    jit: Any = torch.jit
+    if jit.is_tracing() or torch.compiler.is_compiling():
         raise RunError(
             given="a masked denoiser that is traced or exported (torch.export, torch.jit.trace, ONNX)",
             expected="calls that compute: a graph would be that of one step, whatever the others reuse",

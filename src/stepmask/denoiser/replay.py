@@ -27,7 +27,7 @@ from stepmask.denoiser.values import (
     to_stored_form,
     weights_dtype,
 )
-from stepmask.errors import RunError
+from stepmask.errors import RunError, RunNotStarted
 from stepmask.schedule.channels import channel_axis, reads_of
 from stepmask.schedule.graph import Block
 from stepmask.schedule.rectify import Cell
@@ -192,7 +192,7 @@ def guarded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The `forward` of a masked denoiser, in place of its class's: for its hook alone.
 
     Raises:
-        RunError: Its hook was gone past.
+        RunNotStarted: Its hook was gone past.
     """
     door = getattr(self, SLOT, None)
     if door is None or door.is_open:
@@ -203,8 +203,8 @@ def guarded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 @beside_graphs(
     "a denoiser was compiled, or its forward called, past its masks: masked.compile(), or compile before a run"
 )
-def _went_past(denoiser: str) -> RunError:
-    return RunError(
+def _went_past(denoiser: str) -> RunNotStarted:
+    return RunNotStarted(
         given=f"a call of a {denoiser} that goes past its masks",
         expected="calls of the module itself, as it was when the run began",
         advice="Compile it with masked.compile(), or before a run begins (apply, set_timesteps, masked.restart()); do "
