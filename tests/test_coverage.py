@@ -155,6 +155,7 @@ their own work side by side.
   its own: `masked.compile()` compiles the repeated blocks, which share graphs. CUDA graphs in `masked.compile()`.
 - A block inside a compiled region that has forward hooks, or whose `forward` something else has replaced (hooks of
   accelerate or diffusers). `masked.compile()` where all blocks are layers of torch itself (`nn.Sequential`).
+- A call of a masked denoiser past its masks (its `forward`, compiled by hand within a run), and its export.
 - Another cache on the denoiser, enabled before or after.
 - FreeU, which writes into outputs that may be stored.
 - A batch that changes within a run where nothing tells which part of it goes on; or that changes at another step than

@@ -322,7 +322,7 @@ class TestBranches:
         schedule = random_table(pipe, stepmask.record(pipe, **call))
         with stepmask.apply(pipe, schedule):
             pipe.scheduler.set_timesteps(call["num_inference_steps"])
-            with pytest.raises(RunNotStarted, match="outside an evaluation"):
+            with pytest.raises(RunNotStarted, match="goes past its masks"):
                 pipe.unet.forward(torch.zeros(4, 4, 8, 8), pipe.scheduler.timesteps[0], torch.zeros(4, 6, 8))
             with pytest.raises(RunError, match="did not call its UNet2DConditionModel"):
                 pipe.maybe_free_model_hooks()

@@ -1,5 +1,6 @@
 """Modes of torch around a call, gradients, inference mode and autocast: what is recorded must not depend on them."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from stepmask.denoiser.families import denoiser_of, scheduler_of
 from stepmask.denoiser.values import each, tensors
-from stepmask.errors import LearningError
+from stepmask.errors import LearningError, RunError
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
@@ -72,6 +73,30 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+def beside_graphs(reason: str) -> Callable[[Callable[Parameters, Answer]], Callable[Parameters, Answer]]:
+    """A function that is in no graph: where one is made around its call, that breaks.
+
+    Args:
+        reason: What torch tells where a graph must not break.
+    """
+
+    def decorated(function: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
+        disabled: list[Callable[Parameters, Answer]] = []
+
+        @wraps(function)
+        def beside(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Answer:
+            if "torch._dynamo" not in sys.modules:  # it takes seconds to import
+                return function(*args, **kwargs)
+            if not disabled:
+                disabled.append(torch.compiler.disable(function))
+            return disabled[0](*args, **kwargs)
+
+        vars(beside).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
+        return beside
+
+    return decorated
+
+
 def copied(tensor: Tensor) -> Tensor:
     """A detached copy that may take part in gradients, whatever mode the original was made in."""
     with torch.inference_mode(False):
@@ -109,4 +134,19 @@ def refuse_made_in_inference_mode(pipe: Any) -> None:
             given=f"a {type(pipe).__name__} that was loaded under torch.inference_mode",
             expected="weights and a sampler that may take part in gradients",
             advice="Load the pipeline outside of it; sampling may be inside",
+        )
+
+
+def refuse_tracing() -> None:
+    """Refuse that a masked denoiser is traced or exported: a graph has the operations of one step, and no masks.
+
+    Raises:
+        RunError: `torch.export`, `torch.jit.trace` or a conversion to ONNX is under way.
+    """
+    jit: Any = torch.jit
+    if jit.is_tracing() or torch.compiler.is_compiling():
+        raise RunError(
+            given="a masked denoiser that is traced or exported (torch.export, torch.jit.trace, ONNX)",
+            expected="calls that compute: a graph would be that of one step, whatever the others reuse",
+            advice="Remove the schedule, and export the bare denoiser",
         )

@@ -1,6 +1,7 @@
 """The hooks of a masked run: in front of each block, of what feeds blocks alone, and of the denoiser itself."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -11,9 +12,9 @@ from stepmask.denoiser.batch import Batch, rows_of
 from stepmask.denoiser.branches import BranchOrder
 from stepmask.denoiser.call import Call, given_timestep, timestep_of_call
 from stepmask.denoiser.held import private_copy
-from stepmask.denoiser.modes import usable
+from stepmask.denoiser.modes import beside_graphs, refuse_tracing, usable
 from stepmask.denoiser.run import Run
-from stepmask.denoiser.seam import Hook
+from stepmask.denoiser.seam import SLOT, Hook, Slot
 from stepmask.denoiser.unread import refuse_unread
 from stepmask.denoiser.values import (
     each,
@@ -28,7 +29,7 @@ from stepmask.denoiser.values import (
     to_stored_form,
     weights_dtype,
 )
-from stepmask.errors import RunError
+from stepmask.errors import RunError, RunNotStarted
 from stepmask.schedule.channels import channel_axis, reads_of
 from stepmask.schedule.graph import Block
 from stepmask.schedule.rectify import Cell
@@ -183,6 +184,37 @@ class MaskedFeeder(Hook):
         return output
 
 
+@dataclass(eq=False)
+class Door(Slot):
+    """Whether a masked denoiser's `forward` is called by its hook, just now."""
+
+    is_open: bool = False
+
+
+def guarded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The `forward` of a masked denoiser, in place of its class's: for its hook alone.
+
+    Raises:
+        RunNotStarted: Its hook was gone past.
+    """
+    door = getattr(self, SLOT, None)
+    if door is None or door.is_open:
+        return type(self).forward(self, *args, **kwargs)
+    raise _went_past(type(self).__name__)
+
+
+@beside_graphs(
+    "a denoiser was compiled, or its forward called, past its masks: masked.compile(), or compile before a run"
+)
+def _went_past(denoiser: str) -> RunNotStarted:
+    return RunNotStarted(
+        given=f"a call of a {denoiser} that goes past its masks",
+        expected="calls of the module itself, as it was when the run began",
+        advice="Compile it with masked.compile(), or before a run begins (apply, set_timesteps, masked.restart()); do "
+        "not call its forward, nor a shallow copy",
+    )
+
+
 class MaskedDenoiser(Values, Hook):
     """Stands in front of the denoiser: turns to the next row, and answers a whole step from the store where told to.
 
@@ -209,17 +241,21 @@ class MaskedDenoiser(Values, Hook):
         self.blocks = blocks
         self.parameters = parameters
         self.network = network
+        self.door = Door()
         self.region: Hook | None = None  # the denoiser as a compiled region
         self.was_called = False  # ever
         self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
+        self.at_missing: Callable[[], None] | None = None  # where a block was not called
         self.order = order or BranchOrder(run.branches)
         self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
 
+    @beside_graphs("a masked denoiser is in no graph around it: compile the denoiser, or leave out fullgraph")
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the denoiser."""
         run = self.run
         self.was_called = True
         run.check_thread()
+        refuse_tracing()
         try:
             if self.at_start is not None and run.running and run.evaluation == 0:
                 self.at_start()
@@ -227,6 +263,8 @@ class MaskedDenoiser(Values, Hook):
             run.begin(rows_of(args, kwargs), latents, self._timestep(args, kwargs), self.network)
             self.order.check(run.step, run.branch, run.calls_of_step, args, kwargs)
             output = self._answer(run.row[-1], call, args, kwargs)
+            if self.at_missing is not None and run.runs_forward and not all(run.answered[:-1]):
+                self.at_missing()
             run.end()
         except BaseException:
             run.stop()
@@ -237,7 +275,11 @@ class MaskedDenoiser(Values, Hook):
         output = None
         if self.run.runs_forward:
             self.computed += self.run.share
-            output = call(*args, **kwargs) if self.region is None else self.region(call, args, kwargs)
+            self.door.is_open = True
+            try:
+                output = call(*args, **kwargs) if self.region is None else self.region(call, args, kwargs)
+            finally:
+                self.door.is_open = False
         else:
             for block, own in zip(self.blocks, self.run.row, strict=False):
                 block.skip(own)  # not called: what nobody reads any more goes here
