@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor, nn
 
 import stepmask
 from stepmask import MaskSchedule, Tiers
@@ -332,3 +333,63 @@ class TestPlainDenoiser:
         with pytest.raises(ScheduleMismatch, match="a denoiser alone, and a tier with 2 tables"):
             stepmask.apply(denoiser, Tiers({"fast": two}), tier="fast")
         assert [denoiser(x, 0.0)[0].item() for x in (ONE, TWO)] == [15.0, 30.0]
+
+
+class Stack(nn.Module):
+    """Two layers of a class that the compiler traces, each with a block inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Row(), Row()])
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x + t
+
+
+class Row(nn.Module):
+    """x ↦ tanh of a linear layer of x: the block is inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()
+
+
+def test_compiled_regions_stay_compiled() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    denoiser = Stack()
+    graph = stepmask.trace(denoiser, (torch.zeros(2, 4), 0.0), blocks={"layers.*.linear": "output"})
+    plain = table(graph, "11", "11", "00", "01", denoiser=fingerprint_of(denoiser))
+    vectors = per_channel(plain)
+    tiers = Tiers({"plain": plain, "vectors": vectors})
+
+    def sampled() -> list[Tensor]:
+        with torch.no_grad():
+            return [denoiser(torch.full((2, 4), float(step)), 0.0) for step in range(4)]
+
+    wanted = {}
+    for name in tiers:
+        with stepmask.apply(denoiser, tiers, tier=name) as masked:
+            masked.compile(backend=backend)
+            wanted[name] = sampled()
+    made = len(graphs)
+    assert made > 0
+    with stepmask.apply(denoiser, tiers, tier="plain") as masked:
+        for name in ("vectors", "plain", "vectors"):
+            masked.switch(name)
+            assert all(map(torch.equal, sampled(), wanted[name]))
+            inside = masked.placement.inside.values()
+            assert any(block.channels for block in inside) == (name == "vectors")
+    assert len(graphs) == made
+    assert not any(block.channels for block in inside)
