@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from stepmask.denoiser.branches import BranchOrder
 from stepmask.denoiser.call import parameters_of
 from stepmask.denoiser.compiled import (
     InsideBlock,
@@ -53,6 +52,16 @@ class Placement:
         self.hooked: dict[Hook, nn.Module] = {}
         self.traced: dict[InsideBlock, nn.Module] = {}
         self.unread_outputs: dict[nn.Module, dict[Any, Any]] = {}  # of regions
+
+    def turn(self) -> None:
+        """Turn all hooks to the run's plans, which have changed; nothing of the plans before stays held."""
+        weights = Weights(self.run.plans)
+        for block, inside in self.inside.items():
+            block.turn()
+            inside.turn(weights)
+        for feeder in self.feeders.values():
+            feeder.turn()
+        self.own.turn()
 
     def put(self) -> None:
         """Put the hooks where the modules of their names are now; others may have been put there, or been compiled.
@@ -163,14 +172,13 @@ class MaskedNetwork:
         run: The run.
         graph: Its blocks.
         number: Which of the pipeline's networks it is.
-        order: Watches the order of the branches, which may be of several networks.
     """
 
-    def __init__(self, denoiser: nn.Module, run: Run, graph: BlockGraph, number: int, order: BranchOrder) -> None:
+    def __init__(self, denoiser: nn.Module, run: Run, graph: BlockGraph, number: int) -> None:
         self.denoiser = denoiser
         *blocks, own = graph.blocks
         self.blocks = [MaskedBlock(run, column, block) for column, block in enumerate(blocks)]
-        self.own = MaskedDenoiser(run, self.blocks, own, parameters_of(denoiser), network=number, order=order)
+        self.own = MaskedDenoiser(run, self.blocks, own, parameters_of(denoiser), number)
         feeders = {name: MaskedFeeder(run, columns) for name, columns in graph.fed.items()}
         self.placement = Placement(denoiser, run, self.blocks, feeders, self.own)
         self.own.at_missing = self.placement.refuse_if_lost
@@ -183,8 +191,7 @@ class MaskedNetwork:
 
 def networks_of(denoisers: Sequence[nn.Module], run: Run, graph: BlockGraph) -> list[MaskedNetwork]:
     """The networks of a pipeline under one run."""
-    order = BranchOrder(run.branches)
-    networks = [MaskedNetwork(denoiser, run, graph, number, order) for number, denoiser in enumerate(denoisers)]
+    networks = [MaskedNetwork(denoiser, run, graph, number) for number, denoiser in enumerate(denoisers)]
 
     def put() -> None:
         for network in networks:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from stepmask.denoiser.batch import Batch, rows_of
-from stepmask.denoiser.branches import BranchOrder
 from stepmask.denoiser.call import Call, given_timestep, timestep_of_call
 from stepmask.denoiser.held import private_copy
 from stepmask.denoiser.modes import beside_graphs, refuse_tracing, usable
@@ -43,8 +42,13 @@ class Values:
         self.column = column
         self.block = block
         self.computed: int | Fraction = 0  # whole batches
-        self.may_be_dead = any(row[column].action == "dead" for plan in run.plans for row in plan.cells)
         self.vectors: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by plan and step, where the values are
+        self.turn()
+
+    def turn(self) -> None:
+        """Turn to the run's plans, which have changed."""
+        self.vectors.clear()
+        self.may_be_dead = any(row[self.column].action == "dead" for plan in self.run.plans for row in plan.cells)
 
     def compute(self, cell: Cell, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer with what was computed, or a blend of it; store it, if a later step reads it."""
@@ -172,6 +176,10 @@ class MaskedFeeder(Hook):
         self.columns = columns
         self.unread: dict[int, tuple[Batch, Any]] = {}  # by branch: what stands for the output
 
+    def turn(self) -> None:
+        """Turn to the run's plans, which have changed."""
+        self.unread.clear()
+
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the module."""
         run = self.run
@@ -224,7 +232,6 @@ class MaskedDenoiser(Values, Hook):
         own: The denoiser as the last block of its own graph.
         parameters: The names of the denoiser's arguments, in order.
         network: Which of the pipeline's networks it is.
-        order: Watches the order of the branches.
     """
 
     def __init__(
@@ -233,9 +240,7 @@ class MaskedDenoiser(Values, Hook):
         blocks: Sequence[MaskedBlock],
         own: Block,
         parameters: Sequence[str],
-        *,
         network: int = 0,
-        order: BranchOrder | None = None,
     ) -> None:
         super().__init__(run, len(blocks), own)
         self.blocks = blocks
@@ -246,8 +251,11 @@ class MaskedDenoiser(Values, Hook):
         self.was_called = False  # ever
         self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
         self.at_missing: Callable[[], None] | None = None  # where a block was not called
-        self.order = order or BranchOrder(run.branches)
-        self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
+
+    def turn(self) -> None:
+        """Turn to the run's plans, which have changed."""
+        super().turn()
+        self.compares_timesteps = not self.run.sampler.class_name and self.run.sampler.tells_timesteps
 
     @beside_graphs("a masked denoiser is in no graph around it: compile the denoiser, or leave out fullgraph")
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -261,7 +269,7 @@ class MaskedDenoiser(Values, Hook):
                 self.at_start()
             latents = tuple(tuple(tensor.shape) for tensor in first(args, kwargs))
             run.begin(rows_of(args, kwargs), latents, self._timestep(args, kwargs), self.network)
-            self.order.check(run.step, run.branch, run.calls_of_step, args, kwargs)
+            run.branch_order.check(run.step, run.branch, run.calls_of_step, args, kwargs)
             output = self._answer(run.row[-1], call, args, kwargs)
             if self.at_missing is not None and run.runs_forward and not all(run.answered[:-1]):
                 self.at_missing()
