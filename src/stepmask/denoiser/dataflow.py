@@ -240,7 +240,8 @@ class Recorder:
             raise TraceError(
                 given=f"block {name!r}, which is called twice in one evaluation",
                 expected="every block called once per evaluation",
-                advice="Mask the module that calls it instead",
+                advice="Mask the module that calls it instead. Where a whole network is called twice, by a sampler or "
+                "by guidance in a module around it, hand over that network as the denoiser: record(network, run=...)",
             )
         for tensor in tensors(args):
             self._refuse_hidden(tensor, f"block {name!r}")

@@ -3,7 +3,6 @@
 The only file that knows diffusers' class names. It imports none of them: a class is known by its name.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from stepmask.denoiser.regions import modules_by_name, unwrapped
+from stepmask.denoiser.repeated import largest_parts, repeated_blocks, sublayers
 from stepmask.errors import NoSuchBlock, TraceError
 from stepmask.schedule.fingerprint import DenoiserFingerprint
 from stepmask.schedule.graph import Reuse
@@ -70,9 +70,6 @@ _KANDINSKY6: dict[Granularity, Patterns] = {
     },
 }
 _FF_CALLED_TWICE = _at_both({"transformer_blocks.*": None})
-
-_SUBLAYERS = ("*attn*", "*attention", "ff*", "*_ff", "mlp*", "*mlp", "feed_forward")
-"""What attention and feed-forward modules of a transformer block are called; their norms have "norm" in the name."""
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Where diffusers pipelines keep them. Several take turns (Wan 2.2) or make up a step together (Ideogram 4)."""
@@ -234,37 +231,23 @@ def _patterns(denoiser: nn.Module, granularity: Granularity, blocks: str | Itera
     class_name = fingerprint_of(denoiser).class_name
     if class_name in FAMILIES:
         return FAMILIES[class_name][granularity]
-    if repeated := _repeated(denoiser):
-        return repeated if granularity == "block" else _sublayers(denoiser, repeated)
-    lists = [name for name, module in modules_by_name(denoiser).items() if isinstance(module, nn.ModuleList)]
+    if repeated := repeated_blocks(denoiser):
+        return dict.fromkeys(repeated) if granularity == "block" else _sublayers(denoiser, repeated)
+    largest = largest_parts(denoiser, 5)
     raise TraceError(
-        given=f"a {class_name}, whose blocks stepmask does not know",
-        expected=f"one of {', '.join(FAMILIES)}, or a pattern",
-        advice=f"Name its blocks, for example blocks={f'{lists[0]}.*' if lists else 'layers.*'!r}",
+        given=f"a {class_name}, whose blocks stepmask does not know, with no class of modules that it repeats",
+        expected="modules of one class, in lists or with parts of their own; or the names of blocks",
+        advice=f"Name its blocks, for example blocks={largest}" if largest else "Make its parts modules of their own",
     )
 
 
-def _repeated(denoiser: nn.Module) -> Patterns:
-    """The elements of a denoiser's own module lists, where one class is there at least twice."""
-    lists = {name: part for name, part in unwrapped(denoiser).named_children() if isinstance(part, nn.ModuleList)}
-    blocks = {f"{name}.{index}": unwrapped(block) for name, part in lists.items() for index, block in enumerate(part)}
-    counts = Counter(map(type, blocks.values()))
-    return {name: None for name, block in blocks.items() if counts[type(block)] > 1}
-
-
-def _sublayers(denoiser: nn.Module, blocks: Patterns) -> Patterns:
+def _sublayers(denoiser: nn.Module, blocks: Iterable[str]) -> Patterns:
     """Attention and feed-forward modules of blocks; a block that has none, or projections beside them, as it is."""
     found: dict[str, Reuse | None] = {}
     for block in blocks:
-        parts = dict(unwrapped(denoiser.get_submodule(block)).named_children())
-        inside = [name for name in parts if _is_sublayer(name)]
-        split = inside and not any(isinstance(part, nn.Linear) for part in parts.values())
-        found.update({f"{block}.{name}": "output" for name in inside} if split else {block: None})
+        inside = sublayers(denoiser, block)
+        found.update(dict.fromkeys(inside, "output") if inside else {block: None})
     return found
-
-
-def _is_sublayer(name: str) -> bool:
-    return "norm" not in name and any(fnmatchcase(name, pattern) for pattern in _SUBLAYERS)
 
 
 def _matches(name: str, pattern: str) -> bool:

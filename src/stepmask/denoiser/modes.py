@@ -97,6 +97,17 @@ def beside_graphs(reason: str) -> Callable[[Callable[Parameters, Answer]], Calla
     return decorated
 
 
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Attention and encoder layers of torch as single operations, which can be counted, while the context lasts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def copied(tensor: Tensor) -> Tensor:
     """A detached copy that may take part in gradients, whatever mode the original was made in."""
     with torch.inference_mode(False):

@@ -17,6 +17,12 @@ from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.sampler import handed_to_step, latent_of, watched
 from stepmask.errors import RunError
 
+NOT_REPEATED = (
+    "Look for dropout (call .eval()), random numbers without a generator, a function that is bound late (lambda: "
+    "sample(seed) in a loop), and what has changed since: arguments, weights, the scheduler"
+)
+"""What to do where a run is not what it was when it was recorded."""
+
 
 @dataclass(frozen=True)
 class Sampled:

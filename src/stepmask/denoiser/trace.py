@@ -18,7 +18,7 @@ from stepmask.denoiser.call import Call
 from stepmask.denoiser.dataflow import Flow, Recorder, TracedBlock
 from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, is_known
-from stepmask.denoiser.modes import autocast_as, uncompiled
+from stepmask.denoiser.modes import autocast_as, uncompiled, unfused_attention
 from stepmask.denoiser.proof import AnotherPath, check_against_record
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import Hook, attached_by_name, frozen
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 MOST_GLUE = 1 / 3
 """The share of the MACs outside of blocks, from which on it is told what to name instead."""
+
+LEAST_OF_AVERAGE = 1e-3
+"""Of blocks that were found by themselves, what has at most this share of their average MACs is left out."""
 
 MOST_PATHS = 12
 """The number of recorded calls that are traced at most."""
@@ -91,12 +94,16 @@ def trace(
     calls = (_call(example),) if run is None else run.calls
     sampler = SamplerFingerprint("", tuple(map(float, range(len(calls))))) if run is None else run.sampler
     tracer = _Tracer(denoiser, found, sampler, are_named=blocks is not None)
+    are_guessed = blocks is None and not is_known(denoiser)
     with autocast_as(None if run is None else run.sampling.autocast):
+        if are_guessed:
+            tracer.leave_out_trifles(calls[0])
         for index in _forms(calls):
-            tracer.trace(calls[index], index)
+            if index not in tracer.traced:
+                tracer.trace(calls[index], index)
         if run is not None and prove:
             _prove(run, tracer)
-    if blocks is None and not is_known(denoiser):
+    if are_guessed:
         tracer.tell_glue()
     return tracer.graph
 
@@ -199,6 +206,20 @@ class _Tracer:
             name.partition(".")[2]: sum(counts.values()) for name, counts in recorder.flops.get_flop_counts().items()
         }
 
+    def leave_out_trifles(self, call: Call) -> None:
+        """Leave out blocks that cost next to nothing beside the others: norms, projections of the timestep.
+
+        Args:
+            call: The first recorded call, which is traced again if any is left out.
+        """
+        self.trace(call, 0)
+        macs = {block.name: block.macs for block in self.graph.blocks[:-1]}
+        least = LEAST_OF_AVERAGE * sum(macs.values()) / max(len(macs), 1)
+        worth = {name: reuse for name, reuse in self.found.items() if macs.get(name, 0) > least}
+        if worth and len(worth) < len(macs):
+            self.found = worth
+            del self.traced[0]
+
     def _watch(self, denoiser: nn.Module, call: Call) -> tuple[Recorder, Any]:
         """One evaluation: what it showed, and its output."""
         recorder = Recorder(self.found, list(tensors((call.args, call.kwargs))))
@@ -209,7 +230,7 @@ class _Tracer:
             stack.enter_context(frozen(denoiser))
             stack.enter_context(attached_by_name(denoiser, hooks))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(_unfused_attention())
+            stack.enter_context(unfused_attention())
             stack.enter_context(_no_warning_of_global_hooks())
             stack.enter_context(recorder.flops)
             stack.enter_context(Flow(recorder))
@@ -331,17 +352,6 @@ def _refuse_fused(denoiser: nn.Module, found: Iterable[str]) -> None:
                 expected="blocks that are called",
                 advice="Call torch.backends.mha.set_fastpath_enabled(False) before you record, or mask the whole layer",
             )
-
-
-@contextmanager
-def _unfused_attention() -> Iterator[None]:
-    """Attention and encoder layers of torch as single operations, which can be counted, while the context lasts."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.device import CPU, module_of
+from stepmask.denoiser.modes import unfused_attention
 from stepmask.denoiser.seam import Hook
 
 
@@ -61,7 +62,7 @@ class MacCounter(Hook):
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Count one call."""
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), unfused_attention(), FlopCounterMode(display=False) as counter:
             output = call(*args, **kwargs)
         self.macs += counter.get_total_flops() // 2
         return output

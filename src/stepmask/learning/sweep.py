@@ -20,6 +20,7 @@ from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.modes import autocast_as, own_modes, refuse_made_in_inference_mode, uncompiled
 from stepmask.denoiser.refusals import refuse_if_taken
+from stepmask.denoiser.sampling import NOT_REPEATED
 from stepmask.denoiser.seam import frozen
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
@@ -369,5 +370,5 @@ def _another_run(given: str) -> LearningError:
     return LearningError(
         given=given,
         expected="the recorded run",
-        advice="Record again: the scheduler, the weights or the arguments have changed since",
+        advice=NOT_REPEATED,
     )
