@@ -19,6 +19,7 @@ from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprin
 from stepmask.schedule.forecasts import taylor_forecasts
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
+from stepmask.schedule.show import summary
 
 from toys import chain_graph
 
@@ -65,6 +66,14 @@ class TestCourse:
         table = full(course)
         assert MaskSchedule.from_json(table.to_json()) == table
         assert ("starts" in table.to_json()) == bool(course.starts)
+
+    def test_in_words(self) -> None:
+        told = "part 0 and 1 at steps 0 to 2, part 1 at steps 3 to 5"
+        assert str(ENDS) == told
+        assert str(ANEW) == "begins anew at step 3"
+        assert str(Course()) == "all steps alike"
+        assert told in summary(full(ENDS))
+        assert "all steps alike" not in summary(full(Course()))
 
     def test_a_step_with_half_the_batch_costs_half(self) -> None:
         rows = np.ones((6, 4), dtype=bool)
