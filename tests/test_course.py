@@ -265,6 +265,17 @@ class TestGuidanceInPartOfTheSteps:
             x = x - 0.1 * (said[0] + 2 * (said[1] - said[0]) if step < 3 else said[1])
         assert sample.flatten().tolist() == pytest.approx([x, x])
 
+    def test_another_half_than_the_recorded_one_is_refused(self) -> None:
+        network = Prompted()
+        _, table = traced(network, batched(network, 3, slice(2, 4)))
+        masked = stepmask.apply(network, fixed_interval(table, 0.7))
+        with (
+            masked,
+            torch.no_grad(),
+            pytest.raises(RunError, match=r"goes on with part 0 at step 3\. Expected: part 1"),
+        ):
+            batched(network, 3, slice(0, 2))()
+
     @pytest.mark.parametrize(("until", "since"), [(3, 0), (6, 2), (4, 1)])
     def test_one_batch_and_two_calls_are_the_same(self, until: int, since: int) -> None:
         network = Prompted()

@@ -150,8 +150,8 @@ Before and after a schedule is applied:
 
 Weights may change their dtype, and calls their batch size and resolution, between two runs; also where the sampler
 shifts its timesteps by the resolution (`use_dynamic_shifting`: `FlowMatchEulerDiscrete` with every type of shift and σ,
-`FlowMatchLCM`, `UniPCMultistep`, `DPMSolverMultistep`, `DPMSolverSinglestep`, `DEISMultistep`). A masked
-pipeline switches between tables of one graph, compiled or not. Pipelines in threads of their own work side by side.
+`FlowMatchLCM`, `UniPCMultistep`, `DPMSolverMultistep`, `DPMSolverSinglestep`, `DEISMultistep`). A masked pipeline
+switches between tables of one graph, compiled or not. Pipelines in threads of their own work side by side.
 
 ## Refused, each with its reason
 

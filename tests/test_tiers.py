@@ -1,6 +1,6 @@
 """Tiers: schedules by name, in memory and on disk, and a masked pipeline that switches between them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -316,6 +316,23 @@ class TestPlainDenoiser:
                 masked.switch(tier)
                 assert [denoiser(x, 0.0)[0].item() for x in (ONE, TWO)] == [15.0, second]
 
+    def test_not_inside_the_first_evaluation(self) -> None:
+        denoiser = Chain()
+        fast, whole = self.tables(denoiser, ("11", "01"), ("11", "11"))
+        refused = []
+
+        def interrupt(*_: Any) -> None:
+            with pytest.raises(RunError, match="inside a run, after 0 of 2") as error:
+                masked.switch(whole)
+            refused.append(error)
+
+        with stepmask.apply(denoiser, fast) as masked:
+            hook = denoiser.layers[1].register_forward_hook(interrupt)
+            assert denoiser(ONE, 0.0)[0].item() == 15.0
+            hook.remove()
+            assert denoiser(TWO, 0.0)[0].item() == 20.0
+        assert len(refused) == 1
+
     def test_another_number_of_branches(self) -> None:
         # one step of two branches: each has its own store, so that nothing is reused before it is computed
         denoiser = Chain()
@@ -360,6 +377,16 @@ class Row(nn.Module):
         return self.linear(x).tanh()
 
 
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with torch._dynamo.config.patch(limits):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_regions_stay_compiled() -> None:
     graphs: list[Any] = []
 
@@ -367,7 +394,6 @@ def test_compiled_regions_stay_compiled() -> None:
         graphs.append(graph)
         return graph.forward
 
-    torch._dynamo.reset()
     denoiser = Stack()
     graph = stepmask.trace(denoiser, (torch.zeros(2, 4), 0.0), blocks={"layers.*.linear": "output"})
     plain = table(graph, "11", "11", "00", "01", denoiser=fingerprint_of(denoiser))

@@ -270,6 +270,8 @@ class MaskedDenoiser(Values, Hook):
             latents = tuple(tuple(tensor.shape) for tensor in first(args, kwargs))
             run.begin(rows_of(args, kwargs), latents, self._timestep(args, kwargs), self.network)
             run.branch_order.check(run.step, run.branch, run.calls_of_step, args, kwargs)
+            if run.part_order is not None:
+                run.part_order.check(run.step, run.batch, args, kwargs)
             output = self._answer(run.row[-1], call, args, kwargs)
             if self.at_missing is not None and run.runs_forward and not all(run.answered[:-1]):
                 self.at_missing()

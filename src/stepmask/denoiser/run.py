@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from stepmask.denoiser.batch import Batch, Shapes
-from stepmask.denoiser.branches import BranchOrder
+from stepmask.denoiser.branches import BranchOrder, PartOrder
 from stepmask.denoiser.held import Held, Owner
 from stepmask.denoiser.modes import usable
 from stepmask.denoiser.store import Store
@@ -70,6 +70,7 @@ class Run:
         self.order = sampler.evaluations  # step and branch of each
         self.evaluations = len(self.order)
         self.branch_order = BranchOrder(self.branches)
+        self.part_order = PartOrder() if sampler.course.parts > 1 else None
         self.forwards = [[any(cell.action == "compute" for cell in row) for row in plan.cells] for plan in plans]
         self.stop()
 
@@ -180,8 +181,8 @@ class Run:
 
         self.batch = call.batch
         self.calls[self.branch] = call
-        if self.sampler.course.parts > 1:
-            self.share = Fraction(len(call.batch.present), self.sampler.course.parts)
+        parts = self.sampler.course.parts
+        self.share = 1 if parts == 1 else Fraction(len(call.batch.present), parts)
 
     def _check_call(self, before: "_LastCall", call: "_LastCall") -> None:
         """Refuse a call that is not as the one of the step before, but for the parts that its batch has lost."""

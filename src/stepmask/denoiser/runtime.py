@@ -187,7 +187,7 @@ class Masked:
                 expected="a masked denoiser",
                 advice="Apply the other schedule",
             )
-        if self.run.running and self.run.evaluation:
+        if self.run.running and (self.run.evaluation or self.run.row):
             raise RunError(
                 given=f"a switch inside a run, after {self.run.evaluation} of {self.run.evaluations} evaluations",
                 expected="one between two runs, for what is stored belongs to its table",
