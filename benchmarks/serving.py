@@ -1,0 +1,212 @@
+"""The server of examples/serve under load: whether each picture is right, its memory, and what HTTP takes of the speed.
+
+Clients are in a process of their own (`serving_clients.py`). The same orders are then handed to the same pool by threads
+of this process, without HTTP; in turns.
+"""
+
+import argparse
+import hashlib
+import json
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from threading import Event, Thread
+from typing import Any
+
+import torch
+
+from results import FOLDER, alone, save
+from stepmask import MaskSchedule, Tiers
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import uvicorn  # noqa: E402
+from serve.masked_pipeline import Cancelled, MaskedPipeline  # noqa: E402
+from serve.order import Order  # noqa: E402
+from serve.pool import Pool  # noqa: E402
+from serve.server import Server  # noqa: E402
+from serve.settings import Settings  # noqa: E402
+from stepmask import zoo  # noqa: E402
+
+PIPELINE, STEPS, PIPELINES, CLIENTS = "zoo:dit-emoji", 20, 2, 8
+REQUESTS, FIRST, ROUNDS = 200, 50, 3
+TIERS = {"fast": "20-0.35", "quality": "20-0.5"}
+"""The learned tables of `frontier.py`."""
+
+Asked = tuple[dict[str, Any], str | None]
+"""An order, and how it is cancelled."""
+
+Digests = list[str | None]
+"""Of what orders were answered with; nothing of those that were cancelled."""
+
+
+def orders(count: int) -> list[Asked]:
+    """Orders of all tiers in turns; every tenth is cancelled while it is drawn, by its id or by going away."""
+    return [
+        (
+            {
+                "labels": [number % 24],
+                "seed": number,
+                "tier": list(TIERS)[number % 3 == 0],
+                "format": "npy",
+                "id": f"n{number}",
+            },
+            None if number % 10 != 9 else ("DELETE", "going")[number % 20 == 9],
+        )
+        for number in range(count)
+    ]
+
+
+def write_tiers(folder: Path) -> Path:
+    """The tiers in a folder."""
+    learned = FOLDER / "schedules" / "dit-emoji"
+    tiers = {tier: MaskSchedule.from_pretrained(learned / name) for tier, name in TIERS.items()}
+    return Tiers(tiers).save_pretrained(folder)
+
+
+def drawn_alone(tiers: str) -> Digests:
+    """What single calls of a fresh pipeline give, one after the other."""
+    pipeline = MaskedPipeline(zoo.load(PIPELINE), Tiers.from_pretrained(tiers), "fast")
+    pipeline.pipe.set_progress_bar_config(disable=True)
+    return [
+        None if cancel else digest(pipeline, Order(**asked, steps=STEPS, fallback=False))
+        for asked, cancel in orders(REQUESTS)
+    ]
+
+
+def digest(pipeline: MaskedPipeline, order: Order) -> str:
+    return hashlib.sha256(pipeline.draw(order, Event()).encoded("npy")).hexdigest()
+
+
+def directly(pool: Pool, asked: list[Asked]) -> tuple[float, Digests]:
+    """Seconds, and what the orders are answered with, by threads that hand them to the pool itself."""
+
+    def done(each: Asked) -> str | None:
+        order, cancel = each
+        job = pool.submit(Order(**order, steps=STEPS, fallback=False))
+        if cancel is None:
+            return hashlib.sha256(job.drawn.result().encoded("npy")).hexdigest()
+        while pool.state(job.order.id) != "running":
+            time.sleep(0.01)
+        pool.cancel(job.order.id)
+        try:
+            job.drawn.result()
+        except Cancelled:
+            return None
+        raise AssertionError("the order was not cancelled")
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        digests = list(threads.map(done, asked))
+    return time.perf_counter() - started, digests
+
+
+def over_http(port: int, asked: list[Asked]) -> tuple[float, Digests]:
+    """The same by clients over HTTP."""
+    script = str(Path(__file__).parent / "serving_clients.py")
+    command = [sys.executable, script, str(port), str(CLIENTS)]
+    told = json.loads(subprocess.check_output(command, input=json.dumps(asked), text=True))
+    return told["seconds"], told["digests"]
+
+
+@contextmanager
+def served(server: Server) -> Iterator[int]:
+    """The port at which the server listens while the context lasts."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    web = uvicorn.Server(uvicorn.Config(server.app, log_config=None))
+    thread = Thread(target=web.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        web.should_exit = True
+        thread.join()
+
+
+def resident_mib() -> float:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def measure(server: Server, port: int, right: Digests) -> dict[str, Any]:
+    """All rounds: the first 50 requests, the rest of the first round over HTTP, and then both ways in turns."""
+    asked = orders(REQUESTS)
+    wrong = 0
+    ratios: list[float] = []
+
+    def timed(run: Callable[[list[Asked]], tuple[float, Digests]], first: int, end: int) -> float:
+        nonlocal wrong
+        seconds, digests = run(asked[first:end])
+        wrong += sum(one != other for one, other in zip(digests, right[first:end], strict=True))
+        return sum(each is not None for each in digests) / seconds
+
+    def http(each: list[Asked]) -> tuple[float, Digests]:
+        return over_http(port, each)
+
+    def direct(each: list[Asked]) -> tuple[float, Digests]:
+        return directly(server.pool, each)
+
+    timed(http, 0, FIRST)
+    memory = [resident_mib()]
+    timed(http, FIRST, REQUESTS)
+    memory.append(resident_mib())
+    speeds: dict[str, list[float]] = {"http": [], "direct": []}
+    for turn in range(ROUNDS):
+        for name, run in [("http", http), ("direct", direct)][:: 1 if turn % 2 == 0 else -1]:
+            speeds[name].append(timed(run, 0, REQUESTS))
+        ratios.append(speeds["http"][-1] / speeds["direct"][-1])
+    return {
+        "pictures": (1 + 2 * ROUNDS) * sum(each is not None for each in right),
+        "wrong": wrong,
+        "pictures_per_second": speeds,
+        "http_over_direct": ratios,
+        "resident_mib": {"after 50": memory[0], "after 200": memory[1], "at the end": resident_mib()},
+        "store_bytes_idle": sum(pipeline.stored_bytes for pipeline in server.pool.pipelines),
+        "store_bytes_peak": sum(pipeline.peak_stored_bytes for pipeline in server.pool.pipelines),
+    }
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("tiers", nargs="?", help="print what single calls give, of a fresh process")
+    told = arguments.parse_args()
+    torch.set_num_threads(1)
+    if told.tiers:
+        print(json.dumps(drawn_alone(told.tiers)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tiers = str(write_tiers(Path(folder, "tiers")))
+        right = json.loads(alone(sys.argv[0], tiers))
+        server = Server(Settings(PIPELINE, tiers, steps=STEPS, pipelines=PIPELINES))
+        with served(server) as port:
+            numbers = measure(server, port, right)
+            speedups = {tier: server.pool.metrics.speedup.labels(tier)._value.get() for tier in TIERS}
+    grown = numbers["resident_mib"]["after 200"] / numbers["resident_mib"]["after 50"]
+    save(
+        "serving",
+        {
+            "what": f"{PIPELINE}, {STEPS} steps, guided, {PIPELINES} pipelines of one thread over the same weights; "
+            f"{REQUESTS} requests of one sample by {CLIENTS} clients, every tenth cancelled while it is drawn",
+            **numbers,
+            "speedup_under_load_over_idle_bare": speedups,
+        },
+        goal="no wrong picture, memory after 200 requests at most 1.02 of that after 50, an empty store when idle, and at "
+        "least .95 of the throughput without HTTP",
+        met=not numbers["wrong"]
+        and not numbers["store_bytes_idle"]
+        and grown <= 1.02
+        and median(numbers["http_over_direct"]) >= 0.95,
+    )
+
+
+if __name__ == "__main__":
+    main()
