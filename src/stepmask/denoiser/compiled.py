@@ -169,10 +169,15 @@ class InsideBlock:
 
     def __init__(self, values: MaskedBlock, weights: Weights) -> None:
         self.values = values
-        self.weights = weights
         self.slot = Slot(values.block.label, values.block.reuse)
-        self.cell = Cell("compute", (), 0)
         self.channels: dict[int, tuple[Tensor, Tensor]] = {}  # id of a bias -> itself, and its weights in one tensor
+        self.turn(weights)
+
+    def turn(self, weights: Weights) -> None:
+        """Turn to the run's plans, which have changed, and the weights of their forecasts."""
+        self.weights = weights
+        self.cell = Cell("compute", (), 0)
+        self.channels.clear()
 
     def fill(self, given: Sequence[Any]) -> None:
         """Put the present row's action into the slot, and the stored values that it reads.

@@ -42,6 +42,16 @@ class Placement:
         self.hooked: dict[Hook, nn.Module] = {}
         self.traced: dict[InsideBlock, nn.Module] = {}
 
+    def turn(self) -> None:
+        """Turn all hooks to the run's plans, which have changed; nothing of the plans before stays held."""
+        weights = Weights(self.run.plans)
+        for block, inside in self.inside.items():
+            block.turn()
+            inside.turn(weights)
+        for feeder in self.feeders.values():
+            feeder.turn()
+        self.own.turn()
+
     def put(self) -> None:
         """Put the hooks where the modules of their names are now; others may have been put there, or been compiled.
 

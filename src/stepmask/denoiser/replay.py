@@ -40,8 +40,13 @@ class Values:
         self.column = column
         self.block = block
         self.computed = 0
-        self.may_be_dead = any(row[column].action == "dead" for plan in run.plans for row in plan.cells)
         self.vectors: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by plan and step, where the values are
+        self.turn()
+
+    def turn(self) -> None:
+        """Turn to the run's plans, which have changed."""
+        self.vectors.clear()
+        self.may_be_dead = any(row[self.column].action == "dead" for plan in self.run.plans for row in plan.cells)
 
     def compute(self, cell: Cell, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer with what was computed, or a blend of it; store it, if a later step reads it."""
@@ -169,6 +174,10 @@ class MaskedFeeder(Hook):
         self.columns = columns
         self.unread: dict[int, Any] = {}  # by branch: what stands for the output
 
+    def turn(self) -> None:
+        """Turn to the run's plans, which have changed."""
+        self.unread.clear()
+
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the module."""
         run = self.run
@@ -197,8 +206,12 @@ class MaskedDenoiser(Values, Hook):
         self.region: Hook | None = None  # the denoiser as a compiled region
         self.was_called = False  # ever
         self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
-        self.order = BranchOrder(run.branches)
-        self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
+
+    def turn(self) -> None:
+        """Turn to the run's plans, which have changed."""
+        super().turn()
+        self.order = BranchOrder(self.run.branches)
+        self.compares_timesteps = not self.run.sampler.class_name and self.run.sampler.tells_timesteps
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the denoiser."""

@@ -31,15 +31,10 @@ class Run:
     def __init__(
         self, plans: Sequence[Plan], sampler: SamplerFingerprint, store: Store, *, is_stepped: bool = False
     ) -> None:
-        self.plans = plans
-        self.sampler = sampler
         self.store = store
         self.is_stepped = is_stepped
         self.names = [block.label for block in plans[0].graph.blocks]
-        self.branches = sampler.branches
-        self.evaluations = sampler.steps * sampler.branches
         self.stand_in: Callable[[Tensor], Tensor] = Unread.of  # makes what stands for a tensor that nobody reads
-        self.forwards = [[any(cell.action == "compute" for cell in row) for row in plan.cells] for plan in plans]
 
         # Where the run is.
         self.running = False
@@ -62,7 +57,16 @@ class Run:
         self.owners: list[Owner] = []  # by column
         self.bytes = 0
         self.peak_bytes = 0
-        self.clear()
+        self.follow(plans, sampler)
+
+    def follow(self, plans: Sequence[Plan], sampler: SamplerFingerprint) -> None:
+        """Turn to other plans over the same blocks, from the next run on; nothing is held then."""
+        self.plans = plans
+        self.sampler = sampler
+        self.branches = sampler.branches
+        self.evaluations = sampler.steps * sampler.branches
+        self.forwards = [[any(cell.action == "compute" for cell in row) for row in plan.cells] for plan in plans]
+        self.stop()
 
     def start(self) -> None:
         """Begin a new run at step 0 with an empty store."""

@@ -39,10 +39,18 @@ class DenoiserFingerprint:
         """
         if given.class_name != self.class_name:
             raise _mismatch(f"a denoiser of class {given.class_name}", self.class_name)
-        for key in self.config.keys() & given.config.keys():
+        for key in self._common(given):
             if self.config[key] != given.config[key]:
                 theirs, ours = shortened(repr(given.config[key])), shortened(repr(self.config[key]))
                 raise _mismatch(f"a denoiser with {key} = {theirs}", f"{key} = {ours}")
+
+    def agrees(self, other: "DenoiserFingerprint") -> bool:
+        """Whether another is of the same class and has the same values of all keys that both have."""
+        same = all(self.config[key] == other.config[key] for key in self._common(other))
+        return same and other.class_name == self.class_name
+
+    def _common(self, other: "DenoiserFingerprint") -> set[str]:
+        return self.config.keys() & other.config.keys()
 
 
 @dataclass(frozen=True)
@@ -120,8 +128,12 @@ class SamplerFingerprint:
         Raises:
             ScheduleMismatch: They have not.
         """
-        if whole.class_name != self.class_name or not self._is_part_of(whole):
+        if not self.is_within(whole):
             self.check(whole)
+
+    def is_within(self, whole: "SamplerFingerprint") -> bool:
+        """Whether a sampler's steps are ours, or have ours among them, one after the other."""
+        return whole.class_name == self.class_name and self._is_part_of(whole)
 
     def check_first(self, timestep: float) -> None:
         """Refuse a run that begins elsewhere.

@@ -139,6 +139,10 @@ class MaskSchedule:
         reused = f"{(~self.rows).mean():.0%} of cells reused"
         return f"MaskSchedule({self.steps} steps × {len(self.graph)} blocks of {self.denoiser.class_name}, {reused})"
 
+    def is_like(self, other: "MaskSchedule") -> bool:
+        """Whether another schedule is of the same denoiser and graph, so that a masked denoiser can turn to it."""
+        return self.denoiser.agrees(other.denoiser) and self.graph.untimed() == other.graph.untimed()
+
     def plot(self) -> "Figure":
         """The table as a heat map beside the MACs of each step, as a matplotlib figure.
 
