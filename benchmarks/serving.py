@@ -1,7 +1,7 @@
-"""The server of examples/serve under load: whether each picture is right, its memory, and what HTTP takes of the speed.
+"""The server of examples/serve under load: whether each picture is right, its memory, what HTTP takes of the speed.
 
-Clients are in a process of their own (`serving_clients.py`). The same orders are then handed to the same pool by threads
-of this process, without HTTP; in turns.
+Clients are in a process of their own (`serving_clients.py`). The same orders are handed to the same pool by threads of
+this process, too, without HTTP; in turns.
 """
 
 import argparse
@@ -28,13 +28,14 @@ from stepmask import MaskSchedule, Tiers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import uvicorn  # noqa: E402
-from serve.masked_pipeline import Cancelled, MaskedPipeline  # noqa: E402
-from serve.order import Order  # noqa: E402
-from serve.pool import Pool  # noqa: E402
-from serve.server import Server  # noqa: E402
-from serve.settings import Settings  # noqa: E402
-from stepmask import zoo  # noqa: E402
+import uvicorn
+
+from serve.masked_pipeline import Cancelled, MaskedPipeline
+from serve.order import Order
+from serve.pool import Pool
+from serve.server import Server
+from serve.settings import Settings
+from stepmask import zoo
 
 PIPELINE, STEPS, PIPELINES, CLIENTS = "zoo:dit-emoji", 20, 2, 8
 REQUESTS, FIRST, ROUNDS = 200, 50, 3
@@ -199,8 +200,8 @@ def main() -> None:
             **numbers,
             "speedup_under_load_over_idle_bare": speedups,
         },
-        goal="no wrong picture, memory after 200 requests at most 1.02 of that after 50, an empty store when idle, and at "
-        "least .95 of the throughput without HTTP",
+        goal="no wrong picture, memory after 200 requests at most 1.02 of that after 50, an empty store when idle, and "
+        "at least .95 of the throughput without HTTP",
         met=not numbers["wrong"]
         and not numbers["store_bytes_idle"]
         and grown <= 1.02

@@ -1,6 +1,6 @@
-"""Clients of `serving.py`'s server, in a process of their own: orders from standard input, what became of them to output.
+"""Clients of `serving.py`'s server, in a process of their own; orders come by standard input.
 
-    python benchmarks/serving_clients.py PORT CLIENTS < orders.json
+python benchmarks/serving_clients.py PORT CLIENTS < orders.json
 """
 
 import hashlib

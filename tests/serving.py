@@ -3,19 +3,16 @@
 import http.client
 import json
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import uvicorn
 
-import uvicorn  # noqa: E402
-from serve.server import Server  # noqa: E402
+from serve.server import Server
 
 
 @dataclass
@@ -41,12 +38,7 @@ class Running:
     port: int
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
-        connection = self.send(method, path, body)
-        try:
-            response = connection.getresponse()
-            return Answer(response.status, dict(response.headers), response.read())
-        finally:
-            connection.close()
+        return answer_of(self.send(method, path, body))
 
     def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPConnection:
         """A request whose answer is not waited for."""
@@ -66,6 +58,15 @@ class Running:
         self.web.should_exit = True
         self.thread.join(30)
         assert not self.thread.is_alive()
+
+
+def answer_of(connection: http.client.HTTPConnection) -> Answer:
+    """The answer to what was sent."""
+    try:
+        response = connection.getresponse()
+        return Answer(response.status, dict(response.headers), response.read())
+    finally:
+        connection.close()
 
 
 @contextmanager

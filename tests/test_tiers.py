@@ -255,9 +255,8 @@ class TestSwitched:
                 raise KeyboardInterrupt
 
         with stepmask.apply(served.pipe, served.tiers, tier="fast") as masked:
-            with watched(served.pipe.scheduler, "step", fail):
-                with pytest.raises(KeyboardInterrupt):
-                    latents(served.pipe, 4)
+            with watched(served.pipe.scheduler, "step", fail), pytest.raises(KeyboardInterrupt):
+                latents(served.pipe, 4)
             with pytest.raises(RunError, match=r"masked.restart\(\)"):
                 masked.switch("vectors")
             masked.restart()

@@ -63,8 +63,7 @@ class MaskedPipeline:
             StepmaskError: There is no such tier, no table fits, or the order is none for this pipeline.
         """
         told = order.told(self.pipe)
-        self.masked.switch(order.tier)
-        self.tier = str(order.tier)
+        self._switch(str(order.tier))
         before = self.masked.computed_macs
         try:
             pictures, seconds, steps = self._run(told, order.seed, cancelled)
@@ -101,6 +100,11 @@ class MaskedPipeline:
     def _branches(self) -> int:
         """Evaluations of the denoiser at each step."""
         return self.tiers[self.tier][0].sampler.branches
+
+    def _switch(self, tier: str) -> None:
+        if tier != self.tier:
+            self.masked.switch(tier)
+            self.tier = tier
 
     @contextmanager
     def _bare(self) -> Iterator[None]:
@@ -146,5 +150,3 @@ def copies(pipe: Any, count: int) -> list[Any]:
     parts = [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
     weights = {id(weight): weight for part in parts for weight in (*part.parameters(), *part.buffers())}
     return [pipe, *(copy.deepcopy(pipe, dict(weights)) for _ in range(count - 1))]
-
-

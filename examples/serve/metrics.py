@@ -27,10 +27,16 @@ class Metrics:
         self.bare_seconds = bare_seconds
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self.requests = Counter("stepmask_requests", "Requests that have ended", ["tier", "outcome"], registry=self.registry)
+        self.requests = Counter(
+            "stepmask_requests", "Requests that have ended", ["tier", "outcome"], registry=self.registry
+        )
         self.refusals = Counter("stepmask_refusals", "Orders that were refused", ["error"], registry=self.registry)
-        self.fallbacks = Counter("stepmask_fallbacks", "Runs of the bare pipeline, by the tier asked for", ["tier"], registry=self.registry)
-        self.evaluations = Counter("stepmask_evaluations", "Evaluations of the denoiser", ["tier"], registry=self.registry)
+        self.fallbacks = Counter(
+            "stepmask_fallbacks", "Runs of the bare pipeline, by the tier asked for", ["tier"], registry=self.registry
+        )
+        self.evaluations = Counter(
+            "stepmask_evaluations", "Evaluations of the denoiser", ["tier"], registry=self.registry
+        )
         self.macs = Counter(
             "stepmask_computed_evaluations",
             "Evaluations that the computed MACs would have been enough for; over stepmask_evaluations the share",
@@ -38,9 +44,15 @@ class Metrics:
             registry=self.registry,
         )
         self.seconds = Histogram(
-            "stepmask_seconds", "Of a pipeline's call that was not cancelled", ["tier"], buckets=SECONDS, registry=self.registry
+            "stepmask_seconds",
+            "Of a pipeline's call that was not cancelled",
+            ["tier"],
+            buckets=SECONDS,
+            registry=self.registry,
         )
-        self.waited = Histogram("stepmask_waited_seconds", "From a request to its run", buckets=SECONDS, registry=self.registry)
+        self.waited = Histogram(
+            "stepmask_waited_seconds", "From a request to its run", buckets=SECONDS, registry=self.registry
+        )
         self.speedup = Gauge(
             "stepmask_speedup",
             f"Seconds of the bare pipeline for one sample in {steps} steps, measured once at start-up with nothing "
@@ -48,7 +60,9 @@ class Metrics:
             ["tier"],
             registry=self.registry,
         )
-        Gauge("stepmask_bare_seconds", f"Of one sample in {steps} steps, at start-up", registry=self.registry).set(bare_seconds)
+        Gauge("stepmask_bare_seconds", f"Of one sample in {steps} steps, at start-up", registry=self.registry).set(
+            bare_seconds
+        )
         self._compared: dict[str, tuple[float, int]] = {}
 
     def watch(self, name: str, what: str, tell: Callable[[], float]) -> None:

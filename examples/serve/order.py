@@ -83,8 +83,8 @@ class Order(BaseModel):
         if prompt is not None:
             return cls(prompts=(prompt,), steps=steps)
         own = Conditioning.of(pipe)
-        told = {"class_labels": "labels", "prompt": "prompts"}.get(own.argument)
-        return cls(steps=steps) if told is None else cls(steps=steps, **{told: own.choices[:1]})
+        asked = {"class_labels": "labels", "prompt": "prompts"}.get(own.argument)
+        return cls.model_validate({"steps": steps} if asked is None else {asked: own.choices[:1], "steps": steps})
 
 
 @dataclass(frozen=True)

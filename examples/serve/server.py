@@ -112,13 +112,14 @@ class Server:
 
     async def _drawn(self, job: Job, request: Request) -> Drawn:
         """What was drawn; the job is cancelled when the client, or the server, goes away before."""
-        drawn = asyncio.wrap_future(job.drawn)
-        gone = asyncio.create_task(_disconnected(request))
+        drawn: asyncio.Future[Any] = asyncio.wrap_future(job.drawn)
+        gone: asyncio.Future[Any] = asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait({drawn, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([drawn, gone], return_when=asyncio.FIRST_COMPLETED)
             if not drawn.done():
                 self.pool.cancel(job.order.id)
-            return await drawn
+            result: Drawn = await drawn
+            return result
         except asyncio.CancelledError:
             self.pool.cancel(job.order.id)
             raise

@@ -47,7 +47,9 @@ class Address:
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, Address]:
     """What a command line says."""
-    parser = argparse.ArgumentParser("serve", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "serve", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("pipeline", help="zoo:NAME, a folder, or a hub id")
     parser.add_argument("tiers", help="a folder or a hub id of tiers")
     parser.add_argument("--tier", help="of requests that name none; by itself the first")

@@ -175,7 +175,7 @@ class Masked:
             raise RunError(
                 given=f"a switch inside a run, after {self.run.evaluation} of {self.run.evaluations} evaluations",
                 expected="one between two runs, for what is stored belongs to its table",
-                advice="Let the run end; if it was cut short, call masked.restart() first",
+                advice="Let the run end; if it was cut short, call masked.stop() first",
             )
 
     def _follow(self, table: Table) -> None:
@@ -238,6 +238,14 @@ class Masked:
         refuse_other_caches(self.pipe)
         self.placement.put()
         self.run.start()
+
+    def stop(self) -> None:
+        """End the run where it is, and free its store: after a call of the pipeline that an exception has left.
+
+        The next run begins as ever. One in which the denoiser itself has failed is stopped already, and so is one that
+        was told to interrupt.
+        """
+        self.run.stop()
 
     def compile(self, **options: Any) -> None:
         """Compile the repeated modules around masked blocks, and the blocks that lie in none. It outlasts `remove`.
