@@ -24,7 +24,7 @@ from stepmask.denoiser.sampler import describe_steps
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.rectify import lower
 
-from toys import tiny_pipe
+from toys import stepped_unet, tiny_pipe
 
 STEPS, LONG = 5, 150
 """Of most requests, and of those that are cancelled, for which there is time."""
@@ -228,6 +228,15 @@ def test_what_is_drawn_when_the_server_stops_is_answered(folder: Path) -> None:
         stopped.result()
         assert not served.server.pool.is_healthy
         assert not stepmask.denoiser.seam.hooks_of(denoiser_of(served.server.pool.pipelines[0].pipe))
+
+
+def test_a_pipeline_without_its_schedules_draws_no_more(folder: Path) -> None:
+    with running(server(folder)) as served:
+        (pipeline,) = served.server.pool.pipelines
+        pipeline.tiers = Tiers({"quality": stepped_unet(3)})  # so that they cannot be put on again
+        assert served.ask("POST", "/generate", order(91, steps=STEPS + 1, fallback=True)).status == 409
+        until(lambda: served.ask("GET", "/health").status == 503)
+        assert served.ask("POST", "/generate", order(92)).status == 503
 
 
 def test_copies_are_pipelines_of_their_own_over_the_same_weights() -> None:

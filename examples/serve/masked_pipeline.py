@@ -50,6 +50,7 @@ class MaskedPipeline:
         self.evaluation_macs = int(tiers[tier][0].graph.macs.sum())
         self.most_stored = 0
         self.masked = stepmask.apply(pipe, tiers, tier=tier)
+        self.is_masked = True
 
     def draw(self, order: Order, cancelled: Event) -> Drawn:
         """Draw what is asked for: under its tier; or with the bare pipeline where no table fits, if that is asked for.
@@ -110,11 +111,13 @@ class MaskedPipeline:
     def _bare(self) -> Iterator[None]:
         """The pipeline without its schedules while the context lasts."""
         self.most_stored = self.peak_stored_bytes
+        self.is_masked = False  # for good, if the schedules cannot be put on again
         self.masked.remove()
         try:
             yield
         finally:
             self.masked = stepmask.apply(self.pipe, self.tiers, tier=self.tier)
+            self.is_masked = True
 
     def _run(self, told: dict[str, Any], seed: int, cancelled: Event) -> tuple[Any, float, int]:
         """Pictures, seconds and steps of a call of the pipeline; however it ends, nothing of it stays.

@@ -106,12 +106,7 @@ class Pool:
 
     def close(self) -> None:
         """Take no orders any more, cancel those that there are, and wait until the threads have ended."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-            names = list(self._jobs)
-        for name in names:
-            self.cancel(name)
+        self._give_up()
         for thread in self._threads:
             thread.join()
         for pipeline in self.pipelines:
@@ -149,11 +144,22 @@ class Pool:
             raise Taken
 
     def _work(self, pipeline: MaskedPipeline) -> None:
-        """Draw one order after the other, until the pool is closed."""
-        while (job := self._next()) is not None:
+        """Draw one order after the other, until the pool is closed. A pipeline without its schedules draws no more."""
+        while pipeline.is_masked and (job := self._next()) is not None:
             self.metrics.waited.observe(monotonic() - job.asked)
             self._draw(pipeline, job)
             del job  # its pictures, or what the error has hold of, are not kept until the next one comes
+        if not any(other.is_masked for other in self.pipelines):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Take no orders any more, and cancel those that there are."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            names = list(self._jobs)
+        for name in names:
+            self.cancel(name)
 
     def _next(self) -> Job | None:
         with self._changed:

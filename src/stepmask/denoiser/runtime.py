@@ -87,6 +87,7 @@ class Masked:
         self.tiers = given if isinstance(given, Tiers) else None
         self._plan = plan
         self.tables = self._checked(tables_of(given, tier, plan))
+        self._known = {} if tier is None else {tier: self.tables}
         self.table = self.tables[0]
         schedule = self.table.schedules[0]
         for device in {weight.device for weight in self.denoiser.parameters() if not weight.is_meta}:
@@ -152,17 +153,21 @@ class Masked:
             RunError: A run has begun and has not ended; or the schedule was taken off.
         """
         self._check_between_runs()
-        if isinstance(to, str):
-            tables = tables_of(self.table.schedules if self.tiers is None else self.tiers, to, self._plan)
-        else:
-            tables = tables_of(to, None, self._plan)
-        for table in self._checked(tables):
+        tables = self._of_tier(to) if isinstance(to, str) else self._checked(tables_of(to, None, self._plan))
+        for table in tables:
             _check_alike(table.schedules[0], self.table.schedules[0])
         self.tables = tables
         self.run.stop()
         self._follow(tables[0])
         if self.scheduler is None:
             self.restart()
+
+    def _of_tier(self, tier: str) -> list[Table]:
+        """The tables of a tier, whose plans are made once, however often it is switched to."""
+        if tier not in self._known:
+            given = self.table.schedules if self.tiers is None else self.tiers
+            self._known[tier] = self._checked(tables_of(given, tier, self._plan))
+        return self._known[tier]
 
     def _check_between_runs(self) -> None:
         if not self._is_on:
