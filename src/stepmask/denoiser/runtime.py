@@ -46,7 +46,7 @@ def apply(pipe: Any, schedule: Given, *, tier: str | None = None, store: Store |
         pipe: A diffusers pipeline, or a plain denoiser.
         schedule: Made for this denoiser and sampler. It is rectified first, which changes no sample. Branches that are
             evaluated one after the other (guidance in two calls) share its rows; a sequence has one schedule for each,
-            in the order of their calls. Of `Tiers` each run follows the table of its tier that fits the sampler's steps.
+            in the order of their calls. Of `Tiers` each run follows the table of its tier that fits its steps.
         tier: Which of the tiers.
         store: Where stored values lie and in which dtype; `None` = as the blocks answered them.
 
