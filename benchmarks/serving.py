@@ -38,7 +38,7 @@ from serve.settings import Settings
 from stepmask import zoo
 
 PIPELINE, STEPS, PIPELINES, CLIENTS = "zoo:dit-emoji", 20, 2, 8
-REQUESTS, FIRST, ROUNDS = 200, 50, 2
+REQUESTS, PART = 200, 50
 TIERS = {"fast": "20-0.35", "quality": "20-0.5"}
 """The learned tables of `frontier.py`."""
 
@@ -135,6 +135,12 @@ def served(server: Server) -> Iterator[int]:
         thread.join()
 
 
+def cpu_time() -> float:
+    """Seconds of processors that this process has taken, and those that it has started and that have ended."""
+    both = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(each.ru_utime + each.ru_stime for each in both)
+
+
 def resident_mib() -> float:
     """Memory of this process now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -142,38 +148,32 @@ def resident_mib() -> float:
 
 
 def measure(server: Server, port: int, right: Digests) -> dict[str, Any]:
-    """All rounds: the first 50 requests, the rest of the first round over HTTP, and then both ways in turns."""
-    asked = orders(REQUESTS)
+    """The requests in parts, each over HTTP and directly, in turns: what others do on the machine disturbs both."""
+    ways: dict[str, Callable[[list[Asked]], tuple[float, Digests]]] = {
+        "http": lambda asked: over_http(port, asked),
+        "direct": lambda asked: directly(server.pool, asked),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu_seconds = dict.fromkeys(ways, 0.0)
     wrong = 0
-    ratios: list[float] = []
-
-    def timed(run: Callable[[list[Asked]], tuple[float, Digests]], first: int, end: int) -> float:
-        nonlocal wrong
-        seconds, digests = run(asked[first:end])
-        wrong += sum(one != other for one, other in zip(digests, right[first:end], strict=True))
-        return sum(each is not None for each in digests) / seconds
-
-    def http(each: list[Asked]) -> tuple[float, Digests]:
-        return over_http(port, each)
-
-    def direct(each: list[Asked]) -> tuple[float, Digests]:
-        return directly(server.pool, each)
-
-    timed(http, 0, FIRST)
-    memory = [resident_mib()]
-    timed(http, FIRST, REQUESTS)
-    memory.append(resident_mib())
-    speeds: dict[str, list[float]] = {"http": [], "direct": []}
-    for turn in range(ROUNDS):
-        for name, run in [("http", http), ("direct", direct)][:: 1 if turn % 2 == 0 else -1]:
-            speeds[name].append(timed(run, 0, REQUESTS))
-        ratios.append(speeds["http"][-1] / speeds["direct"][-1])
+    memory = []
+    for turn, first in enumerate(range(0, REQUESTS, PART)):
+        part = slice(first, first + PART)
+        for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
+            before = cpu_time()
+            seconds, digests = ways[name](orders(REQUESTS)[part])
+            cpu_seconds[name] += cpu_time() - before
+            wrong += sum(one != other for one, other in zip(digests, right[part], strict=True))
+            speeds[name].append(sum(each is not None for each in digests) / seconds)
+        memory.append(resident_mib())
+    drawn = sum(each is not None for each in right)
     return {
-        "pictures": (1 + 2 * ROUNDS) * sum(each is not None for each in right),
+        "pictures": 2 * drawn,
         "wrong": wrong,
         "pictures_per_second": speeds,
-        "http_over_direct": ratios,
-        "resident_mib": {"after 50": memory[0], "after 200": memory[1], "at the end": resident_mib()},
+        "http_over_direct": [one / other for one, other in zip(speeds["http"], speeds["direct"], strict=True)],
+        "cpu_seconds_per_picture": {name: seconds / drawn for name, seconds in cpu_seconds.items()},
+        "resident_mib": memory,
         "store_bytes_idle": sum(pipeline.stored_bytes for pipeline in server.pool.pipelines),
         "store_bytes_peak": sum(pipeline.peak_stored_bytes for pipeline in server.pool.pipelines),
     }
@@ -194,7 +194,7 @@ def main() -> None:
         with served(server) as port:
             numbers = measure(server, port, right)
             speedups = {tier: server.pool.metrics.speedup.labels(tier)._value.get() for tier in TIERS}
-    grown = numbers["resident_mib"]["after 200"] / numbers["resident_mib"]["after 50"]
+    grown = numbers["resident_mib"][-1] / numbers["resident_mib"][0]
     save(
         "serving",
         {
