@@ -140,7 +140,10 @@ Before and after a schedule is applied:
 {besides}
 - `compile_repeated_blocks`, `torch.compile` of the denoiser or of blocks, accelerate's `compile_regions`
 
-Weights may change their dtype, and calls their batch size and resolution, between two runs. Pipelines in threads of
+Weights may change their dtype, and calls their batch size and resolution, between two runs; also where the sampler
+shifts its timesteps by the resolution (`use_dynamic_shifting`: `FlowMatchEulerDiscrete` with every type of shift and σ,
+`FlowMatchLCM`, `UniPCMultistep`, `DPMSolverMultistep`, `DPMSolverSinglestep`, `DEISMultistep`). A masked pipeline switches
+between tables of one graph, compiled or not. Pipelines in threads of
 their own work side by side.
 
 ## Refused, each with its reason

@@ -1,6 +1,6 @@
 """Tiers: schedules by name, in memory and on disk, and a masked pipeline that switches between them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor, nn
 
 import stepmask
 from stepmask import MaskSchedule, Store, Tiers
@@ -317,6 +318,23 @@ class TestPlainDenoiser:
                 masked.switch(tier)
                 assert [denoiser(x, 0.0)[0].item() for x in (ONE, TWO)] == [15.0, second]
 
+    def test_not_inside_the_first_evaluation(self) -> None:
+        denoiser = Chain()
+        fast, whole = self.tables(denoiser, ("11", "01"), ("11", "11"))
+        refused = []
+
+        def interrupt(*_: Any) -> None:
+            with pytest.raises(RunError, match="inside a run, after 0 of 2") as error:
+                masked.switch(whole)
+            refused.append(error)
+
+        with stepmask.apply(denoiser, fast) as masked:
+            hook = denoiser.layers[1].register_forward_hook(interrupt)
+            assert denoiser(ONE, 0.0)[0].item() == 15.0
+            hook.remove()
+            assert denoiser(TWO, 0.0)[0].item() == 20.0
+        assert len(refused) == 1
+
     def test_another_number_of_branches(self) -> None:
         # one step of two branches: each has its own store, so that nothing is reused before it is computed
         denoiser = Chain()
@@ -348,3 +366,72 @@ class TestPlainDenoiser:
         for tier in ("quality", "fast", "quality", "fast"):
             masked.switch(tier)
         assert made == [fast, whole]
+
+
+class Stack(nn.Module):
+    """Two layers of a class that the compiler traces, each with a block inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Row(), Row()])
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x + t
+
+
+class Row(nn.Module):
+    """x ↦ tanh of a linear layer of x: the block is inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with torch._dynamo.config.patch(limits):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_regions_stay_compiled() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    denoiser = Stack()
+    graph = stepmask.trace(denoiser, (torch.zeros(2, 4), 0.0), blocks={"layers.*.linear": "output"})
+    plain = table(graph, "11", "11", "00", "01", denoiser=fingerprint_of(denoiser))
+    vectors = per_channel(plain)
+    tiers = Tiers({"plain": plain, "vectors": vectors})
+
+    def sampled() -> list[Tensor]:
+        with torch.no_grad():
+            return [denoiser(torch.full((2, 4), float(step)), 0.0) for step in range(4)]
+
+    wanted = {}
+    for name in tiers:
+        with stepmask.apply(denoiser, tiers, tier=name) as masked:
+            masked.compile(backend=backend)
+            wanted[name] = sampled()
+    made = len(graphs)
+    assert made > 0
+    with stepmask.apply(denoiser, tiers, tier="plain") as masked:
+        for name in ("vectors", "plain", "vectors"):
+            masked.switch(name)
+            assert all(map(torch.equal, sampled(), wanted[name]))
+            inside = masked.placement.inside.values()
+            assert any(block.channels for block in inside) == (name == "vectors")
+    assert len(graphs) == made
+    assert not any(block.channels for block in inside)

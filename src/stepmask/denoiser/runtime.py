@@ -14,7 +14,7 @@ from stepmask.denoiser.refusals import refuse_cuda_graphs, refuse_if_replaced, r
 from stepmask.denoiser.regions import compile_repeated, unwrapped
 from stepmask.denoiser.replay import MaskedBlock, MaskedDenoiser, MaskedFeeder
 from stepmask.denoiser.run import Run
-from stepmask.denoiser.sampler import describe, timestep_of, watched
+from stepmask.denoiser.sampler import SetSteps, timestep_of, watched
 from stepmask.denoiser.store import Store
 from stepmask.denoiser.tables import Given, Table, fitting, tables_of
 from stepmask.denoiser.values import size
@@ -46,7 +46,7 @@ def apply(pipe: Any, schedule: Given, *, tier: str | None = None, store: Store |
         pipe: A diffusers pipeline, or a plain denoiser.
         schedule: Made for this denoiser and sampler. It is rectified first, which changes no sample. Branches that are
             evaluated one after the other (guidance in two calls) share its rows; a sequence has one schedule for each,
-            in the order of their calls. Of `Tiers` each run follows the table of its tier that fits its steps.
+            in the order of their calls. Of `Tiers` each run follows the table of its tier that fits the sampler.
         tier: Which of the tiers.
         store: Where stored values lie and in which dtype; `None` = as the blocks answered them.
 
@@ -95,6 +95,7 @@ class Masked:
 
         self.sampler = schedule.sampler
         self.plans = self.table.plans
+        self.steps: SetSteps | None = None  # to which the scheduler was set for the present run
         self.run = Run(self.plans, self.sampler, store, is_stepped=self.scheduler is not None)
         *blocks, own = schedule.graph.blocks
         self.blocks = [MaskedBlock(self.run, column, block) for column, block in enumerate(blocks)]
@@ -133,11 +134,12 @@ class Masked:
                 stack.enter_context(watched(self.pipe, "maybe_free_model_hooks", lambda *_, **__: self._end_call()))
             return stack.pop_all()
 
-    def _start(self, *_: Any, **__: Any) -> None:
+    def _start(self, _: Any, *args: Any, **kwargs: Any) -> None:
         """The pipeline has set its scheduler's timesteps."""
         self.run.stop()
         self._follow_denoiser()
-        self._follow(fitting(self.tables, describe(self.scheduler)))
+        self.steps = SetSteps(self.scheduler, args, kwargs)
+        self._follow(fitting(self.tables, self.steps))
         self.restart()
 
     def switch(self, to: str | MaskSchedule | Sequence[MaskSchedule]) -> None:
@@ -176,7 +178,7 @@ class Masked:
                 expected="a masked denoiser",
                 advice="Apply the other schedule",
             )
-        if self.run.running and self.run.evaluation:
+        if self.run.running and (self.run.evaluation or self.run.row):
             raise RunError(
                 given=f"a switch inside a run, after {self.run.evaluation} of {self.run.evaluations} evaluations",
                 expected="one between two runs, for what is stored belongs to its table",
@@ -210,7 +212,9 @@ class Masked:
         try:
             self.run.end_step()
             if self.run.evaluation == self.sampler.branches:
-                self.sampler.check_first(timestep_of(self.scheduler, args, kwargs))
+                timestep = timestep_of(self.scheduler, args, kwargs)
+                places = None if self.steps is None else self.steps.places(timestep, self.sampler.mu)
+                self.sampler.check_first(timestep, places)
         except (RunError, ScheduleMismatch):
             self.run.stop()
             raise

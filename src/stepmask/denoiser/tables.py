@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
+from stepmask.denoiser.sampler import SetSteps
 from stepmask.errors import ScheduleMismatch
 from stepmask.schedule.fingerprint import SamplerFingerprint
 from stepmask.schedule.rectify import Plan
@@ -64,24 +65,25 @@ def tables_of(given: Given, tier: str | None, plan: Callable[[MaskSchedule], Pla
     return [Table([given] if isinstance(given, MaskSchedule) else given, plan)]
 
 
-def fitting(tables: Sequence[Table], whole: SamplerFingerprint) -> Table:
+def fitting(tables: Sequence[Table], steps: SetSteps) -> Table:
     """The table for a run.
 
     Args:
         tables: Those that there are.
-        whole: The sampler as it is set, of whose steps the run may leave some out.
+        steps: As the sampler is set, of which the run may leave some out; each table is compared at its own shift.
 
     Raises:
         ScheduleMismatch: None fits, or several fit parts of the run.
     """
     if len(tables) == 1:
-        tables[0].sampler.check_whole(whole)
+        tables[0].sampler.check_whole(steps.at(tables[0].sampler.mu))
         return tables[0]
-    fits = [table for table in tables if table.sampler.is_within(whole)]
+    fits = [table for table in tables if table.sampler.is_within(steps.at(table.sampler.mu))]
     if len(fits) == 1:
         return fits[0]
     raise ScheduleMismatch(
-        given=f"a run of {_told(whole)}, " + ("parts of which several tables are for" if fits else "for which none is"),
+        given=f"a run of {_told(steps.now)}, "
+        + ("parts of which several tables are for" if fits else "for which none is"),
         expected="a run that one of the tier's tables is for: "
         + "; ".join(_told(table.sampler) for table in (fits or tables)),
         advice="Put tables for parts of one sampler's steps into tiers of their own"

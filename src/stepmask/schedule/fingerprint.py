@@ -1,7 +1,7 @@
 """What a schedule was made for: the denoiser and the sampler, as plain data that can be compared."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stepmask.errors import InvalidSchedule, RunError, ScheduleMismatch
@@ -62,12 +62,15 @@ class SamplerFingerprint:
         timesteps: What the denoiser is given at each step, noisiest first.
         log_snr: log(α²/σ²) at each step; empty where the sampler does not tell.
         branches: Denoiser calls per step; 1 where guidance is batched.
+        mu: The shift for a resolution with which its timesteps were set, of a scheduler that shifts them
+            (`use_dynamic_shifting`): they are compared at this shift, whatever a run's own is. `None` = by none.
     """
 
     class_name: str
     timesteps: tuple[float, ...]
     log_snr: tuple[float, ...] = ()
     branches: int = 1
+    mu: float | None = None
 
     @property
     def steps(self) -> int:
@@ -79,7 +82,7 @@ class SamplerFingerprint:
 
         Raises:
             InvalidSchedule: The class is neither "" nor a name of one, a timestep or a log-SNR is no finite number,
-                or their numbers differ, or there are not from 1 to 64 branches.
+                or their numbers differ, there are not from 1 to 64 branches, or mu is no number.
         """
         if self.class_name != "" and not is_class(self.class_name):
             raise _no_fingerprint(f"a sampler of class {told(self.class_name)}", "the name of a class, or ''")
@@ -91,6 +94,8 @@ class SamplerFingerprint:
             raise _no_fingerprint(f"{len(self.log_snr)} log-SNRs of {self.steps} steps", "one a step, or none at all")
         if not is_whole(self.branches, MAX_BRANCHES) or self.branches == 0:
             raise _no_fingerprint(f"{told(self.branches)} branches", f"a whole number from 1 to {MAX_BRANCHES}")
+        if self.mu is not None and not is_number(self.mu):
+            raise _no_fingerprint(f"a mu of {told(self.mu)}", f"a finite number of at most {MAX_NUMBER:.0e}, or none")
 
     def part(self, first: float, steps: int) -> "SamplerFingerprint":
         """The same sampler's run over some of its steps, from the one with a timestep on (img2img, `denoising_end`).
@@ -106,7 +111,7 @@ class SamplerFingerprint:
                 advice="Hand the scheduler's own timesteps to its step()",
             )
         where = slice(start, start + steps)
-        return SamplerFingerprint(self.class_name, self.timesteps[where], self.log_snr[where], self.branches)
+        return replace(self, timesteps=self.timesteps[where], log_snr=self.log_snr[where])
 
     def check(self, given: "SamplerFingerprint") -> None:
         """Refuse another sampler or another sequence of timesteps.
@@ -135,13 +140,18 @@ class SamplerFingerprint:
         """Whether a sampler's steps are ours, or have ours among them, one after the other."""
         return whole.class_name == self.class_name and self._is_part_of(whole)
 
-    def check_first(self, timestep: float) -> None:
+    def check_first(self, timestep: float, as_made: Iterable[float] | None = None) -> None:
         """Refuse a run that begins elsewhere.
+
+        Args:
+            timestep: At which it begins.
+            as_made: What that is at the shift that these timesteps were set with, where that is another than the run's;
+                several where it cannot be told.
 
         Raises:
             ScheduleMismatch: It does.
         """
-        if not _close(self.timesteps[0], timestep):
+        if not any(_close(self.timesteps[0], own) for own in ([timestep] if as_made is None else as_made)):
             raise _mismatch(f"a run that begins at timestep {timestep:g}", f"one that begins at {self.timesteps[0]:g}")
 
     @property
@@ -161,6 +171,10 @@ class SamplerFingerprint:
     def is_at(self, step: int, timestep: float) -> bool:
         """Whether a step has that timestep."""
         return step < self.steps and _close(self.timesteps[step], timestep)
+
+    def places_of(self, timestep: float) -> list[int]:
+        """The steps that have a timestep."""
+        return [step for step, own in enumerate(self.timesteps) if _close(own, timestep)]
 
     def _is_part_of(self, given: "SamplerFingerprint") -> bool:
         return any(

@@ -18,7 +18,7 @@ from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprin
 from stepmask.schedule.forecasts import PLAIN, WINDOW
 from stepmask.schedule.graph import BlockGraph, columns_of, span_of
 from stepmask.schedule.limits import MAX_CELLS, MAX_STEPS, check_plain, is_number, is_whole
-from stepmask.schedule.resample import resample_table
+from stepmask.schedule.resample import resample_table, rises
 from stepmask.text import told
 
 if TYPE_CHECKING:
@@ -187,10 +187,17 @@ class MaskSchedule:
         cannot be resampled.
 
         Raises:
-            ScheduleMismatch: One of the two samplers does not tell its log-SNR, or the table has per-channel forecasts.
+            ScheduleMismatch: One of the two samplers does not tell its log-SNR, or they go other ways along it; their
+                branches differ; or the table has per-channel forecasts.
         """
         if sampler == self.sampler:
             return self
+        if sampler.branches != self.sampler.branches:
+            raise ScheduleMismatch(
+                given=f"a sampler with {sampler.branches} branches, for a schedule with {self.sampler.branches}",
+                expected="as many calls of the denoiser at each step",
+                advice="Describe it with as many, describe_steps(..., branches=schedule.sampler.branches)",
+            )
         if self.channels:
             raise ScheduleMismatch(
                 given=f"a schedule with {len(self.channels)} per-channel forecasts, to be resampled",
@@ -204,8 +211,17 @@ class MaskSchedule:
                 expected="log-SNR per step on both sides",
                 advice="Learn a schedule for this sampler instead of resampling one",
             )
-        old, new = np.array(self.sampler.log_snr), np.array(sampler.log_snr)
-        rows, weights = resample_table(self.rows, self.forecasts, old, new)
+        old = np.array(self.sampler.log_snr)
+        new = np.array(sampler.log_snr)
+        way = next((way for way in (1, -1) if rises(way * old) and rises(way * new)), None)
+        if way is None:
+            raise ScheduleMismatch(
+                given="samplers whose log-SNR does not go one way: one of them adds noise where the other takes it "
+                "away, or does both by turns",
+                expected="two that go from noise to signal, or two from signal to noise (inversion)",
+                advice="Learn a schedule for this sampler instead of resampling one",
+            )
+        rows, weights = resample_table(self.rows, self.forecasts, way * old, way * new)
         source = {"resampled_from": {"class": self.sampler.class_name, "steps": self.steps}}
         return replace(self, rows=rows, weights=weights, sampler=sampler, provenance={**self.provenance, **source})
 
@@ -312,6 +328,7 @@ class MaskSchedule:
                     "branches": self.sampler.branches,
                     "timesteps": list(self.sampler.timesteps),
                     "log_snr": list(self.sampler.log_snr),
+                    **({} if self.sampler.mu is None else {"mu": self.sampler.mu}),
                 },
                 "blocks": self.graph.to_plain(),
                 "rows": ["".join("01"[int(bit)] for bit in row) for row in self.rows],
@@ -355,7 +372,11 @@ def _from_plain(data: dict[str, Any], tensors: bytes | None) -> MaskSchedule:
         channels=file.unpack(data.get("tensors"), tensors, reads),
         denoiser=DenoiserFingerprint(data["denoiser"]["class"], data["denoiser"]["config"]),
         sampler=SamplerFingerprint(
-            sampler["class"], tuple(sampler["timesteps"]), tuple(sampler["log_snr"]), sampler["branches"]
+            sampler["class"],
+            tuple(sampler["timesteps"]),
+            tuple(sampler["log_snr"]),
+            sampler["branches"],
+            sampler.get("mu"),
         ),
         provenance=data["provenance"],
     )
