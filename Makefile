@@ -42,6 +42,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/transfer.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/half.py
 	$(BIN)/python benchmarks/sweep_memory.py

@@ -12,12 +12,14 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 import stepmask
-from stepmask import MaskSchedule, Tiers
+from stepmask import MaskSchedule, Store, Tiers
 from stepmask.denoiser.families import fingerprint_of
+from stepmask.denoiser.runtime import Masked
 from stepmask.denoiser.sampler import describe_steps, watched
 from stepmask.errors import InvalidSchedule, InvalidScheduleFile, RunError, ScheduleMismatch, UnwritablePath
 from stepmask.schedule.baselines import fixed_interval
 from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprint
+from stepmask.schedule.rectify import Plan, lower
 
 from toys import Chain, per_channel, table, timed, tiny_pipe, unet_graph, untimed
 
@@ -261,9 +263,9 @@ class TestSwitched:
         with stepmask.apply(served.pipe, served.tiers, tier="fast") as masked:
             with watched(served.pipe.scheduler, "step", fail), pytest.raises(KeyboardInterrupt):
                 latents(served.pipe, 4)
-            with pytest.raises(RunError, match=r"masked.restart\(\)"):
+            with pytest.raises(RunError, match=r"masked.stop\(\)"):
                 masked.switch("vectors")
-            masked.restart()
+            masked.stop()
             masked.switch("vectors")
             assert np.array_equal(latents(served.pipe, 6), served_alone(served, "vectors"))
 
@@ -350,6 +352,20 @@ class TestPlainDenoiser:
         with pytest.raises(ScheduleMismatch, match="a denoiser alone, and a tier with 2 tables"):
             stepmask.apply(denoiser, Tiers({"fast": two}), tier="fast")
         assert [denoiser(x, 0.0)[0].item() for x in (ONE, TWO)] == [15.0, 30.0]
+
+    def test_a_plan_is_made_once(self) -> None:
+        denoiser = Chain()
+        fast, whole = self.tables(denoiser, ("11", "01"), ("11", "11"))
+        made: list[MaskSchedule] = []
+
+        def counted(schedule: MaskSchedule) -> Plan:
+            made.append(schedule)
+            return lower(schedule)
+
+        masked = Masked(denoiser, Tiers({"fast": fast, "quality": whole}), Store(), tier="fast", plan=counted)
+        for tier in ("quality", "fast", "quality", "fast"):
+            masked.switch(tier)
+        assert made == [fast, whole]
 
 
 class Stack(nn.Module):

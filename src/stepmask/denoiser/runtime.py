@@ -95,6 +95,7 @@ class Masked:
         self._plan = plan
         self.fingerprint = fingerprint_of(denoisers[0])  # all are alike
         self.tables = self._checked(tables_of(given, tier, plan))
+        self._known = {} if tier is None else {tier: self.tables}
         self.table = self.tables[0]
         schedule = self.table.schedules[0]
         for device in {weight.device for part in denoisers for weight in part.parameters() if not weight.is_meta}:
@@ -168,17 +169,21 @@ class Masked:
             RunError: A run has begun and has not ended; or the schedule was taken off.
         """
         self._check_between_runs()
-        if isinstance(to, str):
-            tables = tables_of(self.table.schedules if self.tiers is None else self.tiers, to, self._plan)
-        else:
-            tables = tables_of(to, None, self._plan)
-        for table in self._checked(tables):
+        tables = self._of_tier(to) if isinstance(to, str) else self._checked(tables_of(to, None, self._plan))
+        for table in tables:
             _check_alike(table.schedules[0], self.table.schedules[0])
         self.tables = tables
         self.run.stop()
         self._follow(tables[0])
         if self.scheduler is None:
             self.restart()
+
+    def _of_tier(self, tier: str) -> list[Table]:
+        """The tables of a tier, whose plans are made once, however often it is switched to."""
+        if tier not in self._known:
+            given = self.table.schedules if self.tiers is None else self.tiers
+            self._known[tier] = self._checked(tables_of(given, tier, self._plan))
+        return self._known[tier]
 
     def _check_between_runs(self) -> None:
         if not self._is_on:
@@ -191,7 +196,7 @@ class Masked:
             raise RunError(
                 given=f"a switch inside a run, after {self.run.evaluation} of {self.run.evaluations} evaluations",
                 expected="one between two runs, for what is stored belongs to its table",
-                advice="Let the run end; if it was cut short, call masked.restart() first",
+                advice="Let the run end; if it was cut short, call masked.stop() first",
             )
 
     def _follow(self, table: Table) -> None:
@@ -259,6 +264,14 @@ class Masked:
         for network in self.networks:
             network.placement.put()
         self.run.start()
+
+    def stop(self) -> None:
+        """End the run where it is, and free its store: after a call of the pipeline that an exception has left.
+
+        The next run begins as ever. One in which the denoiser itself has failed is stopped already, and so is one that
+        was told to interrupt.
+        """
+        self.run.stop()
 
     def compile(self, **options: Any) -> None:
         """Compile the repeated modules around masked blocks, and the blocks that lie in none. It outlasts `remove`.
