@@ -138,13 +138,30 @@ def casts_weights(denoiser: nn.Module) -> bool:
 
 
 def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:
-    """A denoiser's class and public configuration; a plain module is known by its number of parameters."""
+    """A denoiser's class and public configuration; a plain module is known by its number of parameters.
+
+    How weights are held is no part of it: whole, quantised or in shards, it is the same denoiser.
+    """
     denoiser = unwrapped(denoiser)
     class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not _is_fsdp(cls))
     config = getattr(denoiser, "config", None)
     if not isinstance(config, Mapping):
-        return DenoiserFingerprint(class_name, {"parameters": sum(p.numel() for p in denoiser.parameters())})
-    return DenoiserFingerprint(class_name, {k: _plain(v) for k, v in config.items() if not k.startswith("_")})
+        count = _parameters(denoiser)
+        return DenoiserFingerprint(class_name, {} if count is None else {"parameters": count})
+    public = {key: value for key, value in config.items() if not key.startswith("_") and key not in _HOLDING}
+    return DenoiserFingerprint(class_name, {key: _plain(value) for key, value in public.items()})
+
+
+_HOLDING = ("quantization_config",)
+"""What a configuration says of how weights are held."""
+
+
+def _parameters(denoiser: nn.Module) -> int | None:
+    """The number of a module's parameters; `None` where it does not show, for weights are packed (4 bits, GGUF)."""
+    is_packed = any(not (p.is_floating_point() or p.is_complex()) for p in denoiser.parameters())
+    if is_packed or any(hasattr(module, "_packed_params") for module in denoiser.modules()):
+        return None
+    return sum(p.numel() for p in denoiser.parameters())
 
 
 def _is_fsdp(cls: type[Any]) -> bool:

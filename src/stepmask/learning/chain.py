@@ -92,8 +92,8 @@ def _told(value: Tensor, latent: Tensor, tape: Tape) -> float:
     if not latent.requires_grad:
         raise LearningError(
             given="a final latent that does not depend on the forecast weights",
-            expected="a sampling loop without torch.no_grad, and a table that forecasts",
-            advice="Let the loop run in the caller's gradient mode",
+            expected="a sampling loop that carries the latent as a tensor, and a table that forecasts",
+            advice="Look in the loop for .detach(), .data or numpy",
         )
     told = float(value.detach())
     if not isfinite(told):

@@ -1,0 +1,193 @@
+"""What two processes find of a denoiser whose weights or tokens are split between them. Run by tests/test_parallel.py.
+
+python parallel_jobs.py RANK FOLDER: checks everything in turn and writes what went wrong, by name, to FOLDER/RANK.json.
+"""
+
+import copy
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, get_args
+
+warnings.filterwarnings("ignore")
+
+import diffusers
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import stepmask
+from pipelines import make
+from promises import all_compute, half_of, without_feeders
+from stepmask import MaskSchedule
+from stepmask.denoiser.families import Granularity
+from stepmask.learning.per_timestep import PerTimestep
+from stepmask.learning.trained import TrainedForecasts
+from stepmask.schedule.baselines import fixed_interval
+
+WORLD = 2
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def sample(pipe: Any, call: dict[str, Any]) -> Tensor:
+    images: Tensor = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    return images
+
+
+def masked(pipe: Any, call: dict[str, Any], table: MaskSchedule) -> Tensor:
+    with stepmask.apply(pipe, table):
+        return sample(pipe, call)
+
+
+def tables(pipe: Any, call: dict[str, Any]) -> Iterator[MaskSchedule]:
+    """A random table, and one of second-order forecasts, of both granularities."""
+    run = stepmask.record(pipe, **call)
+    for granularity in get_args(Granularity):
+        full = all_compute(pipe, run, granularity)
+        yield half_of(full)
+        yield fixed_interval(full, 0.5, order=1)
+
+
+def shard(pipe: Any) -> None:
+    for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
+        fully_shard(block)
+    fully_shard(pipe.transformer)
+
+
+@check
+def sharded_weights_sample_the_same() -> None:
+    pipe, call = make("FluxPipeline")
+    found = [(table, masked(pipe, call, table)) for table in tables(pipe, call)]
+    bare = sample(pipe, call)
+    later, _ = make("FluxPipeline")
+    with stepmask.apply(later, found[0][0]):
+        shard(later)
+        assert torch.equal(sample(later, call), found[0][1]), "sharded after the schedule was applied"
+    assert torch.equal(sample(later, call), bare), "bare again"
+    for table, expected in found:
+        assert torch.equal(masked(later, call, table), expected), "sharded before"
+
+
+@check
+def sharded_weights_are_traced_and_learned_from() -> None:
+    pipe, call = make("FluxPipeline")
+    run = stepmask.record(pipe, **call)
+    learner = TrainedForecasts(passes=1.2)
+    expected = stepmask.trace(pipe, run), stepmask.learn(pipe, run, 0.7, learner=learner)
+    shard(pipe)
+    run = stepmask.record(pipe, **call)
+    graph = stepmask.trace(pipe, run)
+    assert graph == expected[0], "another graph"
+    assert stepmask.learn(pipe, run, 0.7, graph=graph, learner=learner).rows.tolist() == expected[1].rows.tolist()
+    stepmask.learn(pipe, run, 0.7, graph=graph, learner=PerTimestep(iterations=2, rounds=1))
+
+
+@contextmanager
+def one_accelerator() -> Iterator[None]:
+    """diffusers asks torch how many accelerators there are, and there are none."""
+    count = torch.accelerator.device_count
+    torch.accelerator.device_count = lambda: 1  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.accelerator.device_count = count
+
+
+def split_tokens(pipe: Any) -> None:
+    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("ring", "ulysses"))
+    with one_accelerator():
+        pipe.transformer.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=WORLD, mesh=mesh))
+
+
+def split_layers(pipe: Any) -> None:
+    """As the class's own plan has it, which diffusers asks of accelerators only."""
+    from diffusers.hooks.tensor_parallel import apply_tensor_parallel
+
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
+    config = diffusers.TensorParallelConfig(tp_degree=WORLD, mesh=mesh)
+    config.setup(dist.get_rank(), WORLD, torch.device("cpu"), mesh)
+    apply_tensor_parallel(pipe.transformer, config, pipe.transformer._tp_plan)
+
+
+def check_split(split: Callable[[Any], None]) -> None:
+    """Samples as those of one process, to rounding; all-compute is bitwise the split pipeline without a schedule."""
+    pipe, call = make("FluxPipeline")
+    found = [(table, masked(pipe, call, table)) for table in tables(pipe, call)]
+    bare = sample(pipe, call)
+    later, _ = make("FluxPipeline")
+    with stepmask.apply(later, found[0][0]):
+        split(later)
+        after = sample(later, call)
+    alone = sample(later, call)
+    rounding = (alone - bare).abs().max()
+    assert rounding < 1e-4, f"the bare one is {rounding} off"
+    assert (after - found[0][1]).abs().max() < 1e-4, "split after the schedule was applied"
+    for table, expected in found:
+        again = masked(later, call, table)
+        off = (again - expected).abs().max()
+        assert off < 1e-4, f"split before: {off}, the bare one {rounding}"
+        assert torch.equal(masked(later, call, without_feeders(table)), again)
+    full = found[0][0].with_rows(torch.ones(found[0][0].rows.shape, dtype=torch.bool).numpy())
+    assert torch.equal(masked(later, call, full), alone), "all computed"
+
+
+@check
+def split_tokens_sample_the_same() -> None:
+    check_split(split_tokens)
+
+
+@check
+def split_layers_sample_the_same() -> None:
+    check_split(split_layers)
+
+
+def check_learned(split: Callable[[Any], None]) -> None:
+    pipe, call = make("FluxPipeline")
+    split(pipe)
+    run = stepmask.record(pipe, **call)
+    graph = stepmask.trace(pipe, run)
+    stepmask.learn(pipe, run, 0.7, graph=graph, learner=PerTimestep(iterations=2, rounds=1))
+    stepmask.learn(pipe, run, 0.7, graph=graph, learner=TrainedForecasts(passes=1.2))
+
+
+@check
+def split_tokens_are_learned_from() -> None:
+    check_learned(split_tokens)
+
+
+@check
+def split_layers_are_learned_from() -> None:
+    check_learned(split_layers)
+
+
+def main(rank: int, folder: Path, only: list[str]) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    failed: dict[str, str] = {}
+    for name, function in CHECKS.items():
+        if only and name not in only:
+            continue
+        try:
+            function()
+        except Exception:
+            failed[name] = traceback.format_exc()
+        (folder / f"{rank}.json").write_text(json.dumps(failed))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
