@@ -17,9 +17,11 @@ from typing import Any, get_args
 warnings.filterwarnings("ignore")
 
 import diffusers
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from diffusers.hooks import tensor_parallel
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -29,6 +31,7 @@ from pipelines import make
 from promises import all_compute, half_of, without_feeders
 from stepmask import MaskSchedule
 from stepmask.denoiser.families import Granularity
+from stepmask.errors import LearningError, StepmaskError
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.baselines import fixed_interval
@@ -81,18 +84,27 @@ def sharded_weights_sample_the_same() -> None:
         assert torch.equal(masked(later, call, table), expected), "sharded before"
 
 
-@check
-def sharded_weights_are_traced_and_learned_from() -> None:
+def check_learned(split: Callable[[Any], None]) -> None:
+    """The same graph, and schedules as one process learns them."""
     pipe, call = make("FluxPipeline")
     run = stepmask.record(pipe, **call)
-    learner = TrainedForecasts(passes=1.2)
-    expected = stepmask.trace(pipe, run), stepmask.learn(pipe, run, 0.7, learner=learner)
-    shard(pipe)
-    run = stepmask.record(pipe, **call)
+    learners = TrainedForecasts(passes=1.2), PerTimestep(iterations=2, rounds=1)
     graph = stepmask.trace(pipe, run)
-    assert graph == expected[0], "another graph"
-    assert stepmask.learn(pipe, run, 0.7, graph=graph, learner=learner).rows.tolist() == expected[1].rows.tolist()
-    stepmask.learn(pipe, run, 0.7, graph=graph, learner=PerTimestep(iterations=2, rounds=1))
+    expected = [stepmask.learn(pipe, run, 0.7, graph=graph, learner=learner) for learner in learners]
+    split(pipe)
+    run = stepmask.record(pipe, **call)
+    again = stepmask.trace(pipe, run)
+    assert again.names == graph.names
+    assert again.blocks[-1].macs == graph.blocks[-1].macs, "other MACs outside of blocks"
+    for learner, schedule in zip(learners, expected, strict=True):
+        found = stepmask.learn(pipe, run, 0.7, graph=graph, learner=learner)
+        assert np.array_equal(found.rows, schedule.rows), f"other rows of {learner}"
+        assert np.abs(found.forecasts - schedule.forecasts).max() < 1e-3, f"other forecasts of {learner}"
+
+
+@check
+def sharded_weights_are_traced_and_learned_from() -> None:
+    check_learned(shard)
 
 
 @contextmanager
@@ -114,12 +126,11 @@ def split_tokens(pipe: Any) -> None:
 
 def split_layers(pipe: Any) -> None:
     """As the class's own plan has it, which diffusers asks of accelerators only."""
-    from diffusers.hooks.tensor_parallel import apply_tensor_parallel
-
+    tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
     mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
     config = diffusers.TensorParallelConfig(tp_degree=WORLD, mesh=mesh)
     config.setup(dist.get_rank(), WORLD, torch.device("cpu"), mesh)
-    apply_tensor_parallel(pipe.transformer, config, pipe.transformer._tp_plan)
+    tensor_parallel.apply_tensor_parallel(pipe.transformer, config, pipe.transformer._tp_plan)
 
 
 def check_split(split: Callable[[Any], None]) -> None:
@@ -154,23 +165,85 @@ def split_layers_sample_the_same() -> None:
     check_split(split_layers)
 
 
-def check_learned(split: Callable[[Any], None]) -> None:
+@check
+def split_tokens_are_not_learned_from() -> None:
     pipe, call = make("FluxPipeline")
-    split(pipe)
+    split_tokens(pipe)
     run = stepmask.record(pipe, **call)
     graph = stepmask.trace(pipe, run)
-    stepmask.learn(pipe, run, 0.7, graph=graph, learner=PerTimestep(iterations=2, rounds=1))
-    stepmask.learn(pipe, run, 0.7, graph=graph, learner=TrainedForecasts(passes=1.2))
-
-
-@check
-def split_tokens_are_learned_from() -> None:
-    check_learned(split_tokens)
+    for learn in (stepmask.learn, stepmask.sweep):
+        try:
+            learn(pipe, run, graph=graph)
+        except LearningError as error:
+            assert "tokens are split" in str(error)
+        else:
+            raise AssertionError(f"{learn} was not refused")
 
 
 @check
 def split_layers_are_learned_from() -> None:
     check_learned(split_layers)
+
+
+class Halves(nn.Module):
+    """Layers of which every other one answers with a DTensor, split by features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        for wide, narrow in zip(self.layers[::2], self.layers[1::2], strict=True):
+            x = x + narrow(torch.tanh(wide(x + t)))
+        return x
+
+
+def between(network: nn.Module) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+        for step in range(5):
+            x = x - 0.1 * network(x, 1 - step / 5)
+        return x
+
+    return run
+
+
+@check
+def blocks_that_answer_with_parts_are_refused() -> None:
+    network = Halves().eval()
+    run = stepmask.record(network, run=between(network))
+    table = half_of(all_compute(network, run, "block"))
+    mesh = init_device_mesh("cpu", (WORLD,))
+    plan = {f"layers.{index}": ColwiseParallel(use_local_output=False) for index in (0, 2)}
+    plan |= {f"layers.{index}": RowwiseParallel() for index in (1, 3)}
+    parallelize_module(network, mesh, plan)
+    again = stepmask.record(network, run=between(network))
+    assert torch.allclose(again.sampled.latent, run.sampled.latent, atol=1e-6)
+    for what in (lambda: stepmask.trace(network, again), lambda: masked_loop(network, table)):
+        try:
+            what()
+        except StepmaskError as error:
+            assert "use_local_output" in str(error), error
+        else:
+            raise AssertionError("not refused")
+
+
+@check
+def blocks_that_answer_with_their_half_alone_are_right() -> None:
+    network = Halves().eval()
+    run = stepmask.record(network, run=between(network))
+    table = fixed_interval(all_compute(network, run, "block"), 0.5, order=1)
+    expected = masked_loop(network, table)
+    plan: dict[str, Any] = {f"layers.{index}": ColwiseParallel() for index in (0, 2)}
+    plan |= {f"layers.{index}": RowwiseParallel() for index in (1, 3)}
+    parallelize_module(network, init_device_mesh("cpu", (WORLD,)), plan)
+    assert torch.allclose(masked_loop(network, table), expected, atol=1e-6)
+
+
+def masked_loop(network: nn.Module, table: MaskSchedule) -> Tensor:
+    with stepmask.apply(network, table), torch.no_grad():
+        return between(network)()
 
 
 def main(rank: int, folder: Path, only: list[str]) -> None:

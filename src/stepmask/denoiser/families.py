@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from stepmask.denoiser.quantised import is_linear
 from stepmask.denoiser.regions import modules_by_name, unwrapped
 from stepmask.errors import NoSuchBlock, TraceError
 from stepmask.schedule.fingerprint import DenoiserFingerprint
@@ -137,13 +138,19 @@ def casts_weights(denoiser: nn.Module) -> bool:
     return any(found is not None and found.get_hook("layerwise_casting") is not None for found in registries)
 
 
+def splits_tokens(denoiser: nn.Module) -> bool:
+    """Whether diffusers splits tokens between processes (context parallel), so that each sees a part of them."""
+    config = getattr(unwrapped(denoiser), "_parallel_config", None)
+    return getattr(config, "context_parallel_config", None) is not None
+
+
 def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:
     """A denoiser's class and public configuration; a plain module is known by its number of parameters.
 
     How weights are held is no part of it: whole, quantised or in shards, it is the same denoiser.
     """
     denoiser = unwrapped(denoiser)
-    class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not _is_fsdp(cls))
+    class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not is_fsdp(cls))
     config = getattr(denoiser, "config", None)
     if not isinstance(config, Mapping):
         count = _parameters(denoiser)
@@ -164,7 +171,7 @@ def _parameters(denoiser: nn.Module) -> int | None:
     return sum(p.numel() for p in denoiser.parameters())
 
 
-def _is_fsdp(cls: type[Any]) -> bool:
+def is_fsdp(cls: type[Any]) -> bool:
     """Whether a class is FSDP's, or one that `fully_shard` made of a module's own."""
     return "FSDPModule" in (cls.__name__, *(base.__name__ for base in cls.__bases__))
 
@@ -258,7 +265,7 @@ def _sublayers(denoiser: nn.Module, blocks: Patterns) -> Patterns:
     for block in blocks:
         parts = dict(unwrapped(denoiser.get_submodule(block)).named_children())
         inside = [name for name in parts if _is_sublayer(name)]
-        split = inside and not any(isinstance(part, nn.Linear) for part in parts.values())
+        split = inside and not any(is_linear(part) for part in parts.values())
         found.update({f"{block}.{name}": "output" for name in inside} if split else {block: None})
     return found
 

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import nn
 
+from stepmask.denoiser.families import splits_tokens
 from stepmask.denoiser.regions import unwrapped
 from stepmask.denoiser.replay import MaskedDenoiser
 from stepmask.denoiser.seam import has_other_forward, hooks_of
-from stepmask.errors import AlreadyApplied, RunError
+from stepmask.errors import AlreadyApplied, LearningError, RunError
 
 
 def refuse_if_taken(denoiser: nn.Module) -> None:
@@ -23,6 +24,21 @@ def refuse_if_taken(denoiser: nn.Module) -> None:
             given=f"a {type(denoiser).__name__} that is masked already",
             expected="a denoiser that nothing else skips",
             advice="Call .remove() on the first schedule",
+        )
+
+
+def refuse_split_tokens(denoiser: nn.Module) -> None:
+    """Refuse to learn from a denoiser each of whose processes sees a part of the tokens, and so a part of each error.
+
+    Raises:
+        LearningError: Tokens are split.
+    """
+    if splits_tokens(denoiser):
+        raise LearningError(
+            given=f"a {type(unwrapped(denoiser)).__name__} whose tokens are split between processes (context parallel)",
+            expected="blocks whose values each process has whole: each would learn another table from its part",
+            advice="Learn before enable_parallelism, or with weights in shards (fully_shard); the schedule holds for "
+            "split tokens as well",
         )
 
 

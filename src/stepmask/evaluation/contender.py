@@ -122,8 +122,8 @@ class Contender:
         run = self.run(seed)
         if not self.counted:
             return run
-        counter = MacCounter()
         denoiser = self.sampling.denoiser
+        counter = MacCounter(denoiser)
         with frozen(denoiser), attached({denoiser: counter}):  # torch's counter hooks what requires gradients
             self.run(seed)
         return replace(run, computed_macs=counter.macs)

@@ -1,6 +1,7 @@
 """A masked run under gradients: how the final latent of each sample depends on every forecast weight."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from math import isfinite
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from stepmask.denoiser.modes import uncompiled
-from stepmask.denoiser.seam import attached
+from stepmask.denoiser.quantised import gradients_pass
+from stepmask.denoiser.seam import attached, frozen
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
 from stepmask.learning.floats import lifted, wide
@@ -58,8 +60,14 @@ def loss_and_gradients(
         ages = np.flatnonzero(reads[step, column])
         answered[step, column, ages] = weights[step, column, : len(ages)]
     tape = Tape(trajectory, reading.graph, answered, gradients, reads=reads)
-    with attached({trajectory.sampling.denoiser: tape}), torch.enable_grad(), uncompiled():
-        latent = trajectory.sampling.latent()
+    sampling = trajectory.sampling
+    with ExitStack() as stack:
+        stack.enter_context(frozen(sampling.pipe))
+        stack.enter_context(gradients_pass(sampling.denoiser))
+        stack.enter_context(attached({sampling.denoiser: tape}))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(uncompiled())
+        latent = sampling.latent()
         leaf = wide(latent.detach()).requires_grad_()
         value = loss(leaf)
         told = _told(value, latent, tape)

@@ -19,7 +19,8 @@ from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.modes import autocast_as, own_modes, refuse_made_in_inference_mode, uncompiled
-from stepmask.denoiser.refusals import refuse_if_taken
+from stepmask.denoiser.quantised import gradients_pass
+from stepmask.denoiser.refusals import refuse_if_taken, refuse_split_tokens
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
@@ -162,7 +163,8 @@ class _Setting:
 def _swept(setting: _Setting, shard: _Shard) -> Arrays:
     """A profile's `inner`, `held` and `offset` for some probes of one trajectory, and the bytes that it took, or −1."""
     trajectory, around = setting.trajectories[shard.trajectory], setting.around
-    with peak_memory(device_of(trajectory.sampling.denoiser)) as peak, frozen(trajectory.sampling.pipe):
+    denoiser = trajectory.sampling.denoiser
+    with peak_memory(device_of(denoiser)) as peak, frozen(trajectory.sampling.pipe), gradients_pass(denoiser):
         measure = _Measure.of(trajectory, setting.decode)
         readings = _Readings(trajectory, around.graph, measure.output_samples, setting.ages)
         answered = swept_answers(around, setting.ages)
@@ -328,6 +330,7 @@ def _check(pipe: Any, trajectories: Sequence[Trajectory], probes: int, ages: int
     for trajectory in trajectories:
         trajectory.check_pipe(pipe)
     refuse_made_in_inference_mode(pipe)
+    refuse_split_tokens(denoiser_of(pipe))
     refuse_if_taken(denoiser_of(pipe))
 
 
