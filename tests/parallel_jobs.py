@@ -34,8 +34,6 @@ from stepmask.learning.chain import loss_and_gradients
 from stepmask.learning.per_timestep import PerTimestep
 from stepmask.schedule.baselines import fixed_interval
 
-from toys import per_channel
-
 WORLD = 2
 CHECKS: dict[str, Callable[[], None]] = {}
 
@@ -61,10 +59,10 @@ def masked(pipe: Any, call: dict[str, Any], table: MaskSchedule) -> Tensor:
 
 
 def tables(pipe: Any, call: dict[str, Any]) -> Iterator[MaskSchedule]:
-    """A random table, of sublayers, and one of forecasts with weights of each channel, of whole blocks."""
+    """A random table, of sublayers, and one of forecasts, of whole blocks."""
     run = stepmask.record(pipe, **call)
     yield half_of(all_compute(pipe, run, "sublayer"))
-    yield per_channel(fixed_interval(all_compute(pipe, run, "block"), 0.5, order=1))
+    yield fixed_interval(all_compute(pipe, run, "block"), 0.5, order=1)
 
 
 def shard(pipe: Any) -> None:
@@ -175,24 +173,28 @@ def split_layers_sample_the_same() -> None:
     check_split(split_layers)
 
 
-@check
-def split_tokens_are_not_learned_from() -> None:
+def check_not_learned(split: Callable[[Any], None], what: str) -> None:
     pipe, call = tiny()
-    split_tokens(pipe)
+    split(pipe)
     run = stepmask.record(pipe, **call)
     graph = stepmask.trace(pipe, run)
     for learn in (stepmask.learn, stepmask.sweep):
         try:
             learn(pipe, run, graph=graph)
         except LearningError as error:
-            assert "tokens are split" in str(error)
+            assert f"{what} are split" in str(error)
         else:
             raise AssertionError(f"{learn} was not refused")
 
 
 @check
-def split_layers_are_learned_from() -> None:
-    check_learned(split_layers)
+def split_tokens_are_not_learned_from() -> None:
+    check_not_learned(split_tokens, "tokens")
+
+
+@check
+def split_layers_are_not_learned_from() -> None:
+    check_not_learned(split_layers, "layers")
 
 
 class Halves(nn.Module):

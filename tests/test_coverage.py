@@ -162,7 +162,7 @@ their own work side by side.
 - Values that go past a block's arguments and answer, state, random numbers, writes in place that others read: in the
   trace, or in the proof on the recorded run.
 - Another denoiser put into the pipeline.
-- Learning from tokens that are split between processes, or through quantised weights without a gradient (torch's dynamic
+- Learning from tokens or layers that are split between processes, or through quantised weights without a gradient (torch's dynamic
   int8); blocks that answer with a DTensor.
 - Skip-layer guidance, whose extra evaluations leave blocks out.
 - A run with another sampler, number of steps, timesteps or strength than the schedule's.

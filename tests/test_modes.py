@@ -197,7 +197,9 @@ class TestModularDiffusers:
         words = {name: call[name][:1] for name in ("prompt_embeds", "negative_prompt_embeds")}
         runs = [
             stepmask.record(pipe, **{**call, **words, "latents": latents}),
-            stepmask.record(whole, **{**told, **words, "num_inference_steps": 3, "latents": latents, "guidance_scale": 4.0}),
+            stepmask.record(
+                whole, **{**told, **words, "num_inference_steps": 3, "latents": latents, "guidance_scale": 4.0}
+            ),
         ]
         assert torch.allclose(runs[0].sampled.latent, runs[1].sampled.latent, atol=1e-5)
         found = [stepmask.sweep(run.sampling.pipe, run, probes=1, ages=2).inner for run in runs]

@@ -13,6 +13,7 @@ from torch import nn
 
 from stepmask.denoiser.quantised import is_linear
 from stepmask.denoiser.regions import modules_by_name, unwrapped
+from stepmask.denoiser.split import is_split
 from stepmask.errors import NoSuchBlock, TraceError
 from stepmask.schedule.fingerprint import DenoiserFingerprint
 from stepmask.schedule.graph import Reuse
@@ -142,6 +143,14 @@ def splits_tokens(denoiser: nn.Module) -> bool:
     """Whether diffusers splits tokens between processes (context parallel), so that each sees a part of them."""
     config = getattr(unwrapped(denoiser), "_parallel_config", None)
     return getattr(config, "context_parallel_config", None) is not None
+
+
+def splits_layers(denoiser: nn.Module) -> bool:
+    """Whether single layers are split between processes (tensor parallel); weights in FSDP's shards are not meant."""
+    shares: list[Any] = [weight for weight in denoiser.parameters() if is_split(weight)]
+    if any(sum(placement.is_shard() for placement in share.placements) > 1 for share in shares):
+        return True
+    return bool(shares) and not any(map(is_fsdp, (cls for module in denoiser.modules() for cls in type(module).__mro__)))
 
 
 def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:

@@ -68,9 +68,9 @@ def without_inference_mode() -> Iterator[None]:
 
 @contextmanager
 def gradients_throughout() -> Iterator[None]:
-    """Gradients stay on, in this thread, whatever the code inside says: `no_grad`, `inference_mode`, `set_grad_enabled`.
+    """Gradients stay on in this thread, whatever the code inside says: `no_grad`, `inference_mode`, `set_grad_enabled`.
 
-    Pipelines and loops that sample say so of themselves, often of each part, and a run that is differentiated is theirs.
+    Pipelines and loops that sample say so of themselves, often of each part, and it is theirs that is differentiated.
     What runs inside `as_told` is not meant; and where gradients are off around the context, nothing changes.
     """
     if not torch.is_grad_enabled():

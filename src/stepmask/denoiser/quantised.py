@@ -31,7 +31,7 @@ def quantised_counted(denoiser: nn.Module, counter: FlopCounterMode) -> Iterator
 
 @contextmanager
 def gradients_pass(denoiser: nn.Module) -> Iterator[None]:
-    """While the context lasts, a quantised layer that cuts a gradient off is refused: what is before it would count for nothing.
+    """While the context lasts, quantised layers that cut gradients off are refused: what is before would not count.
 
     Raises:
         LearningError: There is one.
@@ -65,14 +65,29 @@ class _Passing(Hook):
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = call(*args, **kwargs)
-        has_gradient = any(tensor.requires_grad for tensor in tensors((args, kwargs)))
-        if torch.is_grad_enabled() and has_gradient and not any(part.requires_grad for part in tensors(output)):
+        given = [tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad]
+        if torch.is_grad_enabled() and given and not _is_differentiable(given, output):
             raise LearningError(
                 given=f"quantised weights through which no gradient comes: {self.name!r}, a {self.layer}",
                 expected="layers whose answers have a gradient",
                 advice="Learn before you quantise: a schedule holds for quantised weights as well",
             )
         return output
+
+
+def _is_differentiable(given: list[Tensor], output: Any) -> bool:
+    """Whether a gradient comes back from an output; torch gives operations without a gradient a node that only warns."""
+    before = {tensor.grad_fn for tensor in given}
+    ahead = [part.grad_fn for part in tensors(output) if part.grad_fn is not None]
+    seen = set(ahead)
+    while ahead:
+        node = ahead.pop()
+        if node.name().endswith("NotImplemented"):
+            return False
+        more = {other for other, _ in node.next_functions if other is not None} - seen - before
+        seen |= more
+        ahead += more
+    return bool(seen)
 
 
 def _quantised(denoiser: nn.Module) -> dict[str, nn.Module]:

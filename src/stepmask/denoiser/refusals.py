@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from stepmask.denoiser.families import splits_tokens
+from stepmask.denoiser.families import splits_layers, splits_tokens
 from stepmask.denoiser.regions import unwrapped
 from stepmask.denoiser.replay import MaskedDenoiser
 from stepmask.denoiser.seam import has_other_forward, hooks_of
@@ -27,19 +27,23 @@ def refuse_if_taken(denoiser: nn.Module) -> None:
         )
 
 
-def refuse_split_tokens(denoiser: nn.Module) -> None:
-    """Refuse to learn from a denoiser each of whose processes sees a part of the tokens, and so a part of each error.
+def refuse_split(denoiser: nn.Module) -> None:
+    """Refuse to learn from a denoiser each of whose processes sees a part of its tokens, or has a part of its layers.
 
     Raises:
-        LearningError: Tokens are split.
+        LearningError: Tokens or layers are split.
     """
     if splits_tokens(denoiser):
-        raise LearningError(
-            given=f"a {type(unwrapped(denoiser)).__name__} whose tokens are split between processes (context parallel)",
-            expected="blocks whose values each process has whole: each would learn another table from its part",
-            advice="Learn before enable_parallelism, or with weights in shards (fully_shard); the schedule holds for "
-            "split tokens as well",
-        )
+        what, why = "tokens", "(context parallel): each process would learn another table from its part"
+    elif splits_layers(denoiser):
+        what, why = "layers", "(tensor parallel), through which gradients are not those of one process"
+    else:
+        return
+    raise LearningError(
+        given=f"a {type(unwrapped(denoiser)).__name__} whose {what} are split between processes {why}",
+        expected="a denoiser that each process has whole; FSDP's weights in shards are that when they are used",
+        advice="Learn before you split it: the schedule holds for it then as well",
+    )
 
 
 MOST_WHOLE_GRAPHS = 16

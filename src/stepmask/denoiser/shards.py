@@ -16,7 +16,7 @@ from stepmask.denoiser.seam import Hook, attached
 def gathered_unseen(denoiser: nn.Module) -> Iterator[None]:
     """While the context lasts, weights that FSDP has split are gathered where nobody follows operations.
 
-    It gathers them in memory that outlives an evaluation, in hooks of the modules: taken for theirs, that would be state.
+    It gathers them in memory that outlives an evaluation, in hooks of the modules: taken for theirs, it would be state.
     """
     sharded = [module for module in modules_by_name(denoiser).values() if any(map(is_fsdp, type(module).__mro__))]
     with attached({module: _Gathering(module) for module in sharded}):

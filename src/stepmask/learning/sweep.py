@@ -20,7 +20,7 @@ from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.modes import autocast_as, own_modes, refuse_made_in_inference_mode, uncompiled
 from stepmask.denoiser.quantised import gradients_pass
-from stepmask.denoiser.refusals import refuse_if_taken, refuse_split_tokens
+from stepmask.denoiser.refusals import refuse_if_taken, refuse_split
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
@@ -330,7 +330,7 @@ def _check(pipe: Any, trajectories: Sequence[Trajectory], probes: int, ages: int
     for trajectory in trajectories:
         trajectory.check_pipe(pipe)
     refuse_made_in_inference_mode(pipe)
-    refuse_split_tokens(denoiser_of(pipe))
+    refuse_split(denoiser_of(pipe))
     refuse_if_taken(denoiser_of(pipe))
 
 
