@@ -47,7 +47,8 @@ def held(masked: Masked) -> int:
 
 def counted_macs(pipe: Any, run: Callable[[], Any]) -> int:
     """MACs of the operations that torch sees while the denoiser is called: of what really ran, whatever a plan says."""
-    counter, denoiser = MacCounter(), denoiser_of(pipe)
+    denoiser = denoiser_of(pipe)
+    counter = MacCounter(denoiser)
     with frozen(denoiser), attached({denoiser: counter}):
         run()
     return counter.macs

@@ -209,3 +209,24 @@ def test_free_u_writes_into_what_may_be_stored() -> None:
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.1, b2=1.2)
     with pytest.raises(stepmask.StepmaskError, match="changes in place"):
         stepmask.trace(pipe, stepmask.record(pipe, **call))
+
+
+def test_a_server_that_runs_in_inference_mode_throughout() -> None:
+    pipe, call = make("StableDiffusionPipeline")
+    run = stepmask.record(pipe, **call)
+    schedule = random_table(pipe, run)
+    with stepmask.apply(pipe, schedule):
+        expected = sample(pipe, call)
+    swept = stepmask.sweep(pipe, run, graph=schedule.graph, probes=1, ages=2).inner
+    with torch.inference_mode():
+        inside = stepmask.record(pipe, **call)
+        assert stepmask.trace(pipe, inside) == schedule.graph
+        with stepmask.apply(pipe, schedule):
+            assert torch.equal(sample(pipe, call), expected)
+            assert torch.equal(sample(pipe, call), expected)
+        report = stepmask.evaluate(pipe, schedule, seed=[1], repeats=1, **call)
+        assert np.array_equal(stepmask.sweep(pipe, inside, graph=schedule.graph, probes=1, ages=2).inner, swept)
+    again = stepmask.evaluate(pipe, schedule, seed=[1], repeats=1, **call)
+    assert report["schedule"].latent_errors == again["schedule"].latent_errors
+    with stepmask.apply(pipe, schedule):
+        assert torch.equal(sample(pipe, call), expected)

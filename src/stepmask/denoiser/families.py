@@ -12,6 +12,7 @@ from torch import nn
 
 from stepmask.denoiser.regions import modules_by_name, unwrapped
 from stepmask.denoiser.repeated import largest_parts, repeated_blocks, sublayers
+from stepmask.denoiser.split import is_split
 from stepmask.errors import NoSuchBlock, TraceError
 from stepmask.schedule.fingerprint import DenoiserFingerprint
 from stepmask.schedule.graph import Reuse
@@ -151,17 +152,50 @@ def casts_weights(denoiser: nn.Module) -> bool:
     return any(found is not None and found.get_hook("layerwise_casting") is not None for found in registries)
 
 
+def splits_tokens(denoiser: nn.Module) -> bool:
+    """Whether diffusers splits tokens between processes (context parallel), so that each sees a part of them."""
+    config = getattr(unwrapped(denoiser), "_parallel_config", None)
+    return getattr(config, "context_parallel_config", None) is not None
+
+
+def splits_layers(denoiser: nn.Module) -> bool:
+    """Whether single layers are split between processes (tensor parallel); weights in FSDP's shards are not meant."""
+    shares: list[Any] = [weight for weight in denoiser.parameters() if is_split(weight)]
+    if any(sum(placement.is_shard() for placement in share.placements) > 1 for share in shares):
+        return True
+    return bool(shares) and not any(
+        map(is_fsdp, (cls for module in denoiser.modules() for cls in type(module).__mro__))
+    )
+
+
 def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:
-    """A denoiser's class and public configuration; a plain module is known by its number of parameters."""
+    """A denoiser's class and public configuration; a plain module is known by its number of parameters.
+
+    How weights are held is no part of it: whole, quantised or in shards, it is the same denoiser.
+    """
     denoiser = unwrapped(denoiser)
-    class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not _is_fsdp(cls))
+    class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not is_fsdp(cls))
     config = getattr(denoiser, "config", None)
     if not isinstance(config, Mapping):
-        return DenoiserFingerprint(class_name, {"parameters": sum(p.numel() for p in denoiser.parameters())})
-    return DenoiserFingerprint(class_name, {k: _plain(v) for k, v in config.items() if not k.startswith("_")})
+        count = _parameters(denoiser)
+        return DenoiserFingerprint(class_name, {} if count is None else {"parameters": count})
+    public = {key: value for key, value in config.items() if not key.startswith("_") and key not in _HOLDING}
+    return DenoiserFingerprint(class_name, {key: _plain(value) for key, value in public.items()})
 
 
-def _is_fsdp(cls: type[Any]) -> bool:
+_HOLDING = ("quantization_config",)
+"""What a configuration says of how weights are held."""
+
+
+def _parameters(denoiser: nn.Module) -> int | None:
+    """The number of a module's parameters; `None` where it does not show, for weights are packed (4 bits, GGUF)."""
+    is_packed = any(not (p.is_floating_point() or p.is_complex()) for p in denoiser.parameters())
+    if is_packed or any(hasattr(module, "_packed_params") for module in denoiser.modules()):
+        return None
+    return sum(p.numel() for p in denoiser.parameters())
+
+
+def is_fsdp(cls: type[Any]) -> bool:
     """Whether a class is FSDP's, or one that `fully_shard` made of a module's own."""
     return "FSDPModule" in (cls.__name__, *(base.__name__ for base in cls.__bases__))
 

@@ -1,9 +1,10 @@
 """Modes of torch around a call, gradients, inference mode and autocast: what is recorded must not depend on them."""
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -64,6 +65,115 @@ def without_inference_mode() -> Iterator[None]:
     gradients = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(gradients):  # the first would switch them on
         yield
+
+
+@contextmanager
+def gradients_throughout() -> Iterator[None]:
+    """Gradients stay on in this thread, whatever the code inside says: `no_grad`, `inference_mode`, `set_grad_enabled`.
+
+    Pipelines and loops that sample say so of themselves, often of each part, and it is theirs that is differentiated.
+    What runs inside `as_told` is not meant; and where gradients are off around the context, nothing changes.
+    """
+    if not torch.is_grad_enabled():
+        yield
+        return
+    with _SWITCHES.held(), _thread_keeps(True):
+        yield
+
+
+@contextmanager
+def as_told() -> Iterator[None]:
+    """Gradients as the code inside says, also within `gradients_throughout`."""
+    with _thread_keeps(False):
+        yield
+
+
+class _Thread(threading.local):
+    """Whether this thread keeps gradients on."""
+
+    keeps = False
+
+
+_THREAD = _Thread()
+
+
+@contextmanager
+def _thread_keeps(gradients: bool) -> Iterator[None]:
+    before, _THREAD.keeps = _THREAD.keeps, gradients
+    try:
+        yield
+    finally:
+        _THREAD.keeps = before
+
+
+class _Switches:
+    """torch's switches of gradients; while a thread holds them, those that keep gradients on find them without effect.
+
+    What a switch puts back when its context ends is what it found, as ever.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.holders = 0
+        self.own: dict[tuple[type, str], Callable[..., None]] = {}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """As long as the context lasts, in any number of threads."""
+        with self.lock:
+            self.holders += 1
+            if self.holders == 1:
+                self._replace()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.holders -= 1
+                if self.holders == 0:
+                    self._put_back()
+
+    def _replace(self) -> None:
+        for switch, method, instead in (
+            (torch.no_grad, "__enter__", _then_on),
+            (torch.set_grad_enabled, "__init__", _then_on),
+            (torch.set_grad_enabled, "__enter__", _then_on),
+            (torch.inference_mode, "__enter__", _without_inference),
+        ):
+            own = vars(switch)[method]
+            self.own[switch, method] = own
+            setattr(switch, method, _as_method(partial(instead, own)))
+
+    def _put_back(self) -> None:
+        for (switch, method), own in self.own.items():
+            setattr(switch, method, own)
+        self.own.clear()
+
+
+_SWITCHES = _Switches()
+
+
+def _as_method(function: Callable[..., None]) -> Callable[..., None]:
+    def method(switch: Any, *args: Any, **kwargs: Any) -> None:
+        function(switch, *args, **kwargs)
+
+    return method
+
+
+def _then_on(own: Callable[..., None], switch: Any, *args: Any, **kwargs: Any) -> None:
+    """What the switch does, and gradients on again where this thread keeps them."""
+    own(switch, *args, **kwargs)
+    if _THREAD.keeps:
+        torch._C._set_grad_enabled(True)
+
+
+def _without_inference(own: Callable[..., None], switch: Any) -> None:
+    """What `inference_mode` does, and where this thread keeps gradients what `inference_mode(False)` does."""
+    told = switch.mode
+    switch.mode = told and not _THREAD.keeps
+    try:
+        own(switch)
+    finally:
+        switch.mode = told
 
 
 @contextmanager

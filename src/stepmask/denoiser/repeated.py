@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from stepmask.denoiser.quantised import is_linear
 from stepmask.denoiser.regions import unwrapped
 
 Kinds = set[type[nn.Module]]
@@ -95,7 +96,7 @@ def sublayers(denoiser: nn.Module, block: str) -> list[str]:
     parts = dict(unwrapped(denoiser.get_submodule(block)).named_children())
     inside = {name: part for name, part in parts.items() if _is_sublayer(name)}
     others = [part for name, part in parts.items() if name not in inside and not _is_any(name, BESIDE)]
-    has_projections = any(isinstance(part, nn.Linear) for part in parts.values())
+    has_projections = any(is_linear(part) for part in parts.values())
     if has_projections or _weights(others) > MOST_BESIDE * _weights(inside.values()):
         return []
     return [f"{block}.{name}" for name in inside]

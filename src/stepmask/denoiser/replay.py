@@ -14,6 +14,7 @@ from stepmask.denoiser.held import private_copy
 from stepmask.denoiser.modes import beside_graphs, refuse_tracing, usable
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.seam import SLOT, Hook, Slot
+from stepmask.denoiser.split import MAKE_PLAIN, PLAIN_OUTPUT, is_split
 from stepmask.denoiser.unread import refuse_unread
 from stepmask.denoiser.values import (
     each,
@@ -55,6 +56,8 @@ class Values:
         run = self.run
         column = self.column
         refuse_unread(output, self.block.label)
+        if type(output) is not Tensor:
+            self._refuse_parts(output)
         self._stand_in(output)
         if not (cell.keeps or cell.weights):
             run.free(column, 0)
@@ -66,6 +69,19 @@ class Values:
             output = to_output(self.block.reuse, blend, args, kwargs)
         self._store(cell, value)
         return output
+
+    def _refuse_parts(self, output: Any) -> None:
+        """Refuse an output that is split between processes.
+
+        Raises:
+            RunError: It is.
+        """
+        if any(map(is_split, tensors(output))):
+            raise RunError(
+                given=f"block {self.block.label!r}, which answers with a DTensor",
+                expected=PLAIN_OUTPUT,
+                advice=MAKE_PLAIN,
+            )
 
     def keep(self, cell: Cell, value: Any) -> None:
         """Store what was computed inside a compiled region, if a later step reads it."""
@@ -165,7 +181,24 @@ class MaskedBlock(Values, Hook):
                 expected="an input that stays as it is, for what is stored is the output without it",
                 advice="Trace with these inputs, or reuse the block by its output: blocks={name: 'output'}",
             )
+        self._check_delta(output, given)
         return self.compute(cell, output, args, kwargs)
+
+    def _check_delta(self, output: Any, given: Tensor) -> None:
+        """Refuse an output that is not its input and something on top, as it was in the trace.
+
+        Raises:
+            RunError: It has another shape.
+        """
+        if isinstance(output, Tensor) and output.shape == given.shape:
+            return
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise RunError(
+            given=f"block {self.block.label!r}, which answers {shape} to an input of shape {tuple(given.shape)}",
+            expected="an output of its input's shape, as when it was traced, for it is reused as what it adds to that",
+            advice="If its layers are split between processes now, trace with blocks={name: 'output'}, or mask the "
+            "module around the split ones",
+        )
 
 
 class MaskedFeeder(Hook):

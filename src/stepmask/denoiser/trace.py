@@ -20,8 +20,10 @@ from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, is_known
 from stepmask.denoiser.modes import autocast_as, uncompiled, unfused_attention
 from stepmask.denoiser.proof import AnotherPath, check_against_record
+from stepmask.denoiser.quantised import quantised_counted
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import Hook, attached_by_name, frozen
+from stepmask.denoiser.shards import gathered_unseen
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import tensors
 from stepmask.errors import TraceError
@@ -76,7 +78,8 @@ def trace(
 
     Returns:
         The graph, the denoiser itself as its last block. MACs are half of `torch.utils.flop_counter`'s FLOPs, with
-        attention's two matrix products and both halves of a guided batch; element-wise work is not counted.
+        attention's two matrix products and both halves of a guided batch; element-wise work is not counted, and
+        quantised layers count as whole ones.
 
     Raises:
         NoSuchBlock: A pattern matches no module.
@@ -232,6 +235,8 @@ class _Tracer:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(unfused_attention())
             stack.enter_context(_no_warning_of_global_hooks())
+            stack.enter_context(gathered_unseen(denoiser))
+            stack.enter_context(quantised_counted(denoiser, recorder.flops))
             stack.enter_context(recorder.flops)
             stack.enter_context(Flow(recorder))
             output = call.evaluate(denoiser)

@@ -121,13 +121,13 @@ class Contender:
         run = self.run(seed)
         if not self.counted:
             return run
-        counter = MacCounter()
+        counters = {denoiser: MacCounter(denoiser) for denoiser in self.sampling.denoisers}
         with ExitStack() as stack:
-            for denoiser in self.sampling.denoisers:
+            for denoiser in counters:
                 stack.enter_context(frozen(denoiser))  # torch's counter hooks what requires gradients
-            stack.enter_context(attached(dict.fromkeys(self.sampling.denoisers, counter)))
+            stack.enter_context(attached(counters))
             self.run(seed)
-        return replace(run, computed_macs=counter.macs)
+        return replace(run, computed_macs=sum(counter.macs for counter in counters.values()))
 
     def fidelity(self, run: Run, reference: Run) -> Fidelity:
         """What a run of it is like, next to one of the reference with the same seed."""
