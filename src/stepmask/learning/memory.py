@@ -52,9 +52,7 @@ def predict(
     return peak + kept * (min(ages, trajectory.steps - 1) * branches) + stored
 
 
-def _for_real(
-    denoiser: nn.Module, call: Call, watch: Callable[[nn.Module, Call], tuple[int, int]]
-) -> tuple[int, int]:
+def _for_real(denoiser: nn.Module, call: Call, watch: Callable[[nn.Module, Call], tuple[int, int]]) -> tuple[int, int]:
     """What `watch` sees of the denoiser itself, which draws no numbers from the caller's generator."""
     with torch.random.fork_rng(), uncompiled():
         return watch(denoiser, call)
