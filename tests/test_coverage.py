@@ -1,4 +1,7 @@
-"""Every denoiser class at a tiny size: traced, masked and learned for; and the page that says what is covered."""
+"""Every denoiser class at a tiny size: traced, masked and learned for; and the page that says what is covered.
+
+`make slow` runs the default learner on all of them.
+"""
 
 import re
 from functools import lru_cache
@@ -7,6 +10,7 @@ from typing import get_args
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 import stepmask
@@ -16,6 +20,8 @@ from promises import check_promises
 from situations import SITUATIONS
 from stepmask import Trajectory
 from stepmask.denoiser.families import FAMILIES, Granularity
+from stepmask.learning.chain import loss_and_gradients
+from stepmask.learning.objective import relative_error
 from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
@@ -35,6 +41,10 @@ NOT_COVERED = {
     "first step fills a key-value cache",
 }
 """Classes of diffusers that look like the others."""
+
+LEARNED = ("UNet1DModel", "MochiTransformer3DModel", "HunyuanVideoTransformer3DModel")
+"""What the default learner learns for in `make test`, besides the pipelines of test_pipelines.py: it asks nothing of a
+class that a sweep, a training step and masked runs do not."""
 
 every_granularity = pytest.mark.parametrize("granularity", get_args(Granularity))
 
@@ -61,7 +71,25 @@ def test_masks_keep_their_promises(name: str, granularity: Granularity) -> None:
     check_promises(*recorded(name), graph_of(name, granularity))
 
 
+def test_a_sweep_s_schedule_can_be_trained(name: str) -> None:
+    """What a learner asks of a class: gradients of all blocks, of the reference run and of a masked one."""
+    denoiser, trajectory = recorded(name)
+    schedule = stepmask.sweep(denoiser, trajectory, graph=graph_of(name, "sublayer"), probes=1).schedule(0.7)
+    assert lower(schedule).macs_share <= 0.7
+
+    weights = torch.tensor(schedule.forecasts, dtype=torch.float32)
+    reference = trajectory.sampled.latent
+    loss, gradients = loss_and_gradients(trajectory, schedule, weights, lambda x: relative_error(x, reference))
+    assert 0 < loss < torch.inf
+    assert 0 < float(gradients.square().sum()) < torch.inf
+
+    with stepmask.apply(denoiser, schedule), torch.no_grad():
+        assert float(relative_error(trajectory.sampling().latent, reference)) == pytest.approx(loss, rel=1e-3)
+
+
 def test_a_schedule_is_learned(name: str) -> None:
+    if name not in LEARNED and settings().max_examples <= 100:
+        pytest.skip("make slow")
     denoiser, trajectory = recorded(name)
     learner, graph = TrainedForecasts(passes=1.2), graph_of(name, "sublayer")
     schedule = stepmask.learn(denoiser, trajectory, budget=0.7, learner=learner, graph=graph)
@@ -111,9 +139,10 @@ diffusers 0.42.
 ## Denoisers
 
 Each is traced, run with nothing masked (bitwise as it is without), run under a random table (what is computed and
-stored is what the plan says, to the byte) and learned for; afterwards it is as it was. Blocks are counted at the tiny
-size, the denoiser itself included. *Delta* blocks answer their input plus what they added earlier, the others what they
-said earlier.
+stored is what the plan says, to the byte) and learned for (a sweep's table, and gradients to train it; three of them,
+and the pipelines below, by the default learner); afterwards it is as it was. Blocks are counted at the tiny size, the
+denoiser itself included. *Delta* blocks answer their input plus what they added earlier, the others what they said
+earlier.
 
 | denoiser | found by | blocks | of them delta | sublayers |
 |---|---|---|---|---|
