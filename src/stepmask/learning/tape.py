@@ -137,6 +137,8 @@ class Tape:
         """
         if given.is_inference():
             return copied(given)
+        version: int | None
+        own: Tensor
         version, own = self.own.get(given, (None, given))
         if version != given._version:
             copy = given.clone()
