@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from results import FOLDER, alone, kept, save
+from serving_clients import POLL_S
 from stepmask import MaskSchedule, Tiers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -99,7 +100,7 @@ def directly(pool: Pool, asked: list[Asked]) -> tuple[float, Digests]:
         if cancel is None:
             return hashlib.sha256(job.drawn.result().encoded("npy")).hexdigest()
         while pool.state(job.order.id) != "running":
-            time.sleep(0.01)
+            time.sleep(POLL_S)
         pool.cancel(job.order.id)
         try:
             job.drawn.result()
@@ -157,6 +158,7 @@ def measure(server: Server, port: int, right: Digests) -> dict[str, Any]:
     cpu_seconds = dict.fromkeys(ways, 0.0)
     wrong = 0
     memory = []
+    directly(server.pool, orders(CLIENTS))  # to warm up
     for turn, first in enumerate(range(0, REQUESTS, PART)):
         part = slice(first, first + PART)
         for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:

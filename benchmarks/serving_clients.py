@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-POLL_S = 0.01
+POLL_S = 0.1
 
 
 def asked(port: int, method: str, path: str, body: Any = None) -> http.client.HTTPConnection:
