@@ -138,6 +138,8 @@ timesteps work too.
 Before and after a schedule is applied:
 
 {besides}
+- ControlNets of U-Nets and transformers (SD, SD3, FLUX; several, guess mode, `control_guidance_end`): called where they
+  are read, with their MACs counted
 - `compile_repeated_blocks`, `torch.compile` of the denoiser or of blocks, accelerate's `compile_regions`
 
 Weights may change their dtype, and calls their batch size and resolution, between two runs. Pipelines in threads of

@@ -14,7 +14,7 @@ from stepmask.denoiser.run import Run
 from stepmask.denoiser.seam import Hook, attach, attach_traced, detach, detach_traced
 from stepmask.denoiser.unread import Unread
 from stepmask.errors import ScheduleMismatch
-from stepmask.schedule.graph import BlockGraph
+from stepmask.schedule.graph import BESIDE, BlockGraph
 
 
 class Placement:
@@ -132,7 +132,8 @@ class MaskedNetwork:
         *blocks, own = graph.blocks
         self.blocks = [MaskedBlock(run, column, block) for column, block in enumerate(blocks)]
         self.own = MaskedDenoiser(run, self.blocks, own, parameters_of(denoiser), network=number, order=order)
-        feeders = {name: MaskedFeeder(run, columns) for name, columns in graph.fed.items()}
+        feeders = {name: MaskedFeeder(run, columns) for name, columns in graph.fed.items()
+                    if not name.startswith(BESIDE)}  # fmt: skip
         self.placement = Placement(denoiser, run, self.blocks, feeders, self.own)
 
     def follow(self, denoiser: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.device import device_of
+from stepmask.denoiser.families import companions_of
 from stepmask.denoiser.identity import digest
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.runtime import apply
@@ -123,9 +124,10 @@ class Contender:
             return run
         counter = MacCounter()
         with ExitStack() as stack:
-            for denoiser in self.sampling.denoisers:
-                stack.enter_context(frozen(denoiser))  # torch's counter hooks what requires gradients
-            stack.enter_context(attached(dict.fromkeys(self.sampling.denoisers, counter)))
+            networks = [*self.sampling.denoisers, *companions_of(self.sampling.pipe).values()]
+            for network in networks:
+                stack.enter_context(frozen(network))  # torch's counter hooks what requires gradients
+            stack.enter_context(attached(dict.fromkeys(networks, counter)))
             self.run(seed)
         return replace(run, computed_macs=counter.macs)
 

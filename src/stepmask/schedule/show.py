@@ -48,7 +48,7 @@ def summary(schedule: MaskSchedule) -> str:
     counted = f"{plan.macs_share:.1%} of the MACs ({1 / plan.macs_share:.2f}× fewer), " if plan.macs_share else ""
     cells = plan.computed[:, :-1] if len(graph) > 1 else plan.computed
     return (
-        f"{_origin(schedule)} for {schedule.denoiser.class_name} with {schedule.sampler.class_name or 'a plain loop'}, "
+        f"{_origin(schedule)} for {schedule.denoised_by} with {schedule.sampler.class_name or 'a plain loop'}, "
         f"{schedule.steps} steps\n"
         f"{len(graph) - 1} blocks, reused {how}\n"
         f"computes {counted}{time}{np.mean(cells):.0%} of the cells{blended}\n"
