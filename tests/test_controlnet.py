@@ -1,8 +1,10 @@
 """ControlNets beside their denoisers: called where their answers are read, counted where the denoiser runs, told."""
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,9 +18,11 @@ from torch import nn
 import stepmask
 from denoisers import BATCH, denoiser, stirred, tokens
 from pipelines import GUIDED, LATENT, POOLED, autoencoder, control_net, stable_diffusion
+from stepmask.denoiser.proof import check_against_record
 from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.unread import Unread
-from stepmask.errors import RunError, ScheduleMismatch
+from stepmask.errors import RunError, ScheduleMismatch, TraceError
+from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.graph import BESIDE, Block, BlockGraph
 from stepmask.schedule.rectify import lower
@@ -43,7 +47,7 @@ def of_several() -> Any:
 def of_sd3() -> Any:
     coders = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
     transformer = denoiser("SD3Transformer2DModel")
-    control = stirred(diffusers.SD3ControlNetModel.from_transformer(transformer, num_layers=1))
+    control = stirred(diffusers.SD3ControlNetModel.from_transformer(transformer, 1, num_extra_conditioning_channels=0))
     parts = (transformer, FlowMatchEulerDiscreteScheduler(), autoencoder())
     pipe = diffusers.StableDiffusion3ControlNetPipeline(*parts, **coders, controlnet=control)
     sizes = {"height": 8, "width": 8}
@@ -54,8 +58,9 @@ def of_flux() -> Any:
     """With guidance in two calls of the transformer, which share one of the ControlNet."""
     coders = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2")}
     transformer = denoiser("FluxTransformer2DModel")
-    sizes = {"num_layers": 1, "num_single_layers": 1}
-    control = stirred(diffusers.FluxControlNetModel(**{**transformer.config, **sizes}))
+    same = {name: transformer.config[name] for name in inspect.signature(diffusers.FluxControlNetModel).parameters
+            if name in transformer.config}  # fmt: skip
+    control = stirred(diffusers.FluxControlNetModel(**{**same, "num_layers": 1, "num_single_layers": 1}))
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = diffusers.FluxControlNetPipeline(
         scheduler, autoencoder(1), transformer=transformer, controlnet=control, **coders
@@ -78,13 +83,13 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 @cache
 def traced(kind: str) -> tuple[Any, dict[str, Any], MaskSchedule]:
-    """A pipeline, its call, and the table that computes everything, proven."""
+    """A pipeline, its call, and the table that computes everything; proven for one of each kind of reader."""
     torch.manual_seed(0)
     pipe, call = KINDS[kind]()
     pipe.set_progress_bar_config(disable=True)
     call = {**call, **LATENT, "num_inference_steps": STEPS}
     trajectory = stepmask.record(pipe, **call)
-    graph = stepmask.trace(pipe, trajectory)
+    graph = stepmask.trace(pipe, trajectory, prove=kind in ("guess mode", "SD3", "FLUX, two calls"))
     return pipe, call, MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
 
 
@@ -188,6 +193,13 @@ class TestUNet:
             sample(pipe, call)
         assert len(calls) == 2
 
+    def test_a_graph_that_forgets_a_reader_is_refused(self) -> None:
+        pipe, call, reference = traced("one")
+        first, *others = uncompanioned(reference).graph.blocks
+        wrong = BlockGraph((replace(first, feeders=(*first.feeders, f"{BESIDE}controlnet")), *others))
+        with pytest.raises(TraceError, match="that nothing but masked blocks read"):
+            check_against_record(stepmask.record(pipe, **call), wrong)
+
 
 class TestTransformer:
     def test_the_stream_carries_it_to_the_output(self) -> None:
@@ -282,12 +294,12 @@ class TestCalls:
                 assert torch.equal(pipe.controlnet(latents, 1, **told, return_dict=False)[1], expected)
 
     def test_what_is_skipped_cannot_be_read(self) -> None:
-        """A loop that looks at the residuals is refused at a reused step, whoever traced it."""
+        """A loop that looks at the residuals is refused at a reused step."""
         pipe, call, reference = traced("one")
         seen: list[float] = []
-        with stepmask.apply(pipe, of_steps(reference, {0})):
-            with attached({pipe.unet: _Looks(seen)}), pytest.raises(RunError, match="read by"):
-                sample(pipe, call)
+        looks = attached({pipe.unet: _Looks(seen)})
+        with pytest.raises(RunError, match="read by"), stepmask.apply(pipe, of_steps(reference, {0})), looks:
+            sample(pipe, call)
         assert len(seen) == 1
 
     def test_a_masked_run_is_recorded_with_all_of_its_answers(self) -> None:
@@ -321,10 +333,11 @@ class TestCalls:
 
 
 def test_a_schedule_is_learned(caplog: pytest.LogCaptureFixture) -> None:
-    pipe, call, reference = traced("that ends")
+    pipe, call, reference = traced("SD3")
     caplog.set_level(logging.WARNING)
     trajectory = stepmask.record(pipe, **call)
-    schedule = stepmask.learn(pipe, trajectory, budget=0.7, graph=reference.graph)
+    learner = TrainedForecasts(passes=1.2)
+    schedule = stepmask.learn(pipe, trajectory, budget=0.7, learner=learner, graph=reference.graph)
     assert lower(schedule).macs_share <= 0.7
     with stepmask.apply(pipe, schedule), counted(pipe.controlnet) as calls:
         assert torch.isfinite(sample(pipe, call)).all()

@@ -56,9 +56,9 @@ def _seen(trajectory: Trajectory, name: str, module: nn.Module) -> Companion | N
     companion = _Poisoned(denoiser)
     sampling = trajectory.sampling
     try:
-        with attached({**dict.fromkeys(sampling.denoisers, denoiser), module: companion}), frozen(module):
-            with torch.no_grad():
-                sampling.latent()
+        hooks = {**dict.fromkeys(sampling.denoisers, denoiser), module: companion}
+        with attached(hooks), frozen(module), torch.no_grad():
+            sampling.latent()
     except Exception as error:  # whatever it is: then it cannot be told who reads the network
         log.warning("The %s of this pipeline is called at every step, and not counted: %s", name, error)
         return None

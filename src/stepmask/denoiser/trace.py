@@ -61,8 +61,10 @@ def trace(
     What a trace may miss, the proof finds: the recorded sampling is run once with all blocks computed, but for those
     that nobody reads, and under a random table, with what nobody reads left out and without. The numbers must be the
     same, evaluation by evaluation. Some recorded calls are evaluated in the opposite order, which finds counters.
-    All that costs about two samplings and eight evaluations. A ControlNet that the pipeline calls beside its denoiser is
-    found by repeating the run without the denoiser: who reads it, and its MACs, which count among the denoiser's own.
+    All that costs about two samplings and eight evaluations.
+
+    A ControlNet that the pipeline calls beside its denoiser is found by repeating the run without the denoiser: who
+    reads it, and its MACs, which count among the denoiser's own.
 
     Args:
         pipe: A pipeline, or the denoiser itself.
