@@ -175,6 +175,8 @@ Recorded, learned for by every learner, masked and measured; all-compute is bitw
 Before and after a schedule is applied:
 
 {besides}
+- ControlNets of U-Nets and transformers (SD, SD3, FLUX; several, guess mode, `control_guidance_end`): called where they
+  are read, with their MACs counted
 - `compile_repeated_blocks`, `torch.compile` of the denoiser or of blocks, accelerate's `compile_regions`
 - FSDP2 (`fully_shard`), tensor parallel (`parallelize_module`), context parallel of diffusers (`enable_parallelism`,
   Ulysses), in two processes on a CPU

@@ -300,7 +300,8 @@ class Recorder:
         reads = {*self.read(output), *self.read_by_denoiser}
         in_order = tuple(name for name in order if name in reads)
         shapes = tuple(tuple(tensor.shape) for tensor in tensors(output))
-        return BlockGraph((*blocks, Block(DENOISER, in_order, "output", glue, shapes, size(output))))
+        own = Block(DENOISER, in_order, "output", glue, shapes, size(output), feeders=self.feeders.of_denoiser())
+        return BlockGraph((*blocks, own))
 
     def writes_to(self, tensor: Tensor) -> bool:
         """Whether the block that has just run changed a tensor in place."""

@@ -75,6 +75,9 @@ _FF_CALLED_TWICE = _at_both({"transformer_blocks.*": None})
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Where diffusers pipelines keep them. Several take turns (Wan 2.2) or make up a step together (Ideogram 4)."""
 
+COMPANIONS = ("controlnet",)
+"""Where diffusers pipelines keep networks that they call before the denoiser at every step, and hand it the answers."""
+
 FAMILIES: dict[str, dict[Granularity, Patterns]] = {
     "CogView4Transformer2DModel": _FF_CALLED_TWICE,
     "DiTTransformer2DModel": _TRANSFORMER,
@@ -125,6 +128,15 @@ def denoisers_of(pipe: Any) -> tuple[nn.Module, ...]:
     if any(other != first for other in others):
         raise _no_denoiser(pipe, f"denoisers that are not alike: {' and '.join(found)}")
     return networks
+
+
+def companions_of(pipe: Any) -> dict[str, nn.Module]:
+    """The networks that a pipeline has beside its denoiser, by the names of its attributes; of a plain module none."""
+    if isinstance(pipe, nn.Module):
+        return {}
+    found = {name: part for name in COMPANIONS if isinstance(part := getattr(pipe, name, None), nn.Module)}
+    inside = {id(module) for denoiser in denoisers_of(pipe) for module in denoiser.modules()} if found else set()
+    return {name: part for name, part in found.items() if id(unwrapped(part)) not in inside}
 
 
 def _no_denoiser(pipe: Any, what: str) -> TraceError:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -27,6 +28,7 @@ class Feeders:
 
     def __init__(self) -> None:
         self.reached: dict[str, set[str]] = {}  # module -> the blocks that its output reaches
+        self.beside: set[str] = set()  # those of them whose outputs the denoiser is given
         self.elsewhere: set[str] = set()  # modules that do more than that, or are called twice
         self.makers: dict[int, frozenset[str]] = {}  # id of a tensor -> the modules that it was made from
         self.alive: list[Tensor] = []  # keeps ids from being used again
@@ -37,6 +39,13 @@ class Feeders:
         """What stands in front of every module that has no part in a block, by name."""
         names = (name for name in modules_by_name(denoiser) if name)
         return {name: TracedFeeder(self, name) for name in names if not any(_related(name, block) for block in blocks)}
+
+    def give(self, network: str, value: Any) -> None:
+        """The denoiser is given what a network beside it has answered."""
+        if next(tensors(value), None) is not None:
+            self.beside.add(network)
+            self.reached[network] = set()
+            self._mark(value, frozenset({network}))
 
     def enter(self, module: str) -> None:
         """A module outside all blocks is called."""
@@ -54,7 +63,9 @@ class Feeders:
     def follow(self, operation: Any, arguments: Any, output: Any, changed: list[Tensor]) -> None:
         """An operation outside all blocks."""
         makers = self._made_from(arguments)
-        if not keeps_unread(operation):
+        if operation is torch.ops.aten.cat.default:  # of a skip connection: worth it only for a whole network
+            self.elsewhere |= makers - self.beside
+        elif not keeps_unread(operation):
             self.elsewhere |= makers
         self._need_hidden(arguments)
         self._note_writes(changed)
@@ -108,6 +119,10 @@ class Feeders:
             for name in alone
             if block in self.reached[name] and not any(name.startswith(f"{other}.") for other in alone)
         )
+
+    def of_denoiser(self) -> tuple[str, ...]:
+        """The networks beside the denoiser that do not feed blocks alone."""
+        return tuple(sorted(name for name in self.beside if name in self.elsewhere or not self.reached[name]))
 
     def _made_from(self, value: Any) -> frozenset[str]:
         return frozenset[str]().union(*(self.makers.get(id(tensor), frozenset()) for tensor in tensors(value)))

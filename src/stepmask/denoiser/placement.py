@@ -21,7 +21,7 @@ from stepmask.denoiser.replay import MaskedBlock, MaskedDenoiser, MaskedFeeder, 
 from stepmask.denoiser.run import Run
 from stepmask.denoiser.seam import Hook, attach, attach_traced, detach, detach_traced, has_other_forward, hooks_of
 from stepmask.errors import RunError, ScheduleMismatch
-from stepmask.schedule.graph import BlockGraph
+from stepmask.schedule.graph import BESIDE, BlockGraph
 
 
 class Placement:
@@ -179,7 +179,8 @@ class MaskedNetwork:
         *blocks, own = graph.blocks
         self.blocks = [MaskedBlock(run, column, block) for column, block in enumerate(blocks)]
         self.own = MaskedDenoiser(run, self.blocks, own, parameters_of(denoiser), number)
-        feeders = {name: MaskedFeeder(run, columns) for name, columns in graph.fed.items()}
+        inside = {name: columns for name, columns in graph.fed.items() if not name.startswith(BESIDE)}
+        feeders = {name: MaskedFeeder(run, columns) for name, columns in inside.items()}
         self.placement = Placement(denoiser, run, self.blocks, feeders, self.own)
         self.own.at_missing = self.placement.refuse_if_lost
 

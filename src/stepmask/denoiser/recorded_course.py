@@ -171,7 +171,11 @@ def _form_differs(run: Evaluated, before: int, now: int) -> bool:
     for name in {*one, *other}:
         if _mode(one.get(name)) != _mode(other.get(name)):
             return True
-        first, second = _shapes(one.get(name), rows[0]), _shapes(other.get(name), rows[1])
+        pair = one.get(name), other.get(name)
+        if all(isinstance(value, list) and len(value) == count for value, count in zip(pair, rows, strict=True)):
+            first, second = map(_kinds, pair)
+        else:
+            first, second = _shapes(pair[0], rows[0]), _shapes(pair[1], rows[1])
         if first and second and first != second:  # what is given at some steps only has no other shape
             return True
     return False
@@ -186,10 +190,13 @@ def _mode(value: Any) -> Any:
     return None if is_plain or len(leaves) != 1 or leaves[0] is not value else type(value)
 
 
+def _kinds(latents: Any) -> Any:
+    """The shapes of latents in a list, one for each row of the batch."""
+    return {tuple(tensor.shape) for tensor in tensors(latents)}
+
+
 def _shapes(value: Any, rows: int) -> Any:
-    """The shapes of the tensors in a value but for the rows of its batch; of latents in a list their kinds."""
-    if isinstance(value, list) and len(value) == rows:
-        return {tuple(tensor.shape) for tensor in tensors(value)}
+    """The shapes of the tensors in a value but for the rows of its batch."""
     found = [tuple(tensor.shape) for tensor in tensors(value)]
     return [(shape[0] // rows, *shape[1:]) if shape and not shape[0] % rows else shape for shape in found]
 

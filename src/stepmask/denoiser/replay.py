@@ -220,7 +220,7 @@ class MaskedFeeder(Hook):
             batch, unread = self.unread[run.branch]
             return rebuilt(run.batch.part_of(unread, batch))
         output = call(*args, **kwargs)
-        if run.begins:  # where everything is computed
+        if run.row and run.begins:  # where everything is computed
             self.unread[run.branch] = run.batch, each(run.stand_in, output)
         return output
 

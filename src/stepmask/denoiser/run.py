@@ -123,6 +123,23 @@ class Run:
         """Whether the present row computes anything at all."""
         return self.forwards[self.plan][self.step]
 
+    def will_compute(self, columns: Sequence[int]) -> bool:
+        """Whether what is left of a step, seen between evaluations, computes one of some blocks.
+
+        The denoiser's own glue runs where any block is computed. Outside of runs, and inside evaluations, nothing is
+        known that is not computed.
+
+        Args:
+            columns: Of the blocks.
+        """
+        if not self.running or self.row or self.thread not in (None, get_ident()):
+            return True
+        step, _ = self.order[self.evaluation]
+        plans = {branch % len(self.plans) for at, branch in self.order[self.evaluation :] if at == step}
+        if len(self.names) - 1 in columns:
+            return any(self.forwards[plan][step] for plan in plans)
+        return any(self.plans[plan].cells[step][column].action == "compute" for plan in plans for column in columns)
+
     def begin(self, rows: int, latents: Shapes, timestep: float | None, network: int = 0) -> None:
         """Turn to the row of the next evaluation.
 

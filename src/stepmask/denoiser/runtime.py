@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from torch import nn
 
-from stepmask.denoiser.families import denoisers_of, fingerprint_of, scheduler_of
+from stepmask.denoiser.companions import beside
+from stepmask.denoiser.families import companions_of, denoisers_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.other_caches import refuse_other_caches
 from stepmask.denoiser.placement import networks_of
 from stepmask.denoiser.refusals import (
@@ -57,15 +58,18 @@ def apply(pipe: Any, schedule: Given, *, tier: str | None = None, store: Store |
         store: Where stored values lie and in which dtype; `None` = as the blocks answered them.
 
     Raises:
-        ScheduleMismatch: The schedule is for another denoiser, or names blocks that are not there; or several are not
-            one for each branch, over the same blocks and sampler; or there is no such tier, or it has several tables
-            where no scheduler tells which one a run needs.
+        ScheduleMismatch: The schedule is for another denoiser, or names blocks that are not there; it was made with a
+            ControlNet, and the pipeline has none; or several are not one for each branch, over the same blocks and
+            sampler; or there is no such tier, or it has several tables where no scheduler tells which one a run needs.
         AlreadyApplied: The denoiser is masked, or cached by something else, already.
         RunError: The denoiser is compiled as a whole, and would need too many graphs; or something else has replaced
             the `forward` of a block inside a compiled region.
         InvalidStore: What the denoiser's device holds cannot be put into the store.
     """
-    return Masked(pipe, schedule, store or Store(), tier=tier)
+    masked = Masked(pipe, schedule, store or Store(), tier=tier)
+    for name in {*companions_of(pipe)} - {companion.name for companion in masked.beside}:
+        log.warning("The schedule was made without the %s: it is not skipped at any step, and not counted.", name)
+    return masked
 
 
 class Masked:
@@ -106,6 +110,7 @@ class Masked:
         self.steps: SetSteps | None = None  # to which the scheduler was set for the present run
         self.run = Run(self.plans, self.sampler, store, is_stepped=self.scheduler is not None)
         self.networks = networks_of(denoisers, self.run, schedule.graph)
+        self.beside = beside(pipe, self.run, schedule.graph)
         self._stack = self._put_on()
         self._is_on = True
         if self.scheduler is None:
@@ -141,6 +146,9 @@ class Masked:
             for network in self.networks:
                 stack.callback(network.placement.take_off)
                 network.placement.put()
+            for companion in self.beside:
+                stack.callback(companion.take_off)
+                companion.put()
             if self.scheduler is not None:
                 stack.enter_context(watched(self.scheduler, "set_timesteps", self._start))
                 stack.enter_context(watched(self.scheduler, "step", self._end_step))
@@ -257,12 +265,14 @@ class Masked:
         Raises:
             AlreadyApplied: Something else caches the denoiser by now.
             RunError: The denoiser was compiled as a whole, and would need too many graphs.
-            ScheduleMismatch: A block is not there any more.
+            ScheduleMismatch: A block is not there any more, or a network beside the denoiser.
         """
         self.run.stop()
         refuse_other_caches(self.pipe)
         for network in self.networks:
             network.placement.put()
+        for companion in self.beside:
+            companion.put()
         self.run.start()
 
     def stop(self) -> None:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.batch import Shapes, rows_of
 from stepmask.denoiser.call import Call
+from stepmask.denoiser.companions_seen import Companion, companions_seen
 from stepmask.denoiser.dataflow import Flow, Recorder, TracedBlock
 from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, is_known
@@ -28,7 +30,7 @@ from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import tensors
 from stepmask.errors import TraceError
 from stepmask.schedule.fingerprint import SamplerFingerprint
-from stepmask.schedule.graph import Block, BlockGraph, Reuse
+from stepmask.schedule.graph import BESIDE, Block, BlockGraph, Reuse
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,9 @@ def trace(
     same, evaluation by evaluation. Some recorded calls are evaluated in the opposite order, which finds counters.
     All that costs about two samplings and eight evaluations.
 
+    A ControlNet that the pipeline calls beside its denoiser is found by repeating the run without the denoiser: who
+    reads it, and its MACs, which count among the denoiser's own.
+
     Args:
         pipe: A pipeline, or the denoiser itself.
         example: What the denoiser is called with: a trajectory, or positional or keyword arguments.
@@ -96,7 +101,8 @@ def trace(
     run = example if isinstance(example, Trajectory) else None
     calls = (_call(example),) if run is None else run.calls
     sampler = SamplerFingerprint("", tuple(map(float, range(len(calls))))) if run is None else run.sampler
-    tracer = _Tracer(denoiser, found, sampler, are_named=blocks is not None)
+    beside = {} if run is None else companions_seen(run)
+    tracer = _Tracer(denoiser, found, sampler, beside, are_named=blocks is not None)
     are_guessed = blocks is None and not is_known(denoiser)
     with autocast_as(None if run is None else run.sampling.autocast):
         if are_guessed:
@@ -133,15 +139,23 @@ class _Tracer:
         denoiser: The denoiser.
         found: Its blocks, with the way that each is to be reused.
         sampler: Which step and branch each call is of.
+        beside: The networks beside the denoiser whose answers it is given, by name.
         are_named: Whether somebody asked for just these blocks.
     """
 
     def __init__(
-        self, denoiser: nn.Module, found: dict[str, Reuse | None], sampler: SamplerFingerprint, *, are_named: bool
+        self,
+        denoiser: nn.Module,
+        found: dict[str, Reuse | None],
+        sampler: SamplerFingerprint,
+        beside: Mapping[str, Companion],
+        *,
+        are_named: bool,
     ) -> None:
         self.denoiser = denoiser
         self.found = found
         self.sampler = sampler
+        self.beside = beside
         self.are_named = are_named
         self.traced: dict[int, BlockGraph] = {}
         self.rows: dict[int, int] = {}  # of the latent that each traced evaluation was given
@@ -149,7 +163,7 @@ class _Tracer:
 
     @property
     def graph(self) -> BlockGraph:
-        """What all traced calls show together."""
+        """What all traced calls show together, with the MACs of networks beside the denoiser among its own."""
         alike: dict[tuple[int, int], dict[int, BlockGraph]] = {}
         for index, graph in self.traced.items():
             step, branch = self.sampler.evaluations[index]
@@ -157,7 +171,14 @@ class _Tracer:
             alike.setdefault((branch, begun), {})[index] = graph
         for traced in alike.values():
             self._check_shapes(traced)
-        return _together({index: self.traced[index] for index in sorted(self.traced, key=self._is_unlike_most)})
+        graph = _together({index: self.traced[index] for index in sorted(self.traced, key=self._is_unlike_most)})
+        *blocks, own = graph.blocks
+        return BlockGraph((*blocks, replace(own, macs=own.macs + self._macs_beside)))
+
+    @property
+    def _macs_beside(self) -> int:
+        """Of the networks beside the denoiser, per evaluation."""
+        return sum(companion.macs for companion in self.beside.values())
 
     def _is_unlike_most(self, index: int) -> bool:
         """Whether an evaluation lacks a part of the batch, or is of a short beginning: a graph has others' sizes."""
@@ -193,7 +214,8 @@ class _Tracer:
             index: Which of the recorded ones it is.
         """
         try:
-            recorder, output = on_fakes(self.denoiser, call, self._watch) or self._watch(self.denoiser, call)
+            watch = partial(self._watch, index)
+            recorder, output = on_fakes(self.denoiser, call, watch) or watch(self.denoiser, call)
         except NotImplementedError as error:
             raise _not_followed_error(self.denoiser, error) from error
         missing = [name for name in self.found if name not in recorder.blocks]
@@ -223,9 +245,12 @@ class _Tracer:
             self.found = worth
             del self.traced[0]
 
-    def _watch(self, denoiser: nn.Module, call: Call) -> tuple[Recorder, Any]:
+    def _watch(self, index: int, denoiser: nn.Module, call: Call) -> tuple[Recorder, Any]:
         """One evaluation: what it showed, and its output."""
         recorder = Recorder(self.found, list(tensors((call.args, call.kwargs))))
+        leaves = pytree.tree_leaves((call.args, call.kwargs))
+        for name, companion in self.beside.items():
+            recorder.feeders.give(name, [leaves[place] for place in companion.places.get(index, ())])
         hooks: dict[str, Hook] = {name: TracedBlock(recorder, name) for name in self.found}
         hooks |= recorder.feeders.hooks(denoiser, self.found)
         with ExitStack() as stack:
@@ -244,7 +269,8 @@ class _Tracer:
 
     def tell_glue(self) -> None:
         """Tell who found blocks by themselves that much of the denoiser lies outside of them, and what to name."""
-        share = self.graph.costs[-1]
+        graph = self.graph
+        share = (graph.blocks[-1].macs - self._macs_beside) / max(int(graph.macs.sum()) - self._macs_beside, 1)
         if share <= MOST_GLUE:
             return
         outside = {
@@ -318,6 +344,7 @@ def _together(traced: Mapping[int, BlockGraph]) -> BlockGraph:
         if other.names != first.names:
             raise _other_order_error(first, other, index)
     feeders = set(first.fed).intersection(*(other.fed for other in others))
+    feeders |= {name for graph in traced.values() for name in graph.fed if name.startswith(BESIDE)}
     columns = zip(*(graph.blocks for graph in traced.values()), strict=True)
     return BlockGraph(tuple(_one_block(blocks, first.names, feeders) for blocks in columns))
 

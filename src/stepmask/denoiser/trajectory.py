@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.call import Call, parameters_of, timestep_of_call
 from stepmask.denoiser.calls import Calls
+from stepmask.denoiser.companions import companions_called
 from stepmask.denoiser.device import device_of
 from stepmask.denoiser.families import denoiser_of, fingerprint_of, scheduler_of
 from stepmask.denoiser.modes import (
@@ -201,7 +202,7 @@ def _recorded(pipe: Any, job: tuple[int, Mapping[str, Any], Autocast]) -> Trajec
 
 def record_sampling(sampling: Sampling) -> Trajectory:
     """Run a sampling once and keep what its denoiser was given. It may be masked: then that is what is recorded."""
-    with without_inference_mode(), uncompiled():
+    with without_inference_mode(), uncompiled(), companions_called():
         listener = _Listener()
         hooks = {denoiser: _OfNetwork(listener, number) for number, denoiser in enumerate(sampling.denoisers)}
         with _steps_seen(sampling, listener) as seen, attached(hooks):

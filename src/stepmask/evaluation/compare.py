@@ -96,6 +96,8 @@ def evaluate(
     told = {key: _brief(value) for key, value in call.items()}
     setting = {**told, "seed": seeds[0] if len(seeds) == 1 else _brief(seeds), "repeats": repeats}
     setting |= _placed(sampling.denoiser)
+    if schedule.graph.companions:
+        setting["MACs"] = f"of {schedule.denoised_by}"
     images = {each.name: own.images for each, own in zip(contenders, timed, strict=True) if own.images is not None}
     return Report(rows, setting, machine(contenders[0].clock.device), images, schedule)
 

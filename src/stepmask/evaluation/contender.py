@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.device import device_of
+from stepmask.denoiser.families import companions_of
 from stepmask.denoiser.identity import digest
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.runtime import apply
@@ -121,10 +122,11 @@ class Contender:
         run = self.run(seed)
         if not self.counted:
             return run
-        counters = {denoiser: MacCounter(denoiser) for denoiser in self.sampling.denoisers}
+        networks = [*self.sampling.denoisers, *companions_of(self.sampling.pipe).values()]
+        counters = {network: MacCounter(network) for network in networks}
         with ExitStack() as stack:
-            for denoiser in counters:
-                stack.enter_context(frozen(denoiser))  # torch's counter hooks what requires gradients
+            for network in counters:
+                stack.enter_context(frozen(network))  # torch's counter hooks what requires gradients
             stack.enter_context(attached(counters))
             self.run(seed)
         return replace(run, computed_macs=sum(counter.macs for counter in counters.values()))

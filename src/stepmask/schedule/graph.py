@@ -18,6 +18,9 @@ Reuse = Literal["output", "delta"]
 DENOISER = ""
 """The denoiser's own fully qualified name. It is the last block of its own graph: to reuse it skips the whole step."""
 
+BESIDE = "."
+"""How the names of feeders begin that lie on the pipeline, beside the denoiser, which has no module of such a name."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -33,7 +36,9 @@ class Block:
         ms: Milliseconds per evaluation at the traced shape, on the machine that measured; the denoiser's own are those
             of an evaluation that reuses all blocks; 0 = not measured.
         feeders: Names of modules outside all blocks whose outputs reach nothing but blocks, this one among them: the
-            norm in front of an attention. Where none of those blocks is computed, the feeder is not called.
+            norm in front of an attention. Where none of those blocks is computed, the feeder is not called. One whose
+            name begins with a dot is a network beside the denoiser, an attribute of the pipeline (".controlnet"); where
+            the denoiser's glue reads it, it feeds the denoiser itself, whose MACs are with its own.
     """
 
     name: str
@@ -133,6 +138,11 @@ class BlockGraph:
             for name in dict.fromkeys(block.feeders):
                 columns.setdefault(name, []).append(column)
         return {name: tuple(fed) for name, fed in columns.items()}
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """The networks beside the denoiser whose answers it is given: names of the pipeline's attributes."""
+        return tuple(name.removeprefix(BESIDE) for name in self.fed if name.startswith(BESIDE))
 
     @cached_property
     def reads(self) -> npt.NDArray[np.bool_]:

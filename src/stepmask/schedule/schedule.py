@@ -141,7 +141,12 @@ class MaskSchedule:
 
     def __repr__(self) -> str:
         reused = f"{(~self.rows).mean():.0%} of cells reused"
-        return f"MaskSchedule({self.steps} steps × {len(self.graph)} blocks of {self.denoiser.class_name}, {reused})"
+        return f"MaskSchedule({self.steps} steps × {len(self.graph)} blocks of {self.denoised_by}, {reused})"
+
+    @property
+    def denoised_by(self) -> str:
+        """The denoiser's class as people read it, and what is beside it: "UNet2DConditionModel and its controlnet"."""
+        return " and its ".join((self.denoiser.class_name, *self.graph.companions))
 
     def is_like(self, other: "MaskSchedule") -> bool:
         """Whether another schedule is of the same denoiser and graph, so that a masked denoiser can turn to it."""

@@ -50,7 +50,7 @@ def summary(schedule: MaskSchedule) -> str:
     cells = plan.computed[:, :-1] if len(graph) > 1 else plan.computed
     course = f"\n{schedule.sampler.course}" if schedule.sampler.course != Course() else ""
     return (
-        f"{_origin(schedule)} for {schedule.denoiser.class_name} with {schedule.sampler.class_name or 'a plain loop'}, "
+        f"{_origin(schedule)} for {schedule.denoised_by} with {schedule.sampler.class_name or 'a plain loop'}, "
         f"{schedule.steps} steps{course}\n"
         f"{len(graph) - 1} blocks, reused {how}\n"
         f"computes {counted}{time}{np.mean(cells):.0%} of the cells{blended}\n"
