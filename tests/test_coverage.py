@@ -142,9 +142,9 @@ Before and after a schedule is applied:
 - FSDP2 (`fully_shard`), tensor parallel (`parallelize_module`), context parallel of diffusers (`enable_parallelism`,
   Ulysses), in two processes on a CPU
 
-Schedules hold for quantised weights, and can be learned from them: optimum-quanto (int8, float8), GGUF layers of diffusers;
-torchao (int8) where it is installed. Everything may run in `torch.inference_mode`, and Modular Diffusers' pipelines are
-learned from like others.
+Schedules hold for quantised weights, and can be learned from them: optimum-quanto (int8, float8), GGUF layers of
+diffusers; torchao (int8) where it is installed. Everything may run in `torch.inference_mode`, and Modular Diffusers'
+pipelines are learned from like others.
 
 Weights may change their dtype, and calls their batch size and resolution, between two runs. Pipelines in threads of
 their own work side by side.
@@ -162,8 +162,8 @@ their own work side by side.
 - Values that go past a block's arguments and answer, state, random numbers, writes in place that others read: in the
   trace, or in the proof on the recorded run.
 - Another denoiser put into the pipeline.
-- Learning from tokens or layers that are split between processes, or through quantised weights without a gradient (torch's dynamic
-  int8); blocks that answer with a DTensor.
+- Learning from tokens or layers that are split between processes, or through quantised weights without a gradient
+  (torch's dynamic int8); blocks that answer with a DTensor.
 - Skip-layer guidance, whose extra evaluations leave blocks out.
 - A run with another sampler, number of steps, timesteps or strength than the schedule's.
 - A second pipeline on a masked denoiser, and a second thread within a run.

@@ -1,4 +1,4 @@
-"""Denoisers that two processes share: weights in shards (FSDP), split layers (tensor parallel), split tokens (context)."""
+"""Denoisers that two processes share: weights in shards (FSDP), split layers (tensor parallel), split tokens."""
 
 import json
 import os

@@ -371,9 +371,7 @@ def _refuse_what_cannot_be_stored(name: str, output: Any) -> None:
     """
     answers = list(tensors(output))
     if any(map(is_split, answers)):
-        raise TraceError(
-            given=f"block {name!r}, which returns a DTensor", expected=PLAIN_OUTPUT, advice=MAKE_PLAIN
-        )
+        raise TraceError(given=f"block {name!r}, which returns a DTensor", expected=PLAIN_OUTPUT, advice=MAKE_PLAIN)
     unusual = [tensor for tensor in answers if tensor.is_nested or tensor.layout is not torch.strided]
     if answers and not unusual:
         return

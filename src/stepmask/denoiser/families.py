@@ -150,7 +150,9 @@ def splits_layers(denoiser: nn.Module) -> bool:
     shares: list[Any] = [weight for weight in denoiser.parameters() if is_split(weight)]
     if any(sum(placement.is_shard() for placement in share.placements) > 1 for share in shares):
         return True
-    return bool(shares) and not any(map(is_fsdp, (cls for module in denoiser.modules() for cls in type(module).__mro__)))
+    return bool(shares) and not any(
+        map(is_fsdp, (cls for module in denoiser.modules() for cls in type(module).__mro__))
+    )
 
 
 def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:
