@@ -257,7 +257,7 @@ def masked_loop(network: nn.Module, table: MaskSchedule) -> Tensor:
 def main(rank: int, folder: Path, only: list[str]) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=300))
     failed: dict[str, str] = {}
     checked = 0
     for name, function in CHECKS.items():
