@@ -181,9 +181,9 @@ Before and after a schedule is applied:
 - FSDP2 (`fully_shard`), tensor parallel (`parallelize_module`), context parallel of diffusers (`enable_parallelism`,
   Ulysses), in two processes on a CPU
 
-Schedules hold for quantised weights, and can be learned from them: optimum-quanto (int8, float8), GGUF layers of diffusers;
-torchao (int8) where it is installed. Everything may run in `torch.inference_mode`, and Modular Diffusers' pipelines are
-learned from like others.
+Schedules hold for quantised weights, and can be learned from them: optimum-quanto (int8, float8), GGUF layers of
+diffusers; torchao (int8) where it is installed. Everything may run in `torch.inference_mode`, and Modular Diffusers'
+pipelines are learned from like others.
 
 Weights may change their dtype, and calls their batch size and resolution, between two runs; also where the sampler
 shifts its timesteps by the resolution (`use_dynamic_shifting`: `FlowMatchEulerDiscrete` with every type of shift and σ,
@@ -205,8 +205,8 @@ switches between tables of one graph, compiled or not. Pipelines in threads of t
 - Values that go past a block's arguments and answer, state, random numbers, writes in place that others read: in the
   trace, or in the proof on the recorded run.
 - Another denoiser put into the pipeline.
-- Learning from tokens or layers that are split between processes, or through quantised weights without a gradient (torch's dynamic
-  int8); blocks that answer with a DTensor.
+- Learning from tokens or layers that are split between processes, or through quantised weights without a gradient
+  (torch's dynamic int8); blocks that answer with a DTensor.
 - Skip-layer guidance, whose extra evaluations leave blocks out.
 - A run with another sampler, number of steps, timesteps or strength than the schedule's.
 - A second pipeline on a masked denoiser, and a second thread within a run.

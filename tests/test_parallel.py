@@ -1,4 +1,4 @@
-"""Denoisers that two processes share: weights in shards (FSDP), split layers (tensor parallel), split tokens (context)."""
+"""Denoisers that two processes share: weights in shards (FSDP), split layers (tensor parallel), split tokens."""
 
 import json
 import os
@@ -15,8 +15,8 @@ def test_what_two_processes_find(tmp_path: Path) -> None:
     for rank in range(2):
         command = [sys.executable, str(JOBS), str(rank), str(tmp_path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        output = (tmp_path / f"{rank}.txt").open("w")
-        processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+        with (tmp_path / f"{rank}.txt").open("w") as output:
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     ended = [process.wait(timeout=600) for process in processes]
     said = [(tmp_path / f"{rank}.txt").read_text()[-2000:] for rank in range(2)]
     assert ended == [0, 0], said

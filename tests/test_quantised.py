@@ -91,11 +91,15 @@ def given(name: str) -> tuple[Any, Callable[[], Trajectory]]:
 
 @cache
 def whole(name: str) -> tuple[MaskSchedule, Any, Any]:
-    """With whole weights: the all-compute table, what a sweep finds, and a gradient of forecast weights."""
+    """With whole weights: the all-compute table, a sweep (not of the U-Net: it takes long), gradients of forecasts."""
     pipe, record = given(name)
     run = record()
-    full = MaskSchedule.all_compute(stepmask.trace(pipe, run, prove=False), run.denoiser, run.sampler)
-    return full, stepmask.sweep(pipe, run, graph=full.graph, probes=1, ages=2).inner, gradients(run, full)
+    full = MaskSchedule.all_compute(
+        stepmask.trace(pipe, run, granularity="block", prove=False), run.denoiser, run.sampler
+    )
+    is_large = name == "StableDiffusionPipeline"
+    swept = None if is_large else stepmask.sweep(pipe, run, graph=full.graph, probes=1, ages=2).inner
+    return full, swept, gradients(run, full)
 
 
 def gradients(run: Trajectory, full: MaskSchedule) -> Any:
@@ -117,7 +121,7 @@ def test_a_quantised_denoiser_is_as_a_whole_one(name: str, kind: str) -> None:
     run = record()
     assert run.denoiser == full.denoiser
 
-    graph = stepmask.trace(pipe, run)
+    graph = stepmask.trace(pipe, run, granularity="block", prove=name == "PixArt")
     assert graph == full.graph
     with stepmask.apply(pipe, half_of(full)) as masked:
         latent = run.sampling().latent
@@ -129,9 +133,11 @@ def test_a_quantised_denoiser_is_as_a_whole_one(name: str, kind: str) -> None:
     assert counter.macs == full.graph.macs.sum() * full.steps * full.sampler.branches
     assert macs < counter.macs
 
-    assert is_near(stepmask.sweep(pipe, run, graph=graph, probes=1, ages=2).inner, swept)
+    if swept is not None:
+        assert is_near(stepmask.sweep(pipe, run, graph=graph, probes=1, ages=2).inner, swept)
     assert is_near(gradients(run, full), pulled)
-    stepmask.learn(pipe, run, 0.7, graph=graph, learner=PerTimestep(iterations=1, rounds=1))
+    if name == "PixArt":
+        stepmask.learn(pipe, run, 0.7, graph=graph, learner=PerTimestep(iterations=1, rounds=1))
 
 
 def test_a_schedule_is_evaluated_on_quantised_weights() -> None:
@@ -147,7 +153,7 @@ def test_weights_that_cut_gradients_off_are_not_learned_from() -> None:
     pipe, record = given("FluxPipeline")
     dynamic(pipe.transformer)
     run = record()
-    assert stepmask.trace(pipe, run) == full.graph
+    assert stepmask.trace(pipe, run, granularity="block") == full.graph
     with stepmask.apply(pipe, half_of(full)):
         assert torch.isfinite(run.sampling().latent).all()
     for learn in (

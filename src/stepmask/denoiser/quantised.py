@@ -77,7 +77,7 @@ class _Passing(Hook):
 
 
 def _is_differentiable(given: list[Tensor], output: Any) -> bool:
-    """Whether a gradient comes back from an output; torch gives operations without a gradient a node that only warns."""
+    """Whether a gradient comes back from an output; operations that have none get a node of torch that only warns."""
     before = {tensor.grad_fn for tensor in given}
     ahead = [part.grad_fn for part in tensors(output) if part.grad_fn is not None]
     seen = set(ahead)

@@ -20,7 +20,7 @@ from stepmask.denoiser.companions_seen import Companion, companions_seen
 from stepmask.denoiser.dataflow import Flow, Recorder, TracedBlock
 from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, is_known
-from stepmask.denoiser.modes import autocast_as, uncompiled, unfused_attention
+from stepmask.denoiser.modes import autocast_as, uncompiled, unfused_attention, without_inference_mode
 from stepmask.denoiser.proof import AnotherPath, check_against_record
 from stepmask.denoiser.quantised import quantised_counted
 from stepmask.denoiser.refusals import refuse_if_taken
@@ -44,6 +44,7 @@ MOST_PATHS = 12
 """The number of recorded calls that are traced at most."""
 
 
+@without_inference_mode()  # in it whole operations are seen, not what they are made of
 @uncompiled()
 def trace(
     pipe: Any,

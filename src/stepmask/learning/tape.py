@@ -144,7 +144,8 @@ class Tape:
             copy = given.clone()
             own = copy if copy.stride() == given.stride() else given
             self.own[given] = given._version, own
-        return own
+        tensor: Tensor = own
+        return tensor
 
     def forward(self, evaluation: "Evaluation", inputs: Sequence[Tensor]) -> Any:
         """One evaluation of the table, without gradients."""
