@@ -12,7 +12,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 slow: $(VENV)/ready
-	$(BIN)/python -m pytest tests/test_fuzz.py tests/test_law.py --hypothesis-profile=slow -n auto --dist worksteal
+	$(BIN)/python -m pytest tests/test_fuzz.py tests/test_law.py tests/test_coverage.py --hypothesis-profile=slow -n auto --dist worksteal
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .
@@ -42,6 +42,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/transfer.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/half.py
 	$(BIN)/python benchmarks/sweep_memory.py

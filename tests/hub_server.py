@@ -175,6 +175,20 @@ def repo_info(call: Answer, repo_id: str) -> Answered:
     return plain({"id": repo_id, "private": found.private, "sha": found.refs["main"], "tags": [], "siblings": []})
 
 
+def revision_info(call: Answer, repo_id: str, revision: str) -> Answered:
+    call.at(repo_id, revision)
+    found = call.repository(repo_id)
+    return plain({"id": repo_id, "private": found.private, "sha": found.refs.get(revision, revision), "tags": []})
+
+
+def tree(call: Answer, repo_id: str, revision: str) -> Answered:
+    files = call.at(repo_id, revision)
+    return plain([
+        {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        for path, content in files.items()
+    ])  # fmt: skip
+
+
 def create_branch(call: Answer, repo_id: str, branch: str) -> Answered:
     found = call.writable(repo_id)
     if branch in found.refs:
@@ -245,6 +259,8 @@ ROUTES: list[tuple[str, str, Callable[..., Answered]]] = [
     ("POST", "/api/repos/create", create_repo),
     ("POST", "/api/validate-yaml", validate_yaml),
     ("GET", f"/api/models/{ID}", repo_info),
+    ("GET", f"/api/models/{ID}/revision/([^/]+)", revision_info),
+    ("GET", f"/api/models/{ID}/tree/([^/]+)", tree),
     ("POST", f"/api/models/{ID}/branch/([^/]+)", create_branch),
     ("POST", f"/api/models/{ID}/preupload/([^/]+)", preupload),
     ("POST", f"/api/models/{ID}/commit/([^/]+)", commit),

@@ -48,14 +48,13 @@ def held(masked: Masked) -> int:
 
 def counted_macs(pipe: Any, run: Callable[[], Any]) -> int:
     """MACs of the operations that torch sees while the denoiser, or a ControlNet, is called: of what really ran."""
-    counter = MacCounter()
-    networks = [denoiser_of(pipe), *companions_of(pipe).values()]
+    counters = {network: MacCounter(network) for network in (denoiser_of(pipe), *companions_of(pipe).values())}
     with ExitStack() as stack:
-        for network in networks:
+        for network in counters:
             stack.enter_context(frozen(network))
-        stack.enter_context(attached(dict.fromkeys(networks, counter)))
+        stack.enter_context(attached(counters))
         run()
-    return counter.macs
+    return sum(counter.macs for counter in counters.values())
 
 
 def changes_its_layers(pipe: Any) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 from torch import Tensor, nn
 
 from denoisers import Inputs, denoiser, stirred
@@ -47,6 +48,18 @@ def guidance_truncated() -> Situation:
     """Samples in lists, the conditional ones first: Z-Image drops the second half of them."""
     pipe, call = z_image()
     return pipe, {**call, "cfg_truncation": 0.5, "guidance_scale": 4.0}
+
+
+def guider_in_an_interval() -> Situation:
+    """A guider of Modular Diffusers that is on for part of the steps, in two calls."""
+    network = stirred(denoiser("WanTransformer3DModel", in_channels=16, out_channels=16, rope_max_seq_len=32))
+    pipe = WanCoreDenoiseStep().init_pipeline()
+    pipe.update_components(
+        transformer=network,
+        scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0, start=0.25, stop=0.75),
+    )
+    return pipe, {**GUIDED, "height": 16, "width": 16, "num_frames": 5}
 
 
 def networks_in_turn() -> Situation:
@@ -141,6 +154,7 @@ SITUATIONS: dict[str, Callable[[], Situation]] = {
     "guidance cut off by diffusers' callback": guidance_cut_off,
     "guidance cut off for several samples": guidance_cut_off_for_several,
     "guidance truncated, samples in lists": guidance_truncated,
+    "a guider that starts and stops": guider_in_an_interval,
     "two networks in turn": networks_in_turn,
     "two networks at every step": networks_together,
     "keys and values of the prompt kept": prefix_cached,
@@ -152,4 +166,5 @@ def make(name: str) -> Situation:
     """A pipeline, and a call of it that ends with the latents."""
     pipe, call = SITUATIONS[name]()
     pipe.set_progress_bar_config(disable=True)
-    return pipe, {**call, "num_inference_steps": STEPS, **LATENT}
+    ends = {"output": "latents"} if isinstance(pipe, diffusers.ModularPipeline) else LATENT
+    return pipe, {**call, "num_inference_steps": STEPS, **ends}

@@ -147,12 +147,12 @@ class TestVectorsInARun:
             assert masked.vector_bytes == 0
             denoiser(x, 0.0)
             assert masked.vector_bytes == masked.plans[0].vector_bytes == 2 * (2 * 2) * 4
-            places = [tensor.data_ptr() for vectors in masked.blocks[0].vectors.values() for tensor in vectors]
+            places = [tensor.data_ptr() for vectors in masked.hooks[0].vectors.values() for tensor in vectors]
             denoiser(x, 0.0)
             masked.restart()
             for _ in range(3):
                 denoiser(x, 0.0)
-            assert places == [t.data_ptr() for vectors in masked.blocks[0].vectors.values() for t in vectors]
+            assert places == [t.data_ptr() for vectors in masked.hooks[0].vectors.values() for t in vectors]
         assert masked.vector_bytes == 0
 
     def test_they_follow_the_values_to_another_dtype(self) -> None:

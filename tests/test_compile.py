@@ -1,7 +1,10 @@
 """Compiled regions: masks add as many graphs as there are patterns, whenever they come, and the samples stay."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,8 @@ from test_runtime import random_table as random_plain_table
 from toys import Chain, Scale, per_channel, table, tiny_dit, tiny_pixart, tiny_unet, untimed
 
 OPTIONS: dict[str, Any] = {"backend": "eager", "fullgraph": True}
-STEPS = 5
+STEPS = 4
+COMPILED = ("DiTPipeline", "StableDiffusionPipeline", "FluxPipeline", "StableDiffusion3Pipeline", "WanPipeline")
 
 
 @pytest.fixture(autouse=True)
@@ -113,16 +117,14 @@ def graphs_of(pipe: Any, regions: list[str], call: Any) -> int:
 class TestPipelines:
     """On real pipelines, at both granularities, compiled before and after."""
 
-    @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-    @pytest.mark.parametrize("granularity", ["sublayer", "block"])
     @pytest.mark.parametrize(
-        "name",
+        ("name", "granularity", "after"),
         [
-            "DiTPipeline",
-            "StableDiffusionPipeline",
-            "FluxPipeline",
-            "StableDiffusion3Pipeline",
-            "WanPipeline",
+            *product(COMPILED, ["sublayer", "block"], [False]),
+            # what comes first is a matter of the seam, whatever the class: both places of masks, both of compiling
+            ("DiTPipeline", "sublayer", True),
+            ("DiTPipeline", "block", True),
+            ("StableDiffusionPipeline", "block", True),
         ],
     )
     def test_repeated_blocks(self, name: str, granularity: Any, after: bool) -> None:
@@ -512,6 +514,75 @@ class TestInside:
                 denoiser(torch.ones(2), 0.0)
         assert not any("forward" in vars(part) for part in denoiser.modules())
 
+    def test_a_block_may_call_its_own_forward(self) -> None:
+        class Half(Scale):
+            """Calls itself once, with half of its input."""
+
+            def forward(self, x: Tensor, again: bool = True) -> Tensor:
+                return self.forward(x / 2, again=False) if again else super().forward(x)
+
+        denoiser = Chain()
+        denoiser.layers[0] = Half(4.0)
+        graph = stepmask.trace(denoiser, (torch.ones(2), 0.0), blocks={"layers.*": "output"})
+        schedule = table(graph, "11", "01", "01", denoiser=fingerprint_of(denoiser))
+        denoiser.compile(**OPTIONS)
+        with stepmask.apply(denoiser, schedule):
+            assert said(denoiser) == MASKED
+
+    def test_a_shallow_copy_of_a_block_is_no_part_of_the_run(self) -> None:
+        denoiser, schedule = halves()
+        denoiser.compile(**OPTIONS)
+        with stepmask.apply(denoiser, schedule):
+            copied = copy.copy(denoiser.layers[0])
+            with pytest.raises(RunError, match="outside an evaluation"):
+                copied(torch.ones(2))
+        assert copied(torch.ones(2)).tolist() == [2.0, 2.0]
+
+    def test_nothing_of_a_class_is_kept(self) -> None:
+        class Own(Scale):
+            """A class that nobody else has."""
+
+        denoiser = Chain()
+        denoiser.layers[0] = Own(2.0)
+        graph = stepmask.trace(denoiser, (torch.ones(2), 0.0), blocks={"layers.*": "output"})
+        schedule = table(graph, "11", "01", "01", denoiser=fingerprint_of(denoiser))
+        denoiser.compile(**OPTIONS)
+        with stepmask.apply(denoiser, schedule):
+            said(denoiser)
+        kept = weakref.ref(Own)
+        del denoiser, Own
+        torch._dynamo.reset()
+        gc.collect()
+        assert kept() is None
+
+    def test_what_nobody_reads_may_be_written_into(self) -> None:
+        class Writer(nn.Module):
+            """Layer 1 reads what layer 0 says, of which the denoiser scales a half before (as FreeU does)."""
+
+            scaled = False
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.ModuleList([Scale(2.0), Scale(5.0)])
+
+            def forward(self, x: Tensor, t: float) -> Tensor:
+                first = self.layers[0](x)
+                if self.scaled:
+                    first[:1] *= 3
+                return self.layers[1](first) + t
+
+        denoiser = Writer()
+        graph = stepmask.trace(denoiser, (torch.ones(2), 0.0), blocks={"layers.*": "output"})
+        schedule = table(graph, "11", "00", "00", denoiser=fingerprint_of(denoiser))
+        denoiser.compile(**OPTIONS)
+        denoiser.scaled = True
+        with stepmask.apply(denoiser, schedule):
+            assert [denoiser(x, 1.0 * step).tolist() for step, x in enumerate(STEPS_IN)] == [
+                [30.0, 10.0],
+                [31.0, 11.0],
+                [32.0, 12.0],
+            ]
+
     def test_an_own_forward_is_refused(self) -> None:
         denoiser = tiny_dit()
         schedule = random_plain_table(stepmask.trace(denoiser, DIT), denoiser, STEPS, seed=0)
@@ -523,6 +594,90 @@ class TestInside:
         del attention.forward
         with stepmask.apply(denoiser, schedule):
             sample(denoiser, DIT)
+
+
+def halves() -> tuple[Chain, MaskSchedule]:
+    """A chain whose layer 0 computes at the first step alone: 3x·5 at x = 1, then (x + 2)·5."""
+    denoiser = Chain()
+    graph = stepmask.trace(denoiser, (torch.ones(2), 0.0), blocks={"layers.*": "output"})
+    return denoiser, table(graph, "11", "01", "01", denoiser=fingerprint_of(denoiser))
+
+
+STEPS_IN = [torch.full((2,), x) for x in (1.0, 2.0, 4.0)]
+BARE = [15.0, 30.0, 60.0]
+MASKED = [15.0, 20.0, 30.0]
+
+
+def said(call: Callable[..., Tensor]) -> list[float]:
+    return [call(x, 0.0)[0].item() for x in STEPS_IN]
+
+
+class TestAround:
+    """A function that is compiled around a masked denoiser, and what else goes past its hook."""
+
+    @pytest.mark.parametrize("warm", [False, True], ids=["cold", "with graphs of the bare one"])
+    def test_a_function_calls_the_masked_one(self, warm: bool) -> None:
+        denoiser, schedule = halves()
+        around = torch.compile(lambda x, t: denoiser(x, t) * 1, backend="eager")
+        if warm:
+            assert said(around) == BARE
+        with stepmask.apply(denoiser, schedule):
+            assert said(around) == MASKED
+        assert said(around) == BARE
+        assert "forward" not in vars(denoiser)
+
+    def test_a_loop(self) -> None:
+        denoiser, schedule = halves()
+        loop = torch.compile(lambda: [denoiser(x, 0.0) for x in STEPS_IN], backend="eager")
+        masked = stepmask.apply(denoiser, schedule)
+        masked.compile(**OPTIONS)
+        masked.restart()
+        assert [output[0].item() for output in loop()] == MASKED
+
+    def test_a_full_graph_is_refused(self) -> None:
+        denoiser, schedule = halves()
+        around = torch.compile(lambda x, t: denoiser(x, t) * 1, **OPTIONS)
+        assert said(around) == BARE
+        with (
+            stepmask.apply(denoiser, schedule),
+            pytest.raises(torch._dynamo.exc.Unsupported, match="a masked denoiser is in no graph around it"),
+        ):
+            said(around)
+
+    @pytest.mark.parametrize("call", [lambda net: net.forward, copy.copy], ids=["forward", "shallow copy"])
+    def test_what_goes_past_the_hook_is_refused(self, call: Any) -> None:
+        denoiser, schedule = halves()
+        with stepmask.apply(denoiser, schedule), pytest.raises(RunError, match="goes past its masks"):
+            said(call(denoiser))
+
+    def test_a_denoiser_that_is_compiled_by_hand_within_a_run_is_refused(self) -> None:
+        denoiser, schedule = halves()
+        stepmask.apply(denoiser, schedule)
+        denoiser(STEPS_IN[0], 0.0)
+        denoiser.compile(backend="eager")
+        with pytest.raises(RunError, match=r"past its masks.*masked\.compile"):
+            denoiser(STEPS_IN[1], 0.0)
+
+    def test_a_block_that_is_compiled_by_hand_within_a_run_is_refused(self) -> None:
+        denoiser, schedule = halves()
+        stepmask.apply(denoiser, schedule)
+        denoiser(STEPS_IN[0], 0.0)
+        denoiser.layers[1].compile(backend="eager")
+        with pytest.raises(RunError, match="compiled in the middle of a run"):
+            denoiser(STEPS_IN[1], 0.0)
+
+    @pytest.mark.parametrize(
+        "export",
+        [
+            lambda net, *args: torch.export.export(net, args),
+            lambda net, *args: torch.jit.trace(net, args),
+        ],
+        ids=["export", "jit"],
+    )
+    def test_exports_are_refused(self, export: Any) -> None:
+        denoiser, schedule = halves()
+        with stepmask.apply(denoiser, schedule), pytest.raises(RunError, match="traced or exported"):
+            export(denoiser, torch.ones(2), torch.tensor(0.0))
 
 
 class TestAsAWhole:

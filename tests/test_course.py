@@ -19,6 +19,7 @@ from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprin
 from stepmask.schedule.forecasts import taylor_forecasts
 from stepmask.schedule.rectify import lower, rectify
 from stepmask.schedule.schedule import MaskSchedule
+from stepmask.schedule.show import summary
 
 from toys import chain_graph
 
@@ -65,6 +66,14 @@ class TestCourse:
         table = full(course)
         assert MaskSchedule.from_json(table.to_json()) == table
         assert ("starts" in table.to_json()) == bool(course.starts)
+
+    def test_in_words(self) -> None:
+        told = "part 0 and 1 at steps 0 to 2, part 1 at steps 3 to 5"
+        assert str(ENDS) == told
+        assert str(ANEW) == "begins anew at step 3"
+        assert str(Course()) == "all steps alike"
+        assert told in summary(full(ENDS))
+        assert "all steps alike" not in summary(full(Course()))
 
     def test_a_step_with_half_the_batch_costs_half(self) -> None:
         rows = np.ones((6, 4), dtype=bool)
@@ -255,6 +264,17 @@ class TestGuidanceInPartOfTheSteps:
             said = [x + 2 * t * prompt for prompt in (1.0, 10.0)]
             x = x - 0.1 * (said[0] + 2 * (said[1] - said[0]) if step < 3 else said[1])
         assert sample.flatten().tolist() == pytest.approx([x, x])
+
+    def test_another_half_than_the_recorded_one_is_refused(self) -> None:
+        network = Prompted()
+        _, table = traced(network, batched(network, 3, slice(2, 4)))
+        masked = stepmask.apply(network, fixed_interval(table, 0.7))
+        with (
+            masked,
+            torch.no_grad(),
+            pytest.raises(RunError, match=r"goes on with part 0 at step 3\. Expected: part 1"),
+        ):
+            batched(network, 3, slice(0, 2))()
 
     @pytest.mark.parametrize(("until", "since"), [(3, 0), (6, 2), (4, 1)])
     def test_one_batch_and_two_calls_are_the_same(self, until: int, since: int) -> None:

@@ -202,6 +202,27 @@ class TestPlainModule:
         with pytest.raises(RunError, match="num_inference_steps"):
             stepmask.evaluate(network, schedule, run=run, num_inference_steps=5, repeats=1)
 
+    def test_steps_of_any_name_and_other_arguments_are_told(self, network: Network, schedule: MaskSchedule) -> None:
+        def run(seed: int = 0, steps: int = 10, shift: float = 0.0) -> Tensor:
+            return sampler_of(network)(seed, steps) + shift
+
+        rivals = {"number": 5, "argument": {"steps": 5}, "shifted": {"shift": 0.5}}
+        report = stepmask.evaluate(network, schedule, run=run, seed=[1, 2], rivals=rivals, repeats=1)
+        with torch.no_grad():
+            fewer = [error for seed in (1, 2) for error in latent_errors(run(seed, 5), run(seed))]
+            shifted = [error for seed in (1, 2) for error in latent_errors(run(seed, 10, 0.5), run(seed))]
+        assert report["number"].latent_errors == report["argument"].latent_errors == fewer
+        assert report["number"].macs_executed == report["argument"].macs_executed == 0.5
+        assert report["shifted"].latent_errors == shifted
+        assert report["shifted"].macs_executed == 1
+
+    @pytest.mark.parametrize("rival", [{}, {"seed": 3}, {"num_steps": 5}, {"num_inference_steps": 5, "guidance": 2.0}])
+    def test_other_arguments_that_the_loop_does_not_name_are_refused(
+        self, network: Network, schedule: MaskSchedule, rival: Any
+    ) -> None:
+        with pytest.raises(RunError, match=r"the rival 'other'.*num_inference_steps"):
+            stepmask.evaluate(network, schedule, run=sampler_of(network), rivals={"other": rival}, repeats=1)
+
     @pytest.mark.parametrize("rival", [Network(), True, 0, -3, None, "taylor"])
     def test_rivals_that_cannot_be_sampled_are_refused(
         self, network: Network, schedule: MaskSchedule, rival: Any
@@ -259,6 +280,19 @@ def test_seeds_that_change_nothing_are_refused_of_a_pipeline() -> None:
     full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
     with pytest.raises(RunError, match="the same sample from seed 1 and seed 2"):
         stepmask.evaluate(pipe, full, seed=[1, 2], repeats=1, **call, latents=trajectory.sampled.latent)
+
+
+def test_other_arguments_of_a_pipeline(pipe: Any, reference: MaskSchedule, tmp_path: Path) -> None:
+    call = {"class_labels": [3, 4], "num_inference_steps": 5, "folder": tmp_path, "repeats": 1}
+    rivals = {"fewer": {"num_inference_steps": 3}, "stronger": {"guidance_scale": 6.0}}
+    report = stepmask.evaluate(pipe, reference, rivals=rivals, **call)
+    assert report["fewer"].macs_executed == pytest.approx(0.6)
+    assert report["stronger"].macs_executed == pytest.approx(1)
+    assert report["stronger"].latent_error > 0
+    again = stepmask.evaluate(pipe, reference, rivals=rivals, **call)  # from what the folder keeps
+    assert again["stronger"].latent_errors == report["stronger"].latent_errors
+    with pytest.raises(RunError, match=r"the rival 'other'.*class_labels"):
+        stepmask.evaluate(pipe, reference, rivals={"other": {"labels": [3]}}, **call)
 
 
 def test_peak_memory_sees_an_allocation() -> None:

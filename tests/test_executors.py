@@ -20,10 +20,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
 import stepmask
 from cluster_jobs import end, host, power
 from stepmask import Budget, LocalExecutor, MaskSchedule, RayExecutor, Trajectory
+from stepmask.cli import app
 from stepmask.denoiser.identity import digest, weights_digest
 from stepmask.denoiser.trajectory import recorded
 from stepmask.errors import ClusterError, InvalidBudget, InvalidRunFolder, LearningError
@@ -421,12 +423,16 @@ class TestProcesses:
         for rank, task in enumerate(tasks):
             assert task.communicate()[0].splitlines()[-1] == f"{rank} knows"
 
-    def test_a_killed_torchrun_goes_on_and_ends_as_one_process_does(self, pipe: Any, tmp_path: Path) -> None:
+    def test_a_killed_torchrun_goes_on_and_ends_as_one_process_does(
+        self, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         pipe.save_pretrained(tmp_path / "pipe")
         learn = partial(learning, tmp_path / "pipe")
-        # one thread, as torchrun gives each process: sums of more are rounded otherwise
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.check_output([sys.executable, *learn(tmp_path / "one")], env=one_thread)
+        # this process has one thread, as torchrun gives each of its own: sums of more are rounded otherwise
+        assert torch.get_num_threads() == 1
+        monkeypatch.setenv("TQDM_DISABLE", "")  # so that it is put back after --quiet
+        _, _, *told = learn(tmp_path / "one")
+        assert CliRunner().invoke(app, told).exit_code == 0
         killed = subprocess.Popen(torchrun(*learn(tmp_path / "two")), start_new_session=True)
         while len(kept := list((tmp_path / "two" / "training").glob("trial-*"))) < 3:
             time.sleep(0.05)

@@ -56,6 +56,20 @@ def test_a_prediction_is_what_a_sweep_takes(name: str, ages: int, checkpoint_blo
     assert 0.85 < predict(trajectory, **told) / taken(trajectory, **told) < 1.05
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "DiTPipeline"])
+def test_on_fake_tensors_it_counts_what_a_real_evaluation_makes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, call = make(name)
+    trajectory = stepmask.record(pipe, **call)
+    graph = stepmask.trace(pipe, trajectory)
+    with monkeypatch.context() as nothing_is_large:
+        nothing_is_large.setattr("stepmask.learning.memory.on_fakes", None)
+        real = predict(trajectory, graph, ages=2)
+
+    monkeypatch.setattr("stepmask.learning.memory.SMALL", -1)
+    monkeypatch.setattr("stepmask.learning.memory._for_real", None)
+    assert predict(trajectory, graph, ages=2) == real
+
+
 @pytest.mark.usefixtures("unpredicted")
 @pytest.mark.parametrize("order", [0, 2])
 def test_a_prediction_around_a_table_counts_its_store(order: int) -> None:

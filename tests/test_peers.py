@@ -1,5 +1,6 @@
 """Against the packages of others: their pattern as data in our table gives their output, bit by bit."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,15 @@ def words() -> dict[str, Any]:
 
 def latents(pipe: Any) -> Any:
     return pipe(**words(), num_inference_steps=6, generator=torch.Generator().manual_seed(0)).images
+
+
+@cache
+def all_compute(granularity: Granularity) -> tuple[MaskSchedule, torch.Tensor]:
+    """The tiny pipeline's reference, and its latent: what every test would trace anew."""
+    pipe = tiny_stable_diffusion()
+    trajectory = stepmask.record(pipe, **words(), num_inference_steps=6)
+    graph = stepmask.trace(pipe, trajectory, granularity=granularity)
+    return MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler), trajectory.sampled.latent
 
 
 def deepcache_package(interval: int, branch: int) -> Any:
@@ -82,21 +92,15 @@ class TestDeepCache:
     def test_its_pattern_in_our_table_gives_its_output(
         self, granularity: Granularity, interval: int, branch: int
     ) -> None:
-        pipe = tiny_stable_diffusion()
-        trajectory = stepmask.record(pipe, **words(), num_inference_steps=6)
-        graph = stepmask.trace(pipe, trajectory, granularity=granularity)
-        reference = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
-        with stepmask.apply(pipe, deepcache(reference, interval, branch=branch)):
+        pipe, (full, bare) = tiny_stable_diffusion(), all_compute(granularity)
+        with stepmask.apply(pipe, deepcache(full, interval, branch=branch)):
             ours = latents(pipe)
-        assert not torch.equal(ours, trajectory.sampled.latent)
+        assert not torch.equal(ours, bare)
         assert torch.equal(ours, latents(deepcache_package(interval, branch)))
 
     @pytest.mark.parametrize("granularity", ["sublayer", "block"])
     def test_evaluated_as_a_rival_it_computes_and_misses_what_our_table_does(self, granularity: Granularity) -> None:
-        pipe = tiny_stable_diffusion()
-        trajectory = stepmask.record(pipe, **words(), num_inference_steps=6)
-        graph = stepmask.trace(pipe, trajectory, granularity=granularity)
-        full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+        pipe, (full, _) = tiny_stable_diffusion(), all_compute(granularity)
         rivals = {"package": deepcache_package(2, 1)}
         report = stepmask.evaluate(
             pipe, deepcache(full, 2, branch=1), rivals=rivals, repeats=1, **words(), num_inference_steps=6

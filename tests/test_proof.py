@@ -12,7 +12,7 @@ import stepmask
 from pipelines import make
 from stepmask import MaskSchedule
 from stepmask.denoiser.proof import MOST_REPEATED, AnotherPath, check_against_record
-from stepmask.errors import TraceError
+from stepmask.errors import LearningError, TraceError
 from test_dataflow import STEPS, Network, loop, traced
 
 
@@ -117,6 +117,26 @@ def test_a_function_that_is_bound_late_is_named() -> None:
     with pytest.raises(TraceError, match="bound late"):
         stepmask.trace(network, trajectories[0], blocks={"layers.0": "output"})
     stepmask.trace(network, trajectories[1], blocks={"layers.0": "output"})
+
+    # another one's graph is proven, and the sweep that learning begins with sees it
+    graph = stepmask.trace(network, trajectories[1], blocks={"layers.0": "output"})
+    with pytest.raises(LearningError, match=r"away from the recorded.*bound late.*arguments, weights"):
+        stepmask.sweep(network, trajectories[0], graph=graph)
+
+
+def test_dropout_that_is_left_on_is_named() -> None:
+    network = Network(lambda net, x, t: net.layers[0](nn.functional.dropout(x + t, 0.5, net.training)))
+    network.train()
+    with pytest.raises(TraceError, match=r"draws random numbers.*[Cc]all \.eval\(\) if it is dropout"):
+        traced(network, "layers.0")
+
+
+def test_a_sampler_in_the_place_of_its_network_is_told_to_hand_that_over() -> None:
+    def guided(net: Network, x: Tensor, t: float) -> Tensor:
+        return 2 * net.layers[0](x + t) - net.layers[0](x)
+
+    with pytest.raises(TraceError, match=r"'layers\.0', which is called twice.*hand over that network as the denoiser"):
+        traced(Network(guided), "layers.0")
 
 
 def test_a_step_that_goes_another_way_is_told_by_its_number() -> None:

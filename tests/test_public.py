@@ -11,7 +11,7 @@ from stepmask import errors
 
 PUBLIC = {
     "Block", "BlockGraph", "Budget", "LocalExecutor", "MaskSchedule", "Profile", "RayExecutor", "Report",
-    "StepmaskError", "Store", "Trajectory", "apply", "evaluate", "learn", "record", "sweep", "trace",
+    "StepmaskError", "Store", "Tiers", "Trajectory", "apply", "evaluate", "learn", "record", "sweep", "trace",
 }  # fmt: skip
 
 

@@ -322,7 +322,7 @@ class TestBranches:
         schedule = random_table(pipe, stepmask.record(pipe, **call))
         with stepmask.apply(pipe, schedule):
             pipe.scheduler.set_timesteps(call["num_inference_steps"])
-            with pytest.raises(RunNotStarted, match="outside an evaluation"):
+            with pytest.raises(RunNotStarted, match="goes past its masks"):
                 pipe.unet.forward(torch.zeros(4, 4, 8, 8), pipe.scheduler.timesteps[0], torch.zeros(4, 6, 8))
             with pytest.raises(RunError, match="did not call its UNet2DConditionModel"):
                 pipe.maybe_free_model_hooks()
@@ -410,6 +410,24 @@ class TestPipelines:
             assert torch.equal(pipe(**call, generator=torch.Generator().manual_seed(0)).images, whole)
             pipe(**call, callback_on_step_end=cancel)
         assert "maybe_free_model_hooks" not in vars(pipe)
+
+    def test_what_an_exception_has_left_is_stopped(self) -> None:
+        pipe, call = make("StableDiffusionPipeline")
+        schedule = fixed_interval(all_compute(pipe, stepmask.record(pipe, **call)), 0.6, order=1)
+        seed = torch.Generator().manual_seed(0).get_state()
+
+        def go_away(*_: Any) -> dict[str, Any]:
+            raise ConnectionError
+
+        with stepmask.apply(pipe, schedule) as masked:
+            whole = pipe(**call, generator=torch.Generator().set_state(seed)).images
+            with pytest.raises(ConnectionError):
+                pipe(**call, callback_on_step_end=go_away)
+            assert masked.store_bytes > 0
+            masked.stop()
+            assert masked.store_bytes == 0
+            assert not masked.run.held_tensors()
+            assert torch.equal(pipe(**call, generator=torch.Generator().set_state(seed)).images, whole)
 
     @pytest.mark.parametrize("first", [0, 1])
     def test_two_masks_on_one_scheduler_come_off_in_any_order(self, first: int) -> None:

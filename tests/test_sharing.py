@@ -17,9 +17,9 @@ import yaml
 from typer.testing import CliRunner
 
 import stepmask
-from hub_server import OWNER, STRANGER, Hub, serving
+from hub_server import OWNER, STRANGER, Hub, Repository, serving
 from promises import counted_macs
-from stepmask import MaskSchedule, Profile, Report
+from stepmask import MaskSchedule, Profile, Report, Tiers
 from stepmask.cli import app, main
 from stepmask.errors import HubError, InvalidProfile, InvalidReport, InvalidScheduleFile
 from stepmask.evaluation.card import card
@@ -66,6 +66,32 @@ def nowhere() -> str:
     """An address where nobody answers."""
     with serving() as hub:
         return hub.endpoint
+
+
+class TestTiers:
+    def uploaded(self, hub: Hub, folder: Path) -> Tiers:
+        """Tiers in a repository, with a file that is not theirs."""
+        tiers = Tiers({"fast": vectored(), "quality": [forecasting(), vectored()]})
+        tiers.save_pretrained(folder)
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
+        repository = hub.repositories["me/toy"] = Repository()
+        repository.commit("main", {**files, "README.md": b"Two tiers", "pictures/table.png": b"..."})
+        return tiers
+
+    def test_a_repository_is_a_folder(self, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tiers = self.uploaded(hub, tmp_path / "tiers")
+        assert dict(Tiers.from_pretrained("me/toy")) == dict(tiers)
+        point_at(nowhere(), tmp_path / "cache", monkeypatch)
+        assert dict(Tiers.from_pretrained("me/toy", local_files_only=True)) == dict(tiers)
+
+    def test_one_that_is_not_there(self, hub: Hub, tmp_path: Path) -> None:
+        self.uploaded(hub, tmp_path / "tiers")
+        for place, options in (("me/none", {}), ("me/toy", {"revision": "none"}), ("no such/folder/at all", {})):
+            with pytest.raises(InvalidScheduleFile, match=place):
+                Tiers.from_pretrained(place, **options)
+        hub.repositories["me/toy"].commit("main", {"stepmask.json": b"{}"})
+        with pytest.raises(InvalidScheduleFile, match="one schedule"):
+            Tiers.from_pretrained("me/toy")
 
 
 class TestPushed:

@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,15 @@ def swept(what: str | None, *, checkpoint_blocks: bool = False) -> Any:
     return stepmask.sweep(pipe, run, probes=1, ages=2, checkpoint_blocks=checkpoint_blocks).inner
 
 
+@cache
+def swept_bare() -> Any:
+    return swept(None)
+
+
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 @pytest.mark.parametrize("what", sorted(BESIDES.keys() - {"LoRA", "layerwise casting"}))
 def test_a_sweep_finds_the_same_with_it(what: str, checkpoint_blocks: bool) -> None:
-    expected = swept(None)
+    expected = swept_bare()
     size = np.abs(expected).max()
     np.testing.assert_allclose(swept(what, checkpoint_blocks=checkpoint_blocks), expected, rtol=0, atol=1e-5 * size)
 
@@ -92,7 +98,7 @@ def test_a_sweep_finds_the_same_with_it(what: str, checkpoint_blocks: bool) -> N
 def test_a_sweep_in_bfloat16_finds_the_same_to_rounding() -> None:
     pipe, call = make("StableDiffusionPipeline")
     run = stepmask.record(pipe.to(torch.bfloat16), **half(call))
-    expected = swept(None)
+    expected = swept_bare()
     plain, again = (stepmask.sweep(pipe, run, probes=1, ages=2, checkpoint_blocks=kept).inner for kept in (False, True))
     np.testing.assert_array_equal(plain, again)
     assert np.linalg.norm(plain - expected) < 0.1 * np.linalg.norm(expected)
@@ -209,3 +215,24 @@ def test_free_u_writes_into_what_may_be_stored() -> None:
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.1, b2=1.2)
     with pytest.raises(stepmask.StepmaskError, match="changes in place"):
         stepmask.trace(pipe, stepmask.record(pipe, **call))
+
+
+def test_a_server_that_runs_in_inference_mode_throughout() -> None:
+    pipe, call = make("StableDiffusionPipeline")
+    run = stepmask.record(pipe, **call)
+    schedule = random_table(pipe, run)
+    with stepmask.apply(pipe, schedule):
+        expected = sample(pipe, call)
+    swept = stepmask.sweep(pipe, run, graph=schedule.graph, probes=1, ages=2).inner
+    with torch.inference_mode():
+        inside = stepmask.record(pipe, **call)
+        assert stepmask.trace(pipe, inside) == schedule.graph
+        with stepmask.apply(pipe, schedule):
+            assert torch.equal(sample(pipe, call), expected)
+            assert torch.equal(sample(pipe, call), expected)
+        report = stepmask.evaluate(pipe, schedule, seed=[1], repeats=1, **call)
+        assert np.array_equal(stepmask.sweep(pipe, inside, graph=schedule.graph, probes=1, ages=2).inner, swept)
+    again = stepmask.evaluate(pipe, schedule, seed=[1], repeats=1, **call)
+    assert report["schedule"].latent_errors == again["schedule"].latent_errors
+    with stepmask.apply(pipe, schedule):
+        assert torch.equal(sample(pipe, call), expected)

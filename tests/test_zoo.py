@@ -1,6 +1,8 @@
 """The pipelines that ship with the package: they load, stay small, say where they come from, and obey the laws."""
 
+import inspect
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +13,14 @@ import pytest
 import torch
 
 import stepmask
+from denoisers import denoiser
 from promises import counted_macs, without_feeders
 from stepmask import MaskSchedule, zoo
 from stepmask.denoiser.conditioning import Conditioning
 from stepmask.denoiser.families import Granularity
 from stepmask.errors import PipelineNotFound
 from stepmask.schedule.rectify import lower, rectify
+from stepmask.zoo.pixart import at_its_own_size
 
 from toys import unrectified
 
@@ -68,6 +72,43 @@ class TestEach:
         with stepmask.apply(pipe, without_feeders(schedule)):
             assert counted_macs(pipe, run.sampling) == lower(schedule).macs
         assert not torch.equal(everything, run.sampled.latent)
+
+
+class TestPixArt:
+    """diffusers' pipeline looks for aspect ratios, and knows none for this one's size."""
+
+    def test_it_draws_at_its_own_size_when_called_like_any_pipeline(self, tmp_path: Path) -> None:
+        from diffusers import DiffusionPipeline, PixArtAlphaPipeline
+
+        pipe = load("pixart-emoji")
+        assert isinstance(pipe, PixArtAlphaPipeline)
+        size = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+        seeded = {"num_inference_steps": 2, "clean_caption": False, "output_type": "np"}
+        (picture,) = pipe("red heart", generator=torch.Generator().manual_seed(0), **seeded).images
+        assert picture.shape == (size, size, 3)
+
+        pipe.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "PixArtAlphaPipeline"
+        again = DiffusionPipeline.from_pretrained(tmp_path)
+        assert type(again) is PixArtAlphaPipeline
+        again.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        told = again("red heart", generator=generator, use_resolution_binning=False, **seeded)
+        np.testing.assert_array_equal(told.images[0], picture)
+
+    def test_one_that_is_sent_to_another_process_is_the_same(self) -> None:
+        pipe = load("pixart-emoji")
+        sent = pickle.loads(pickle.dumps(pipe))
+        assert type(sent) is type(pipe)
+        assert inspect.signature(sent.__call__).parameters["use_resolution_binning"].default is False
+
+    def test_sizes_with_aspect_ratios_are_left_alone(self) -> None:
+        from diffusers import PixArtAlphaPipeline
+
+        pipe = load("pixart-emoji")
+        parts = {**pipe.components, "transformer": denoiser("PixArtTransformer2DModel", sample_size=32)}
+        assert type(at_its_own_size(PixArtAlphaPipeline(**parts))) is PixArtAlphaPipeline
+        assert type(at_its_own_size(PixArtAlphaPipeline(**pipe.components))) is type(pipe)
 
 
 def test_all_together_are_small() -> None:

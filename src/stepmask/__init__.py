@@ -15,6 +15,7 @@ _HOME = {
     "Block": "stepmask.schedule.graph",
     "BlockGraph": "stepmask.schedule.graph",
     "MaskSchedule": "stepmask.schedule.schedule",
+    "Tiers": "stepmask.schedule.tiers",
     "Trajectory": "stepmask.denoiser.trajectory",
     "Profile": "stepmask.learning.profile",
     "Budget": "stepmask.schedule.budget",
@@ -36,6 +37,7 @@ __all__ = [
     "Report",
     "StepmaskError",
     "Store",
+    "Tiers",
     "Trajectory",
     "apply",
     "evaluate",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from stepmask.schedule.budget import Budget
     from stepmask.schedule.graph import Block, BlockGraph
     from stepmask.schedule.schedule import MaskSchedule
+    from stepmask.schedule.tiers import Tiers
 
 
 def __getattr__(name: str) -> Any:

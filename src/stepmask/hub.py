@@ -53,6 +53,30 @@ class Source:
                 )
             )
 
+    def folder(self, names: Sequence[str]) -> Path:
+        """The folder, or that of the cache with what the hub gave: files of these names, in whatever folders they lie.
+
+        Raises:
+            HubError: There is no such path, and the hub does not give the repository.
+        """
+        path = Path(self.place)
+        if path.exists():
+            return path
+        from huggingface_hub import snapshot_download
+
+        refused = f"{self.place}: no such folder, and"
+        with _translated(refused, f"a folder or a repository with {' and '.join(names)}", self.revision):
+            return Path(
+                snapshot_download(
+                    str(self.place),
+                    revision=self.revision,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.local_files_only,
+                    allow_patterns=[pattern for name in names for pattern in (name, f"*/{name}")],
+                )
+            )
+
     def beside(self, path: Path, name: str) -> Path:
         """The path of another file of the folder, or of the very commit, that `file` found the first one in.
 

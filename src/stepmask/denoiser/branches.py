@@ -1,4 +1,4 @@
-"""`BranchOrder`: notices a run that evaluates the branches of a step in another order than at its first step."""
+"""Whether a run evaluates its branches in the order of its first step, and goes on with the part that it should."""
 
 import weakref
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stepmask.denoiser.batch import Batch
 from stepmask.errors import RunError
 
 
@@ -75,6 +76,56 @@ def _moved(branch: int, other: int, step: int) -> RunError:
         f"evaluations in changing order: evaluation {branch} of step {step} is given what evaluation {other} of the "
         "first step was"
     )
+
+
+class PartOrder:
+    """Notices a run whose batch loses another part than the recorded run's did, where guidance ends.
+
+    It is told by memory: prompts of which a part goes on are mostly a view of those before, or some of a list of them.
+    Those that a loop makes anew are not told apart.
+    """
+
+    def __init__(self) -> None:
+        self.batch = Batch(0, ())
+        self.given: list[tuple[Any, ...]] = []  # of each argument at the step before, where its rows lie
+
+    def check(self, step: int, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the arguments of the next evaluation.
+
+        Args:
+            step: The step.
+            batch: Its batch, as the schedule has it.
+            args: What the denoiser is given.
+            kwargs: What it is given by name.
+
+        Raises:
+            RunError: They are those of another part.
+        """
+        given = [_rows(value, batch.rows) for value in (*args, *kwargs.values())]
+        before, self.given = self.given, given
+        whole, self.batch = self.batch, batch
+        if step == 0 or len(given) != len(before) or batch.present == whole.present:
+            return
+        size = whole.rows // max(len(whole.present), 1)
+        for old, new in zip(before, given, strict=True):
+            lost = len(old) == whole.rows and len(new) == batch.rows < whole.rows and all(row in old for row in new)
+            places = [whole.present[old.index(row) // size] for row in new] if lost else []
+            if lost and sorted({*places}) != [*batch.present]:
+                raise RunError(
+                    given=f"a batch that goes on with part {' and '.join(map(str, sorted({*places})))} at step {step}",
+                    expected=f"part {' and '.join(map(str, batch.present))}, as in the run that the schedule is for",
+                    advice="End guidance as in the recorded run, or record again",
+                )
+
+
+def _rows(value: Any, rows: int) -> tuple[Any, ...]:
+    """Where each row of an argument lies; nothing for what has no rows."""
+    if isinstance(value, list) and len(value) == rows:
+        return tuple(map(_told_by, value))
+    if isinstance(value, Tensor) and value.ndim and len(value) == rows:
+        memory, step = weakref.ref(value.untyped_storage()), value.stride(0)
+        return tuple((memory, value.storage_offset() + row * step) for row in range(rows))
+    return ()
 
 
 def order_error(given: str) -> RunError:

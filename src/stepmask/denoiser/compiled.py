@@ -11,20 +11,23 @@ inside a graph.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.device import to_device
 from stepmask.denoiser.modes import without_inference_mode
 from stepmask.denoiser.replay import MaskedBlock
-from stepmask.denoiser.run import outside_error
-from stepmask.denoiser.seam import Hook
-from stepmask.denoiser.values import each, tensors, to_output, to_stored_form, weights_dtype
+from stepmask.denoiser.run import Run, outside_error
+from stepmask.denoiser.seam import SLOT, Hook, Slot, attach_traced
+from stepmask.denoiser.stand_ins import StandIns, stand_in, unread_outputs
+from stepmask.denoiser.unread import Unread
+from stepmask.denoiser.values import each, rebuilt, tensors, to_output, to_stored_form, weights_dtype
 from stepmask.errors import RunError
 from stepmask.schedule.channels import reads_of
 from stepmask.schedule.graph import Reuse
@@ -35,7 +38,7 @@ Pattern = tuple[Any, ...]
 
 
 @dataclass(eq=False)
-class Slot:
+class BlockSlot(Slot):
     """What a block inside a compiled region does at the next call, and what it has done.
 
     Args:
@@ -47,6 +50,7 @@ class Slot:
         bias: Of a per-channel forecast.
         computed: What it has computed, as it is stored.
         calls: How often it was called.
+        inside: Whether its own forward runs just now.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Slot:
     bias: Tensor | None = None
     computed: Any = None
     calls: int = 0
+    inside: bool = False
 
     def clear(self) -> None:
         """Let go of everything."""
@@ -66,20 +71,12 @@ class Slot:
         self.bias = None
         self.computed = None
         self.calls = 0
-
-    def __deepcopy__(self, memo: Any) -> None:
-        """Copies of a masked denoiser are bare."""
-
-    def __reduce__(self) -> Any:
-        """So are pickles."""
-        return _nothing, ()
+        self.inside = False
 
 
-def _nothing() -> None:
-    """What a pickle has in the place of a slot."""
+_FORWARDS: WeakValueDictionary[Callable[..., Any], Callable[..., Any]] = WeakValueDictionary()
 
 
-@cache
 def masked_forward(bare: Callable[..., Any]) -> Callable[..., Any]:
     """The `forward` of blocks inside compiled regions, in place of their own: one function for all of a class.
 
@@ -88,25 +85,31 @@ def masked_forward(bare: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        slot = self._stepmask_slot  # where the seam has put it
-        if slot is None:  # a copy
+        slot = getattr(self, SLOT, None)
+        if slot is None or slot.inside:  # a copy; or the block's own forward calls itself
             return bare(self, *args, **kwargs)
         slot.calls += 1
         if slot.action is None:
             raise outside_error(slot.name)
         if slot.action == "dead":
-            return slot.stored[0]
+            return each(_own_copy, slot.stored[0])  # what is written into it stays in the graph
         if slot.action == "reuse":
             return to_output(slot.reuse, mixed(slot.weights, slot.bias, slot.stored), args, kwargs)
 
+        slot.inside = True
         output = bare(self, *args, **kwargs)
+        slot.inside = False
         computed = to_stored_form(slot.reuse, output, args, kwargs)
         slot.computed = computed
         if slot.weights is None:
             return output
         return to_output(slot.reuse, mixed(slot.weights, slot.bias, (computed, *slot.stored)), args, kwargs)
 
-    return forward
+    return _FORWARDS.setdefault(bare, forward)
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def mixed(weights: Tensor, bias: Tensor | None, values: Sequence[Any]) -> Any:
@@ -169,10 +172,15 @@ class InsideBlock:
 
     def __init__(self, values: MaskedBlock, weights: Weights) -> None:
         self.values = values
-        self.weights = weights
-        self.slot = Slot(values.block.label, values.block.reuse)
-        self.cell = Cell("compute", (), 0)
+        self.slot = BlockSlot(values.block.label, values.block.reuse)
         self.channels: dict[int, tuple[Tensor, Tensor]] = {}  # id of a bias -> itself, and its weights in one tensor
+        self.turn(weights)
+
+    def turn(self, weights: Weights) -> None:
+        """Turn to the run's plans, which have changed, and the weights of their forecasts."""
+        self.weights = weights
+        self.cell = Cell("compute", (), 0)
+        self.channels.clear()
 
     def fill(self, given: Sequence[Any]) -> None:
         """Put the present row's action into the slot, and the stored values that it reads.
@@ -187,7 +195,7 @@ class InsideBlock:
         slot.clear()
         slot.action = self.cell.action
         if slot.action == "dead":
-            slot.stored = (run.unread[run.branch][values.column],)
+            slot.stored = (each(stand_in, run.unread[run.branch][values.column]),)
             return
         if self.cell.vectors is not None:
             slot.stored = tuple(run.newest(values.column, reads_of(self.cell.vectors)))
@@ -207,6 +215,23 @@ class InsideBlock:
             self.channels[id(bias)] = bias, stacked
         return stacked, bias
 
+    @property
+    def computes(self) -> bool:
+        """Whether it computes, at the present row."""
+        return self.cell.action == "compute"
+
+    def skip(self) -> None:
+        """Let go of what no later step reads, where the region is not called."""
+        self.values.run.free(self.values.column, self.cell.keeps)
+
+    def slot_between(self) -> BlockSlot:
+        """A slot like this one, whose answer shows where nobody reads it."""
+        slot = replace(self.slot)
+        if slot.action == "dead":
+            run = self.values.run
+            slot.stored = (run.unread[run.branch][self.values.column],)
+        return slot
+
     def collect(self) -> None:
         """Take out what was computed, and store it, if a later step reads it.
 
@@ -222,8 +247,8 @@ class InsideBlock:
                 expected="one call at every step, as when the denoiser was traced",
                 advice="Trace and learn with these inputs",
             )
-        if self.cell.action != "compute":
-            run.free(values.column, self.cell.keeps)
+        if not self.computes:
+            self.skip()
             return
         values.keep(self.cell, self.slot.computed)
 
@@ -240,23 +265,93 @@ class MaskedRegion(Hook):
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the region."""
-        given = [_in_one_layout(value) for value in args]
-        named = {name: _in_one_layout(value) for name, value in kwargs.items()}
         try:
             for block in self.blocks:
                 block.fill((args, kwargs))
-            output = call(*given, **named)
-            _write_back((*given, *named.values()), (*args, *kwargs.values()))
-            for block in self.blocks:
-                block.collect()
+            return self._answer(call, args, kwargs)
         except Exception as error:
-            first = self.blocks[0].values
-            first.run.note_failure(first.column, error)
+            for block in self.blocks[:1]:
+                block.values.run.note_failure(block.values.column, error)
             raise
         finally:
             for block in self.blocks:
                 block.slot.clear()
+
+    def _answer(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = [_in_one_layout(value) for value in args]
+        named = {name: _in_one_layout(value) for name, value in kwargs.items()}
+        output = call(*given, **named)
+        _write_back((*given, *named.values()), (*args, *kwargs.values()))
+        for block in self.blocks:
+            block.collect()
         return output
+
+
+class RegionBetween(MaskedRegion):
+    """Stands in front of a compiled region between what is not compiled, which leaves out what is made of `Unread`.
+
+    So an `Unread` argument is turned into a tensor here, and an output that is made of it, or of a dead block, into an
+    `Unread`. A region that computes no block and answers with nothing else is not called.
+
+    Args:
+        module: The region.
+        name: Its name.
+        blocks: The blocks inside, in call order.
+        run: The run.
+        known: Which outputs nobody reads, by what is dead among the blocks, and unread among the arguments.
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, blocks: Sequence[InsideBlock], run: Run, known: dict[Any, Any]
+    ) -> None:
+        super().__init__(blocks)
+        self.module = module
+        self.name = name
+        self.run = run
+        self.known = known
+        self.stand_ins = StandIns()
+        self.unread: dict[Any, Any] = {}  # by branch and batch: what the region answers where nobody reads any of it
+
+    def _answer(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, form = pytree.tree_flatten((args, kwargs))
+        unread = tuple(isinstance(leaf, Unread) for leaf in leaves)
+        dead = tuple(block.slot.action == "dead" for block in self.blocks)
+        if not any(unread) and not any(dead):
+            return super()._answer(call, args, kwargs)
+
+        nobody_reads = self._outputs(dead, unread, args, kwargs)
+        is_left_out = bool(nobody_reads) and all(nobody_reads)
+        where = self.run.branch, self.run.batch
+        if is_left_out and where in self.unread and not any(block.computes for block in self.blocks):
+            for block in self.blocks:
+                block.skip()
+            return rebuilt(self.unread[where])
+
+        args, kwargs = pytree.tree_unflatten(self.stand_ins.replace(leaves), form)
+        output = super()._answer(call, args, kwargs)
+        if any(nobody_reads):
+            told = iter(nobody_reads)
+            output = each(lambda tensor: Unread.of(tensor) if next(told, False) else tensor, output)
+        if is_left_out:
+            self.unread[where] = output
+        return output
+
+    def _outputs(
+        self, dead: tuple[bool, ...], unread: tuple[bool, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[bool, ...]:
+        """Which tensors of the output nobody reads; found out once, by an evaluation on fake tensors."""
+        key = dead, unread
+        if key not in self.known:
+            self.known[key] = unread_outputs(self.module, self._mask, args, kwargs)
+        outputs: tuple[bool, ...] = self.known[key]
+        return outputs
+
+    def _mask(self, copied: nn.Module) -> None:
+        """Mask the blocks of a copy of the region as those of the region are now."""
+        for block in self.blocks:
+            name = block.values.block.name[len(self.name) + 1 :]
+            inside = copied.get_submodule(name)
+            attach_traced(inside, masked_forward(type(inside).forward), block.slot_between())
 
 
 def _in_one_layout(value: Any) -> Any:
@@ -289,9 +384,3 @@ def patterns(plans: Iterable[Plan], columns: Sequence[int]) -> set[tuple[Pattern
         for row in plan.cells
         if any(cell.action == "compute" for cell in row)
     }
-
-
-def stand_in(tensor: Tensor) -> Tensor:
-    """What stands for a tensor that nobody reads: not a number, in no memory to speak of."""
-    what = float("nan") if tensor.is_floating_point() or tensor.is_complex() else 0
-    return tensor.new_full((), what).expand(tensor.shape)

@@ -15,9 +15,6 @@ from stepmask.errors import InvalidConditioning
 PROMPTS_NAME = "prompts.txt"
 """Beside a pipeline's model_index.json: prompts that it was trained for."""
 
-_BINNED_SIZES = (32, 64, 128, 256)
-"""Latent sizes for which PixArt's pipelines know aspect ratios."""
-
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -140,17 +137,9 @@ def _known_labels(pipe: Any) -> list[int]:
 
 
 def _fixed(pipe: Any) -> dict[str, Any]:
-    """What PixArt's pipelines must be told besides.
-
-    They look for aspect ratios of large pictures, and warn at every call that they clean no captions without two
-    packages.
-    """
-    fixed, size = {}, getattr(denoiser_of(pipe).config, "sample_size", None)
-    if "use_resolution_binning" in _arguments(pipe) and size not in _BINNED_SIZES:
-        fixed["use_resolution_binning"] = False
-    if "clean_caption" in _arguments(pipe) and not all(map(find_spec, ("bs4", "ftfy"))):
-        fixed["clean_caption"] = False
-    return fixed
+    """What PixArt's pipelines must be told besides: without two packages they warn at every call."""
+    takes = "clean_caption" in _arguments(pipe)
+    return {"clean_caption": False} if takes and not all(map(find_spec, ("bs4", "ftfy"))) else {}
 
 
 def _check_takes(pipe: Any, argument: str, what: str) -> None:

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepmask.denoiser.feeders import Feeders
 from stepmask.denoiser.seam import Hook
+from stepmask.denoiser.split import MAKE_PLAIN, PLAIN_OUTPUT, is_split
 from stepmask.denoiser.unread import changed_by
 from stepmask.denoiser.values import each, size, stream, tensors
 from stepmask.errors import TraceError
@@ -240,7 +241,8 @@ class Recorder:
             raise TraceError(
                 given=f"block {name!r}, which is called twice in one evaluation",
                 expected="every block called once per evaluation",
-                advice="Mask the module that calls it instead",
+                advice="Mask the module that calls it instead. Where a whole network is called twice, by a sampler or "
+                "by guidance in a module around it, hand over that network as the denoiser: record(network, run=...)",
             )
         for tensor in tensors(args):
             self._refuse_hidden(tensor, f"block {name!r}")
@@ -370,6 +372,8 @@ def _refuse_what_cannot_be_stored(name: str, output: Any) -> None:
         TraceError: It does.
     """
     answers = list(tensors(output))
+    if any(map(is_split, answers)):
+        raise TraceError(given=f"block {name!r}, which returns a DTensor", expected=PLAIN_OUTPUT, advice=MAKE_PLAIN)
     unusual = [tensor for tensor in answers if tensor.is_nested or tensor.layout is not torch.strided]
     if answers and not unusual:
         return

@@ -3,7 +3,6 @@
 The only file that knows diffusers' class names. It imports none of them: a class is known by its name.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -12,6 +11,8 @@ import torch
 from torch import nn
 
 from stepmask.denoiser.regions import modules_by_name, unwrapped
+from stepmask.denoiser.repeated import largest_parts, repeated_blocks, sublayers
+from stepmask.denoiser.split import is_split
 from stepmask.errors import NoSuchBlock, TraceError
 from stepmask.schedule.fingerprint import DenoiserFingerprint
 from stepmask.schedule.graph import Reuse
@@ -70,9 +71,6 @@ _KANDINSKY6: dict[Granularity, Patterns] = {
     },
 }
 _FF_CALLED_TWICE = _at_both({"transformer_blocks.*": None})
-
-_SUBLAYERS = ("*attn*", "*attention", "ff*", "*_ff", "mlp*", "*mlp", "feed_forward")
-"""What attention and feed-forward modules of a transformer block are called; their norms have "norm" in the name."""
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Where diffusers pipelines keep them. Several take turns (Wan 2.2) or make up a step together (Ideogram 4)."""
@@ -166,17 +164,50 @@ def casts_weights(denoiser: nn.Module) -> bool:
     return any(found is not None and found.get_hook("layerwise_casting") is not None for found in registries)
 
 
+def splits_tokens(denoiser: nn.Module) -> bool:
+    """Whether diffusers splits tokens between processes (context parallel), so that each sees a part of them."""
+    config = getattr(unwrapped(denoiser), "_parallel_config", None)
+    return getattr(config, "context_parallel_config", None) is not None
+
+
+def splits_layers(denoiser: nn.Module) -> bool:
+    """Whether single layers are split between processes (tensor parallel); weights in FSDP's shards are not meant."""
+    shares: list[Any] = [weight for weight in denoiser.parameters() if is_split(weight)]
+    if any(sum(placement.is_shard() for placement in share.placements) > 1 for share in shares):
+        return True
+    return bool(shares) and not any(
+        map(is_fsdp, (cls for module in denoiser.modules() for cls in type(module).__mro__))
+    )
+
+
 def fingerprint_of(denoiser: nn.Module) -> DenoiserFingerprint:
-    """A denoiser's class and public configuration; a plain module is known by its number of parameters."""
+    """A denoiser's class and public configuration; a plain module is known by its number of parameters.
+
+    How weights are held is no part of it: whole, quantised or in shards, it is the same denoiser.
+    """
     denoiser = unwrapped(denoiser)
-    class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not _is_fsdp(cls))
+    class_name = next(cls.__name__ for cls in type(denoiser).__mro__ if not is_fsdp(cls))
     config = getattr(denoiser, "config", None)
     if not isinstance(config, Mapping):
-        return DenoiserFingerprint(class_name, {"parameters": sum(p.numel() for p in denoiser.parameters())})
-    return DenoiserFingerprint(class_name, {k: _plain(v) for k, v in config.items() if not k.startswith("_")})
+        count = _parameters(denoiser)
+        return DenoiserFingerprint(class_name, {} if count is None else {"parameters": count})
+    public = {key: value for key, value in config.items() if not key.startswith("_") and key not in _HOLDING}
+    return DenoiserFingerprint(class_name, {key: _plain(value) for key, value in public.items()})
 
 
-def _is_fsdp(cls: type[Any]) -> bool:
+_HOLDING = ("quantization_config",)
+"""What a configuration says of how weights are held."""
+
+
+def _parameters(denoiser: nn.Module) -> int | None:
+    """The number of a module's parameters; `None` where it does not show, for weights are packed (4 bits, GGUF)."""
+    is_packed = any(not (p.is_floating_point() or p.is_complex()) for p in denoiser.parameters())
+    if is_packed or any(hasattr(module, "_packed_params") for module in denoiser.modules()):
+        return None
+    return sum(p.numel() for p in denoiser.parameters())
+
+
+def is_fsdp(cls: type[Any]) -> bool:
     """Whether a class is FSDP's, or one that `fully_shard` made of a module's own."""
     return "FSDPModule" in (cls.__name__, *(base.__name__ for base in cls.__bases__))
 
@@ -246,37 +277,23 @@ def _patterns(denoiser: nn.Module, granularity: Granularity, blocks: str | Itera
     class_name = fingerprint_of(denoiser).class_name
     if class_name in FAMILIES:
         return FAMILIES[class_name][granularity]
-    if repeated := _repeated(denoiser):
-        return repeated if granularity == "block" else _sublayers(denoiser, repeated)
-    lists = [name for name, module in modules_by_name(denoiser).items() if isinstance(module, nn.ModuleList)]
+    if repeated := repeated_blocks(denoiser):
+        return dict.fromkeys(repeated) if granularity == "block" else _sublayers(denoiser, repeated)
+    largest = largest_parts(denoiser, 5)
     raise TraceError(
-        given=f"a {class_name}, whose blocks stepmask does not know",
-        expected=f"one of {', '.join(FAMILIES)}, or a pattern",
-        advice=f"Name its blocks, for example blocks={f'{lists[0]}.*' if lists else 'layers.*'!r}",
+        given=f"a {class_name}, whose blocks stepmask does not know, with no class of modules that it repeats",
+        expected="modules of one class, in lists or with parts of their own; or the names of blocks",
+        advice=f"Name its blocks, for example blocks={largest}" if largest else "Make its parts modules of their own",
     )
 
 
-def _repeated(denoiser: nn.Module) -> Patterns:
-    """The elements of a denoiser's own module lists, where one class is there at least twice."""
-    lists = {name: part for name, part in unwrapped(denoiser).named_children() if isinstance(part, nn.ModuleList)}
-    blocks = {f"{name}.{index}": unwrapped(block) for name, part in lists.items() for index, block in enumerate(part)}
-    counts = Counter(map(type, blocks.values()))
-    return {name: None for name, block in blocks.items() if counts[type(block)] > 1}
-
-
-def _sublayers(denoiser: nn.Module, blocks: Patterns) -> Patterns:
+def _sublayers(denoiser: nn.Module, blocks: Iterable[str]) -> Patterns:
     """Attention and feed-forward modules of blocks; a block that has none, or projections beside them, as it is."""
     found: dict[str, Reuse | None] = {}
     for block in blocks:
-        parts = dict(unwrapped(denoiser.get_submodule(block)).named_children())
-        inside = [name for name in parts if _is_sublayer(name)]
-        split = inside and not any(isinstance(part, nn.Linear) for part in parts.values())
-        found.update({f"{block}.{name}": "output" for name in inside} if split else {block: None})
+        inside = sublayers(denoiser, block)
+        found.update(dict.fromkeys(inside, "output") if inside else {block: None})
     return found
-
-
-def _is_sublayer(name: str) -> bool:
-    return "norm" not in name and any(fnmatchcase(name, pattern) for pattern in _SUBLAYERS)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepmask.denoiser.families import denoiser_of, fingerprint_of
+from stepmask.denoiser.values import tensors
 from stepmask.errors import InvalidRunFolder
 from stepmask.executors.filed import claim
 
@@ -38,12 +39,27 @@ def weights_of(pipe: Any) -> dict[str, str]:
 
 def weights_digest(network: nn.Module) -> str:
     """A name for a network's weights: read off at most 127 values of each, or off its shape where it is on "meta"."""
-    return digest([(name, str(w.dtype), tuple(w.shape), _some(w)) for name, w in sorted(network.state_dict().items())])
+    return digest([_named(name, weight) for name, weight in sorted(network.state_dict().items())])
 
 
-def _some(weight: Tensor) -> Tensor | None:
-    """Values of a weight, evenly spread."""
-    return None if weight.is_meta else weight.flatten()[:: max(1, weight.numel() // 64)]
+def _named(name: str, weight: Any) -> tuple[Any, ...]:
+    """A weight as it is told apart; what torch's own quantised layers keep in its place is no tensor but several."""
+    if not isinstance(weight, Tensor):
+        return (name, *[_named(name, part) for part in tensors(weight)])
+    return name, str(weight.dtype), tuple(weight.shape), _some(weight)
+
+
+def _some(weight: Tensor) -> Any:
+    """Values of a weight, evenly spread: of each tensor that it is made of, where it is quantised or in shards."""
+    if weight.is_meta:
+        return None
+    if hasattr(weight, "__tensor_flatten__"):
+        names, _ = weight.__tensor_flatten__()
+        return [_some(getattr(weight, name)) for name in names]
+    if weight.is_quantized:
+        return _some(weight.int_repr())
+    plain = weight.as_subclass(Tensor)
+    return plain.flatten()[:: max(1, plain.numel() // 64)]
 
 
 def digest(*values: Any) -> str:

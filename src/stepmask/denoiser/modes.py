@@ -1,8 +1,10 @@
 """Modes of torch around a call, gradients, inference mode and autocast: what is recorded must not depend on them."""
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from stepmask.denoiser.families import denoiser_of, scheduler_of
 from stepmask.denoiser.values import each, tensors
-from stepmask.errors import LearningError
+from stepmask.errors import LearningError, RunError
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
@@ -66,10 +68,154 @@ def without_inference_mode() -> Iterator[None]:
 
 
 @contextmanager
+def gradients_throughout() -> Iterator[None]:
+    """Gradients stay on in this thread, whatever the code inside says: `no_grad`, `inference_mode`, `set_grad_enabled`.
+
+    Pipelines and loops that sample say so of themselves, often of each part, and it is theirs that is differentiated.
+    What runs inside `as_told` is not meant; and where gradients are off around the context, nothing changes.
+    """
+    if not torch.is_grad_enabled():
+        yield
+        return
+    with _SWITCHES.held(), _thread_keeps(True):
+        yield
+
+
+@contextmanager
+def as_told() -> Iterator[None]:
+    """Gradients as the code inside says, also within `gradients_throughout`."""
+    with _thread_keeps(False):
+        yield
+
+
+class _Thread(threading.local):
+    """Whether this thread keeps gradients on."""
+
+    keeps = False
+
+
+_THREAD = _Thread()
+
+
+@contextmanager
+def _thread_keeps(gradients: bool) -> Iterator[None]:
+    before, _THREAD.keeps = _THREAD.keeps, gradients
+    try:
+        yield
+    finally:
+        _THREAD.keeps = before
+
+
+class _Switches:
+    """torch's switches of gradients; while a thread holds them, those that keep gradients on find them without effect.
+
+    What a switch puts back when its context ends is what it found, as ever.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.holders = 0
+        self.own: dict[tuple[type, str], Callable[..., None]] = {}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """As long as the context lasts, in any number of threads."""
+        with self.lock:
+            self.holders += 1
+            if self.holders == 1:
+                self._replace()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.holders -= 1
+                if self.holders == 0:
+                    self._put_back()
+
+    def _replace(self) -> None:
+        for switch, method, instead in (
+            (torch.no_grad, "__enter__", _then_on),
+            (torch.set_grad_enabled, "__init__", _then_on),
+            (torch.set_grad_enabled, "__enter__", _then_on),
+            (torch.inference_mode, "__enter__", _without_inference),
+        ):
+            own = vars(switch)[method]
+            self.own[switch, method] = own
+            setattr(switch, method, _as_method(partial(instead, own)))
+
+    def _put_back(self) -> None:
+        for (switch, method), own in self.own.items():
+            setattr(switch, method, own)
+        self.own.clear()
+
+
+_SWITCHES = _Switches()
+
+
+def _as_method(function: Callable[..., None]) -> Callable[..., None]:
+    def method(switch: Any, *args: Any, **kwargs: Any) -> None:
+        function(switch, *args, **kwargs)
+
+    return method
+
+
+def _then_on(own: Callable[..., None], switch: Any, *args: Any, **kwargs: Any) -> None:
+    """What the switch does, and gradients on again where this thread keeps them."""
+    own(switch, *args, **kwargs)
+    if _THREAD.keeps:
+        torch._C._set_grad_enabled(True)
+
+
+def _without_inference(own: Callable[..., None], switch: Any) -> None:
+    """What `inference_mode` does, and where this thread keeps gradients what `inference_mode(False)` does."""
+    told = switch.mode
+    switch.mode = told and not _THREAD.keeps
+    try:
+        own(switch)
+    finally:
+        switch.mode = told
+
+
+@contextmanager
 def uncompiled() -> Iterator[None]:
     """What is compiled runs as it is written while the context lasts: to learn needs other hooks, and no speed."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def beside_graphs(reason: str) -> Callable[[Callable[Parameters, Answer]], Callable[Parameters, Answer]]:
+    """A function that is in no graph: where one is made around its call, that breaks.
+
+    Args:
+        reason: What torch tells where a graph must not break.
+    """
+
+    def decorated(function: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
+        disabled: list[Callable[Parameters, Answer]] = []
+
+        @wraps(function)
+        def beside(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Answer:
+            if "torch._dynamo" not in sys.modules:  # it takes seconds to import
+                return function(*args, **kwargs)
+            if not disabled:
+                disabled.append(torch.compiler.disable(function))
+            return disabled[0](*args, **kwargs)
+
+        vars(beside).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
+        return beside
+
+    return decorated
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Attention and encoder layers of torch as single operations, which can be counted, while the context lasts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def copied(tensor: Tensor) -> Tensor:
@@ -109,4 +255,19 @@ def refuse_made_in_inference_mode(pipe: Any) -> None:
             given=f"a {type(pipe).__name__} that was loaded under torch.inference_mode",
             expected="weights and a sampler that may take part in gradients",
             advice="Load the pipeline outside of it; sampling may be inside",
+        )
+
+
+def refuse_tracing() -> None:
+    """Refuse that a masked denoiser is traced or exported: a graph has the operations of one step, and no masks.
+
+    Raises:
+        RunError: `torch.export`, `torch.jit.trace` or a conversion to ONNX is under way.
+    """
+    jit: Any = torch.jit
+    if jit.is_tracing() or torch.compiler.is_compiling():
+        raise RunError(
+            given="a masked denoiser that is traced or exported (torch.export, torch.jit.trace, ONNX)",
+            expected="calls that compute: a graph would be that of one step, whatever the others reuse",
+            advice="Remove the schedule, and export the bare denoiser",
         )

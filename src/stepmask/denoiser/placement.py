@@ -1,19 +1,26 @@
 """Where the hooks of a masked denoiser stand: in front of modules, or inside and around its compiled regions."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
-from stepmask.denoiser.branches import BranchOrder
 from stepmask.denoiser.call import parameters_of
-from stepmask.denoiser.compiled import InsideBlock, MaskedRegion, Pattern, Weights, masked_forward, patterns, stand_in
+from stepmask.denoiser.compiled import (
+    InsideBlock,
+    MaskedRegion,
+    Pattern,
+    RegionBetween,
+    Weights,
+    masked_forward,
+    patterns,
+)
 from stepmask.denoiser.refusals import refuse_hooks_inside, refuse_too_many_graphs
 from stepmask.denoiser.regions import ROOM_FOR_GRAPHS, allow_graphs, compiled_regions, region_around, unwrapped
-from stepmask.denoiser.replay import MaskedBlock, MaskedDenoiser, MaskedFeeder
+from stepmask.denoiser.replay import MaskedBlock, MaskedDenoiser, MaskedFeeder, guarded_forward
 from stepmask.denoiser.run import Run
-from stepmask.denoiser.seam import Hook, attach, attach_traced, detach, detach_traced
-from stepmask.denoiser.unread import Unread
-from stepmask.errors import ScheduleMismatch
+from stepmask.denoiser.seam import Hook, attach, attach_traced, detach, detach_traced, has_other_forward, hooks_of
+from stepmask.errors import RunError, ScheduleMismatch
 from stepmask.schedule.graph import BESIDE, BlockGraph
 
 
@@ -44,6 +51,17 @@ class Placement:
         self.inside = {block: InsideBlock(block, weights) for block in blocks}  # for those in compiled regions
         self.hooked: dict[Hook, nn.Module] = {}
         self.traced: dict[InsideBlock, nn.Module] = {}
+        self.unread_outputs: dict[nn.Module, dict[Any, Any]] = {}  # of regions
+
+    def turn(self) -> None:
+        """Turn all hooks to the run's plans, which have changed; nothing of the plans before stays held."""
+        weights = Weights(self.run.plans)
+        for block, inside in self.inside.items():
+            block.turn()
+            inside.turn(weights)
+        for feeder in self.feeders.values():
+            feeder.turn()
+        self.own.turn()
 
     def put(self) -> None:
         """Put the hooks where the modules of their names are now; others may have been put there, or been compiled.
@@ -56,7 +74,7 @@ class Placement:
         regions = compiled_regions(self.denoiser)
         around = {block: region_around(block.block.name, regions) for block in self.inside}
         held = {name: [self.inside[block] for block in around if around[block] == name] for name in regions}
-        masked = {name: MaskedRegion(inside) for name, inside in held.items() if inside}
+        masked = self._regions(regions, held)
 
         traced = {
             self.inside[block]: _module(self.denoiser, block.block.name)
@@ -72,11 +90,12 @@ class Placement:
         self.take_off(keep=hooks)
         for hook, module in hooks.items():
             attach(module, hook)
+        if not has_other_forward(unwrapped(self.denoiser), self.own.door):
+            attach_traced(unwrapped(self.denoiser), guarded_forward, self.own.door)
         for inside, module in traced.items():
             attach_traced(module, masked_forward(type(module).forward), inside.slot)
         self.hooked = hooks
         self.traced = traced
-        self.run.stand_in = stand_in if traced else Unread.of
         self.own.region = masked.get("")
         if regions:
             allow_graphs(self._most_graphs(masked.values()) + ROOM_FOR_GRAPHS)
@@ -89,6 +108,35 @@ class Placement:
                 detach(module, hook)
         for inside, module in self.traced.items():
             detach_traced(module, inside.slot)
+        detach_traced(unwrapped(self.hooked.get(self.own, self.denoiser)), self.own.door)
+
+    def refuse_if_lost(self) -> None:
+        """Refuse a denoiser that has lost a hook, for somebody has compiled it or a part since the run began.
+
+        Raises:
+            RunError: It has.
+        """
+        lost = [module for hook, module in self.hooked.items() if hook not in hooks_of(module)]
+        if lost:
+            raise RunError(
+                given=f"a {type(unwrapped(lost[0])).__name__} that was compiled in the middle of a run",
+                expected="a denoiser that stays as it is until the run's end",
+                advice="Compile before the run, or after it; masked.compile() may come at any time",
+            )
+
+    def _regions(
+        self, regions: Mapping[str, nn.Module], held: Mapping[str, Sequence[InsideBlock]]
+    ) -> dict[str, MaskedRegion]:
+        """What stands in front of compiled regions, but for blocks and what feeds them alone, which have their own."""
+        others = {block.block.name for block in self.inside} | set(self.feeders)
+        masked: dict[str, MaskedRegion] = {}
+        for name, module in regions.items():
+            if not name and held[name]:
+                masked[name] = MaskedRegion(held[name])
+            elif name and name not in others:
+                known = self.unread_outputs.setdefault(module, {})
+                masked[name] = RegionBetween(module, name, held[name], self.run, known)
+        return masked
 
     def _hooks(
         self,
@@ -124,17 +172,17 @@ class MaskedNetwork:
         run: The run.
         graph: Its blocks.
         number: Which of the pipeline's networks it is.
-        order: Watches the order of the branches, which may be of several networks.
     """
 
-    def __init__(self, denoiser: nn.Module, run: Run, graph: BlockGraph, number: int, order: BranchOrder) -> None:
+    def __init__(self, denoiser: nn.Module, run: Run, graph: BlockGraph, number: int) -> None:
         self.denoiser = denoiser
         *blocks, own = graph.blocks
         self.blocks = [MaskedBlock(run, column, block) for column, block in enumerate(blocks)]
-        self.own = MaskedDenoiser(run, self.blocks, own, parameters_of(denoiser), network=number, order=order)
-        feeders = {name: MaskedFeeder(run, columns) for name, columns in graph.fed.items()
-                    if not name.startswith(BESIDE)}  # fmt: skip
+        self.own = MaskedDenoiser(run, self.blocks, own, parameters_of(denoiser), number)
+        inside = {name: columns for name, columns in graph.fed.items() if not name.startswith(BESIDE)}
+        feeders = {name: MaskedFeeder(run, columns) for name, columns in inside.items()}
         self.placement = Placement(denoiser, run, self.blocks, feeders, self.own)
+        self.own.at_missing = self.placement.refuse_if_lost
 
     def follow(self, denoiser: nn.Module) -> None:
         """Turn to another form of the network, its compiled one."""
@@ -144,8 +192,7 @@ class MaskedNetwork:
 
 def networks_of(denoisers: Sequence[nn.Module], run: Run, graph: BlockGraph) -> list[MaskedNetwork]:
     """The networks of a pipeline under one run."""
-    order = BranchOrder(run.branches)
-    networks = [MaskedNetwork(denoiser, run, graph, number, order) for number, denoiser in enumerate(denoisers)]
+    networks = [MaskedNetwork(denoiser, run, graph, number) for number, denoiser in enumerate(denoisers)]
 
     def put() -> None:
         for network in networks:

@@ -18,6 +18,7 @@ from torch import nn
 
 from stepmask.denoiser.call import Call
 from stepmask.denoiser.runtime import Masked
+from stepmask.denoiser.sampling import NOT_REPEATED
 from stepmask.denoiser.seam import Hook, attached, attached_by_name
 from stepmask.denoiser.store import Store
 from stepmask.denoiser.trajectory import Trajectory
@@ -361,8 +362,7 @@ def _loop_error(step: int) -> TraceError:
         given=f"a sampling loop that does not repeat itself: at step {step} the denoiser is given something else than "
         "in the recorded run",
         expected="the same inputs, as long as the denoiser answers the same",
-        advice="Look for random numbers without a generator, a function that is bound late (lambda: sample(seed) in a "
-        "loop), and what has changed since: arguments, weights, the scheduler",
+        advice=NOT_REPEATED,
     )
 
 

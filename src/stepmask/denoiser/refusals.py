@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import nn
 
+from stepmask.denoiser.families import splits_layers, splits_tokens
 from stepmask.denoiser.regions import unwrapped
 from stepmask.denoiser.replay import MaskedDenoiser
 from stepmask.denoiser.seam import has_other_forward, hooks_of
-from stepmask.errors import AlreadyApplied, RunError
+from stepmask.errors import AlreadyApplied, LearningError, RunError
 
 
 def refuse_if_taken(denoiser: nn.Module) -> None:
@@ -24,6 +25,25 @@ def refuse_if_taken(denoiser: nn.Module) -> None:
             expected="a denoiser that nothing else skips",
             advice="Call .remove() on the first schedule",
         )
+
+
+def refuse_split(denoiser: nn.Module) -> None:
+    """Refuse to learn from a denoiser each of whose processes sees a part of its tokens, or has a part of its layers.
+
+    Raises:
+        LearningError: Tokens or layers are split.
+    """
+    if splits_tokens(denoiser):
+        what, why = "tokens", "(context parallel): each process would learn another table from its part"
+    elif splits_layers(denoiser):
+        what, why = "layers", "(tensor parallel), through which gradients are not those of one process"
+    else:
+        return
+    raise LearningError(
+        given=f"a {type(unwrapped(denoiser)).__name__} whose {what} are split between processes {why}",
+        expected="a denoiser that each process has whole; FSDP's weights in shards are that when they are used",
+        advice="Learn before you split it: the schedule holds for it then as well",
+    )
 
 
 MOST_WHOLE_GRAPHS = 16

@@ -1,6 +1,7 @@
 """The hooks of a masked run: in front of each block, of what feeds blocks alone, and of the denoiser itself."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -8,12 +9,12 @@ import torch
 from torch import Tensor
 
 from stepmask.denoiser.batch import Batch, rows_of
-from stepmask.denoiser.branches import BranchOrder
 from stepmask.denoiser.call import Call, given_timestep, timestep_of_call
 from stepmask.denoiser.held import private_copy
-from stepmask.denoiser.modes import usable
+from stepmask.denoiser.modes import beside_graphs, refuse_tracing, usable
 from stepmask.denoiser.run import Run
-from stepmask.denoiser.seam import Hook
+from stepmask.denoiser.seam import SLOT, Hook, Slot
+from stepmask.denoiser.split import MAKE_PLAIN, PLAIN_OUTPUT, is_split
 from stepmask.denoiser.unread import refuse_unread
 from stepmask.denoiser.values import (
     each,
@@ -28,7 +29,7 @@ from stepmask.denoiser.values import (
     to_stored_form,
     weights_dtype,
 )
-from stepmask.errors import RunError
+from stepmask.errors import RunError, RunNotStarted
 from stepmask.schedule.channels import channel_axis, reads_of
 from stepmask.schedule.graph import Block
 from stepmask.schedule.rectify import Cell
@@ -42,14 +43,21 @@ class Values:
         self.column = column
         self.block = block
         self.computed: int | Fraction = 0  # whole batches
-        self.may_be_dead = any(row[column].action == "dead" for plan in run.plans for row in plan.cells)
         self.vectors: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by plan and step, where the values are
+        self.turn()
+
+    def turn(self) -> None:
+        """Turn to the run's plans, which have changed."""
+        self.vectors.clear()
+        self.may_be_dead = any(row[self.column].action == "dead" for plan in self.run.plans for row in plan.cells)
 
     def compute(self, cell: Cell, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer with what was computed, or a blend of it; store it, if a later step reads it."""
         run = self.run
         column = self.column
         refuse_unread(output, self.block.label)
+        if type(output) is not Tensor:
+            self._refuse_parts(output)
         self._stand_in(output)
         if not (cell.keeps or cell.weights):
             run.free(column, 0)
@@ -61,6 +69,19 @@ class Values:
             output = to_output(self.block.reuse, blend, args, kwargs)
         self._store(cell, value)
         return output
+
+    def _refuse_parts(self, output: Any) -> None:
+        """Refuse an output that is split between processes.
+
+        Raises:
+            RunError: It is.
+        """
+        if any(map(is_split, tensors(output))):
+            raise RunError(
+                given=f"block {self.block.label!r}, which answers with a DTensor",
+                expected=PLAIN_OUTPUT,
+                advice=MAKE_PLAIN,
+            )
 
     def keep(self, cell: Cell, value: Any) -> None:
         """Store what was computed inside a compiled region, if a later step reads it."""
@@ -160,7 +181,24 @@ class MaskedBlock(Values, Hook):
                 expected="an input that stays as it is, for what is stored is the output without it",
                 advice="Trace with these inputs, or reuse the block by its output: blocks={name: 'output'}",
             )
+        self._check_delta(output, given)
         return self.compute(cell, output, args, kwargs)
+
+    def _check_delta(self, output: Any, given: Tensor) -> None:
+        """Refuse an output that is not its input and something on top, as it was in the trace.
+
+        Raises:
+            RunError: It has another shape.
+        """
+        if isinstance(output, Tensor) and output.shape == given.shape:
+            return
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise RunError(
+            given=f"block {self.block.label!r}, which answers {shape} to an input of shape {tuple(given.shape)}",
+            expected="an output of its input's shape, as when it was traced, for it is reused as what it adds to that",
+            advice="If its layers are split between processes now, trace with blocks={name: 'output'}, or mask the "
+            "module around the split ones",
+        )
 
 
 class MaskedFeeder(Hook):
@@ -170,6 +208,10 @@ class MaskedFeeder(Hook):
         self.run = run
         self.columns = columns
         self.unread: dict[int, tuple[Batch, Any]] = {}  # by branch: what stands for the output
+
+    def turn(self) -> None:
+        """Turn to the run's plans, which have changed."""
+        self.unread.clear()
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the module."""
@@ -183,6 +225,37 @@ class MaskedFeeder(Hook):
         return output
 
 
+@dataclass(eq=False)
+class Door(Slot):
+    """Whether a masked denoiser's `forward` is called by its hook, just now."""
+
+    is_open: bool = False
+
+
+def guarded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The `forward` of a masked denoiser, in place of its class's: for its hook alone.
+
+    Raises:
+        RunNotStarted: Its hook was gone past.
+    """
+    door = getattr(self, SLOT, None)
+    if door is None or door.is_open:
+        return type(self).forward(self, *args, **kwargs)
+    raise _went_past(type(self).__name__)
+
+
+@beside_graphs(
+    "a denoiser was compiled, or its forward called, past its masks: masked.compile(), or compile before a run"
+)
+def _went_past(denoiser: str) -> RunNotStarted:
+    return RunNotStarted(
+        given=f"a call of a {denoiser} that goes past its masks",
+        expected="calls of the module itself, as it was when the run began",
+        advice="Compile it with masked.compile(), or before a run begins (apply, set_timesteps, masked.restart()); do "
+        "not call its forward, nor a shallow copy",
+    )
+
+
 class MaskedDenoiser(Values, Hook):
     """Stands in front of the denoiser: turns to the next row, and answers a whole step from the store where told to.
 
@@ -192,7 +265,6 @@ class MaskedDenoiser(Values, Hook):
         own: The denoiser as the last block of its own graph.
         parameters: The names of the denoiser's arguments, in order.
         network: Which of the pipeline's networks it is.
-        order: Watches the order of the branches.
     """
 
     def __init__(
@@ -201,32 +273,41 @@ class MaskedDenoiser(Values, Hook):
         blocks: Sequence[MaskedBlock],
         own: Block,
         parameters: Sequence[str],
-        *,
         network: int = 0,
-        order: BranchOrder | None = None,
     ) -> None:
         super().__init__(run, len(blocks), own)
         self.blocks = blocks
         self.parameters = parameters
         self.network = network
+        self.door = Door()
         self.region: Hook | None = None  # the denoiser as a compiled region
         self.was_called = False  # ever
         self.at_start: Callable[[], None] | None = None  # before the first evaluation of a run
-        self.order = order or BranchOrder(run.branches)
-        self.compares_timesteps = not run.sampler.class_name and run.sampler.tells_timesteps
+        self.at_missing: Callable[[], None] | None = None  # where a block was not called
 
+    def turn(self) -> None:
+        """Turn to the run's plans, which have changed."""
+        super().turn()
+        self.compares_timesteps = not self.run.sampler.class_name and self.run.sampler.tells_timesteps
+
+    @beside_graphs("a masked denoiser is in no graph around it: compile the denoiser, or leave out fullgraph")
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the denoiser."""
         run = self.run
         self.was_called = True
         run.check_thread()
+        refuse_tracing()
         try:
             if self.at_start is not None and run.running and run.evaluation == 0:
                 self.at_start()
             latents = tuple(tuple(tensor.shape) for tensor in first(args, kwargs))
             run.begin(rows_of(args, kwargs), latents, self._timestep(args, kwargs), self.network)
-            self.order.check(run.step, run.branch, run.calls_of_step, args, kwargs)
+            run.branch_order.check(run.step, run.branch, run.calls_of_step, args, kwargs)
+            if run.part_order is not None:
+                run.part_order.check(run.step, run.batch, args, kwargs)
             output = self._answer(run.row[-1], call, args, kwargs)
+            if self.at_missing is not None and run.runs_forward and not all(run.answered[:-1]):
+                self.at_missing()
             run.end()
         except BaseException:
             run.stop()
@@ -237,7 +318,11 @@ class MaskedDenoiser(Values, Hook):
         output = None
         if self.run.runs_forward:
             self.computed += self.run.share
-            output = call(*args, **kwargs) if self.region is None else self.region(call, args, kwargs)
+            self.door.is_open = True
+            try:
+                output = call(*args, **kwargs) if self.region is None else self.region(call, args, kwargs)
+            finally:
+                self.door.is_open = False
         else:
             for block, own in zip(self.blocks, self.run.row, strict=False):
                 block.skip(own)  # not called: what nobody reads any more goes here

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from stepmask.denoiser.batch import Batch, Shapes
+from stepmask.denoiser.branches import BranchOrder, PartOrder
 from stepmask.denoiser.held import Held, Owner
 from stepmask.denoiser.modes import usable
 from stepmask.denoiser.store import Store
@@ -31,16 +32,10 @@ class Run:
     def __init__(
         self, plans: Sequence[Plan], sampler: SamplerFingerprint, store: Store, *, is_stepped: bool = False
     ) -> None:
-        self.plans = plans
-        self.sampler = sampler
         self.store = store
         self.is_stepped = is_stepped
         self.names = [block.label for block in plans[0].graph.blocks]
-        self.branches = sampler.branches
-        self.order = sampler.evaluations  # step and branch of each
-        self.evaluations = len(self.order)
         self.stand_in: Callable[[Tensor], Tensor] = Unread.of  # makes what stands for a tensor that nobody reads
-        self.forwards = [[any(cell.action == "compute" for cell in row) for row in plan.cells] for plan in plans]
 
         # Where the run is.
         self.running = False
@@ -65,7 +60,19 @@ class Run:
         self.calls: list[_LastCall | None] = []  # by branch
         self.bytes = 0
         self.peak_bytes = 0
-        self.clear()
+        self.follow(plans, sampler)
+
+    def follow(self, plans: Sequence[Plan], sampler: SamplerFingerprint) -> None:
+        """Turn to other plans over the same blocks, from the next run on; nothing is held then."""
+        self.plans = plans
+        self.sampler = sampler
+        self.branches = sampler.branches
+        self.order = sampler.evaluations  # step and branch of each
+        self.evaluations = len(self.order)
+        self.branch_order = BranchOrder(self.branches)
+        self.part_order = PartOrder() if sampler.course.parts > 1 else None
+        self.forwards = [[any(cell.action == "compute" for cell in row) for row in plan.cells] for plan in plans]
+        self.stop()
 
     def start(self) -> None:
         """Begin a new run at step 0 with an empty store."""
@@ -191,8 +198,8 @@ class Run:
 
         self.batch = call.batch
         self.calls[self.branch] = call
-        if self.sampler.course.parts > 1:
-            self.share = Fraction(len(call.batch.present), self.sampler.course.parts)
+        parts = self.sampler.course.parts
+        self.share = 1 if parts == 1 else Fraction(len(call.batch.present), parts)
 
     def _check_call(self, before: "_LastCall", call: "_LastCall") -> None:
         """Refuse a call that is not as the one of the step before, but for the parts that its batch has lost."""

@@ -21,17 +21,19 @@ from stepmask.denoiser.refusals import (
 from stepmask.denoiser.regions import compile_repeated, unwrapped
 from stepmask.denoiser.replay import Values
 from stepmask.denoiser.run import Run
-from stepmask.denoiser.sampler import describe, timestep_of, watched
+from stepmask.denoiser.sampler import SetSteps, timestep_of, watched
 from stepmask.denoiser.store import Store
+from stepmask.denoiser.tables import Given, Table, fitting, tables_of
 from stepmask.denoiser.values import size
 from stepmask.errors import RunError, ScheduleMismatch
 from stepmask.schedule.rectify import Plan, lower
 from stepmask.schedule.schedule import MaskSchedule
+from stepmask.schedule.tiers import Tiers
 
 log = logging.getLogger(__name__)
 
 
-def apply(pipe: Any, schedule: MaskSchedule | Sequence[MaskSchedule], *, store: Store | None = None) -> "Masked":
+def apply(pipe: Any, schedule: Given, *, tier: str | None = None, store: Store | None = None) -> "Masked":
     """Put a schedule on a pipeline, or on a plain denoiser.
 
         with stepmask.apply(pipe, schedule):
@@ -39,6 +41,9 @@ def apply(pipe: Any, schedule: MaskSchedule | Sequence[MaskSchedule], *, store: 
 
         masked = stepmask.apply(pipe, schedule)    # or keep the handle
         masked.remove()
+
+        masked = stepmask.apply(pipe, tiers, tier="fast")    # or one of several, to be switched between runs
+        masked.switch("quality")
 
     A run starts when the pipeline sets its scheduler's timesteps; on a plain denoiser it starts here, and anew with
     `masked.restart()`. Weights, names and classes of the denoiser stay as they are; `remove` takes everything back, in
@@ -48,19 +53,20 @@ def apply(pipe: Any, schedule: MaskSchedule | Sequence[MaskSchedule], *, store: 
         pipe: A diffusers pipeline, or a plain denoiser.
         schedule: Made for this denoiser and sampler. It is rectified first, which changes no sample. Branches that are
             evaluated one after the other (guidance in two calls) share its rows; a sequence has one schedule for each,
-            in the order of their calls.
+            in the order of their calls. Of `Tiers` each run follows the table of its tier that fits the sampler.
+        tier: Which of the tiers.
         store: Where stored values lie and in which dtype; `None` = as the blocks answered them.
 
     Raises:
         ScheduleMismatch: The schedule is for another denoiser, or names blocks that are not there; it was made with a
             ControlNet, and the pipeline has none; or several are not one for each branch, over the same blocks and
-            sampler.
+            sampler; or there is no such tier, or it has several tables where no scheduler tells which one a run needs.
         AlreadyApplied: The denoiser is masked, or cached by something else, already.
         RunError: The denoiser is compiled as a whole, and would need too many graphs; or something else has replaced
             the `forward` of a block inside a compiled region.
         InvalidStore: What the denoiser's device holds cannot be put into the store.
     """
-    masked = Masked(pipe, [schedule] if isinstance(schedule, MaskSchedule) else schedule, store or Store())
+    masked = Masked(pipe, schedule, store or Store(), tier=tier)
     for name in {*companions_of(pipe)} - {companion.name for companion in masked.beside}:
         log.warning("The schedule was made without the %s: it is not skipped at any step, and not counted.", name)
     return masked
@@ -76,9 +82,10 @@ class Masked:
     def __init__(
         self,
         pipe: Any,
-        schedules: Sequence[MaskSchedule],
+        given: Given,
         store: Store,
         *,
+        tier: str | None = None,
         plan: Callable[[MaskSchedule], Plan] = lower,
     ) -> None:
         self.pipe = pipe
@@ -88,19 +95,24 @@ class Masked:
         refuse_other_caches(pipe)
         for denoiser in denoisers:
             refuse_if_taken(denoiser)
-        _check_branches(schedules)
-        schedule = schedules[0]
-        schedule.denoiser.check(fingerprint_of(denoisers[0]))  # all are alike
-        _check_scheduler(schedule, self.scheduler)
+        self.tiers = given if isinstance(given, Tiers) else None
+        self._plan = plan
+        self.fingerprint = fingerprint_of(denoisers[0])  # all are alike
+        self.tables = self._checked(tables_of(given, tier, plan))
+        self._known = {} if tier is None else {tier: self.tables}
+        self.table = self.tables[0]
+        schedule = self.table.schedules[0]
         for device in {weight.device for part in denoisers for weight in part.parameters() if not weight.is_meta}:
             store.check(device)
 
         self.sampler = schedule.sampler
-        self.plans = [plan(table) for table in schedules]
+        self.plans = self.table.plans
+        self.steps: SetSteps | None = None  # to which the scheduler was set for the present run
         self.run = Run(self.plans, self.sampler, store, is_stepped=self.scheduler is not None)
         self.networks = networks_of(denoisers, self.run, schedule.graph)
         self.beside = beside(pipe, self.run, schedule.graph)
         self._stack = self._put_on()
+        self._is_on = True
         if self.scheduler is None:
             self.restart()
 
@@ -114,6 +126,20 @@ class Masked:
         """What stands in front of blocks and of denoisers, of all networks."""
         return [hook for network in self.networks for hook in (*network.blocks, network.own)]
 
+    def _checked(self, tables: list[Table]) -> list[Table]:
+        """Tables that this denoiser can follow."""
+        for table in tables:
+            _check_branches(table.schedules)
+            table.schedules[0].denoiser.check(self.fingerprint)
+            _check_scheduler(table.schedules[0], self.scheduler)
+        if self.scheduler is None and len(tables) > 1:
+            raise ScheduleMismatch(
+                given=f"a denoiser alone, and a tier with {len(tables)} tables",
+                expected="one, for there is no scheduler to tell which one a run needs",
+                advice="Make a tier of each table, and switch between them",
+            )
+        return tables
+
     def _put_on(self) -> ExitStack:
         """Attach the hooks, and watch the scheduler and the pipeline; what is returned takes it all back."""
         with ExitStack() as stack:
@@ -124,18 +150,73 @@ class Masked:
                 stack.callback(companion.take_off)
                 companion.put()
             if self.scheduler is not None:
-                stack.enter_context(watched(self.scheduler, "set_timesteps", lambda *_, **__: self._start()))
+                stack.enter_context(watched(self.scheduler, "set_timesteps", self._start))
                 stack.enter_context(watched(self.scheduler, "step", self._end_step))
             if hasattr(self.pipe, "maybe_free_model_hooks"):  # the last that diffusers' pipelines do in a call
                 stack.enter_context(watched(self.pipe, "maybe_free_model_hooks", lambda *_, **__: self._end_call()))
             return stack.pop_all()
 
-    def _start(self) -> None:
+    def _start(self, _: Any, *args: Any, **kwargs: Any) -> None:
         """The pipeline has set its scheduler's timesteps."""
         self.run.stop()
         self._follow_denoisers()
-        self.sampler.check_whole(describe(self.scheduler, self.sampler.branches))
+        self.steps = SetSteps(self.scheduler, args, kwargs)
+        self._follow(fitting(self.tables, self.steps))
         self.restart()
+
+    def switch(self, to: str | MaskSchedule | Sequence[MaskSchedule]) -> None:
+        """Follow another tier, or another schedule of the same denoiser and graph, from the next run on.
+
+        Compiled regions stay compiled. Nothing of the table before stays stored.
+
+        Args:
+            to: The name of one of the tiers that were applied; or a schedule, or one for each branch.
+
+        Raises:
+            ScheduleMismatch: There is no such tier, or the schedule is of another denoiser, graph or scheduler.
+            RunError: A run has begun and has not ended; or the schedule was taken off.
+        """
+        self._check_between_runs()
+        tables = self._of_tier(to) if isinstance(to, str) else self._checked(tables_of(to, None, self._plan))
+        for table in tables:
+            _check_alike(table.schedules[0], self.table.schedules[0])
+        self.tables = tables
+        self.run.stop()
+        self._follow(tables[0])
+        if self.scheduler is None:
+            self.restart()
+
+    def _of_tier(self, tier: str) -> list[Table]:
+        """The tables of a tier, whose plans are made once, however often it is switched to."""
+        if tier not in self._known:
+            given = self.table.schedules if self.tiers is None else self.tiers
+            self._known[tier] = self._checked(tables_of(given, tier, self._plan))
+        return self._known[tier]
+
+    def _check_between_runs(self) -> None:
+        if not self._is_on:
+            raise RunError(
+                given="a switch after the schedule was taken off",
+                expected="a masked denoiser",
+                advice="Apply the other schedule",
+            )
+        if self.run.running and (self.run.evaluation or self.run.row):
+            raise RunError(
+                given=f"a switch inside a run, after {self.run.evaluation} of {self.run.evaluations} evaluations",
+                expected="one between two runs, for what is stored belongs to its table",
+                advice="Let the run end; if it was cut short, call masked.stop() first",
+            )
+
+    def _follow(self, table: Table) -> None:
+        """Turn to a table: that of the run that begins."""
+        if table is self.table:
+            return
+        self.table = table
+        self.sampler = table.sampler
+        self.plans = table.plans
+        self.run.follow(self.plans, self.sampler)
+        for network in self.networks:
+            network.placement.turn()
 
     def _follow_denoisers(self) -> None:
         """Turn to the compiled forms of the denoisers that somebody has put into the pipeline, if there are any.
@@ -155,7 +236,9 @@ class Masked:
         try:
             self.run.end_step()
             if self.run.evaluation and self.run.step == 0:
-                self.sampler.check_first(timestep_of(self.scheduler, args, kwargs))
+                timestep = timestep_of(self.scheduler, args, kwargs)
+                places = None if self.steps is None else self.steps.places(timestep, self.sampler.mu)
+                self.sampler.check_first(timestep, places)
         except (RunError, ScheduleMismatch):
             self.run.stop()
             raise
@@ -192,6 +275,14 @@ class Masked:
             companion.put()
         self.run.start()
 
+    def stop(self) -> None:
+        """End the run where it is, and free its store: after a call of the pipeline that an exception has left.
+
+        The next run begins as ever. One in which the denoiser itself has failed is stopped already, and so is one that
+        was told to interrupt.
+        """
+        self.run.stop()
+
     def compile(self, **options: Any) -> None:
         """Compile the repeated modules around masked blocks, and the blocks that lie in none. It outlasts `remove`.
 
@@ -220,9 +311,10 @@ class Masked:
     def remove(self) -> None:
         """Take the schedule off and free the store. Doing it twice is fine."""
         self._stack.close()
+        self._is_on = False
         self.run.stop()
-        for hook in self.hooks:
-            hook.vectors.clear()
+        for network in self.networks:
+            network.placement.turn()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RunError(
@@ -288,6 +380,16 @@ def _check_branches(schedules: Sequence[MaskSchedule]) -> None:
             given=f"{len(schedules)} schedules",
             expected="one, or as many as a step has branches, over the same graph, denoiser and sampler",
             advice="Pass a single schedule, or make them from one: schedule.with_rows(...)",
+        )
+
+
+def _check_alike(schedule: MaskSchedule, other: MaskSchedule) -> None:
+    """Refuse a schedule over another graph than that of the masked denoiser, whose blocks have the hooks."""
+    if not schedule.is_like(other):
+        raise ScheduleMismatch(
+            given=f"{schedule!r}, over another graph than the schedule before",
+            expected="the same blocks, as they were traced",
+            advice="Learn all schedules from one graph; or take this one off, and apply the other",
         )
 
 

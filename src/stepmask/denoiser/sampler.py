@@ -6,7 +6,7 @@ evaluation. Both are watched on the scheduler instance and put back afterwards.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
 from typing import Any, NamedTuple
@@ -123,7 +123,7 @@ def timestep_of(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     Raises:
         RunError: There is none, or it is no number.
     """
-    given = _given_to_step(scheduler, args, kwargs)
+    given = _given_to(scheduler, "step", args, kwargs)
     named = next((given[name] for name in TIMESTEPS if name in given), None)
     second = next(iter([*given.values()][1:]), None)
     told = second if named is None else named
@@ -144,7 +144,7 @@ def handed_to_step(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         RunError: It is no tensor.
     """
-    given = _given_to_step(scheduler, args, kwargs)
+    given = _given_to(scheduler, "step", args, kwargs)
     handed = given["model_output"] if "model_output" in given else next(iter(given.values()), None)
     if isinstance(handed, Tensor):
         return handed
@@ -175,16 +175,20 @@ def latent_of(scheduler: Any, result: Any) -> Tensor:
     )
 
 
-def _given_to_step(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of `scheduler.step` by name, in the order of its parameters."""
-    step: Any = getattr(type(scheduler), "step", None)
-    if step is None:  # it is on the instance only
-        names = list(inspect.signature(scheduler.step).parameters)
-    else:
-        names = list(inspect.signature(step).parameters)[1:]
+def _given_to(scheduler: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of one of a scheduler's methods by name, in the order of its parameters."""
+    names = _parameters(scheduler, method)
     by_place = dict(zip(names, args, strict=False))
     by_name = {name: kwargs[name] for name in names if name in kwargs}
     return {**by_place, **by_name, **kwargs}
+
+
+def _parameters(scheduler: Any, method: str) -> list[str]:
+    """The names of the parameters of one of a scheduler's methods, in order."""
+    function: Any = getattr(type(scheduler), method, None)
+    if function is None:  # it is on the instance only
+        return list(inspect.signature(getattr(scheduler, method)).parameters)
+    return list(inspect.signature(function).parameters)[1:]
 
 
 def _known(scheduler: Any, given: Tensor) -> float | None:
@@ -219,13 +223,73 @@ def _numbers(tensor: Tensor) -> Tensor:
     return read.numbers
 
 
-def describe(scheduler: Any, branches: int = 1) -> SamplerFingerprint:
+def describe(scheduler: Any, branches: int = 1, mu: float | None = None) -> SamplerFingerprint:
     """The fingerprint of a scheduler whose timesteps are set.
+
+    Args:
+        scheduler: The scheduler.
+        branches: Denoiser calls per step.
+        mu: The shift for a resolution that they were set with, if there is one.
 
     Raises:
         RunError: It has none.
     """
-    return SamplerFingerprint(type(scheduler).__name__, _timesteps(scheduler), log_snr(scheduler), branches)
+    return SamplerFingerprint(type(scheduler).__name__, _timesteps(scheduler), log_snr(scheduler), branches, mu)
+
+
+class SetSteps:
+    """The steps to which a call of `set_timesteps` has set a scheduler, at its shift for a resolution and at others.
+
+    A scheduler with `use_dynamic_shifting` moves all steps by a number that a pipeline makes of the picture's size,
+    its `mu`. What the same call would have set at another `mu` a copy of the scheduler tells; so all that it does
+    besides (a terminal, Karras' or the pipeline's own σ) is as it is.
+
+    Args:
+        scheduler: The scheduler.
+        args: What its `set_timesteps` was called with.
+        kwargs: The same, by name.
+    """
+
+    def __init__(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._scheduler = scheduler
+        self._given = _given_to(scheduler, "set_timesteps", args, kwargs) if _shifts(scheduler) else {}
+        self.now = describe(scheduler, mu=as_number(self._given.get("mu")))
+        self._others: dict[float, SamplerFingerprint] = {}  # by mu, made before the scheduler goes on
+
+    def at(self, mu: float | None) -> SamplerFingerprint:
+        """The fingerprint at another shift; the one that there is where there is nothing to shift."""
+        if mu is None or self.now.mu in (None, mu):
+            return self.now
+        if mu not in self._others:
+            self._others[mu] = self._shifted(mu)
+        return self._others[mu]
+
+    def places(self, timestep: float, mu: float | None) -> list[float] | None:
+        """What one of these timesteps is at another shift; several where steps share a timestep; `None` = itself."""
+        there = self.at(mu)
+        if there is self.now:
+            return None
+        return [there.timesteps[step] for step in self.now.places_of(timestep)]
+
+    def _shifted(self, mu: float) -> SamplerFingerprint:
+        trial = _copy(self._scheduler)
+        given = {**self._given, "mu": mu}
+        if "device" in given:
+            given["device"] = "cpu"  # there is nothing to wait for
+        trial.set_timesteps(**given)
+        return describe(trial, mu=mu)
+
+
+def _shifts(scheduler: Any) -> bool:
+    """Whether a scheduler shifts its steps by the picture's size."""
+    return bool(getattr(getattr(scheduler, "config", None), "use_dynamic_shifting", False))
+
+
+def _copy(scheduler: Any) -> Any:
+    """A scheduler of which nobody hears."""
+    copied = copy.deepcopy(scheduler)
+    vars(copied).pop("set_timesteps", None)
+    return copied
 
 
 def _timesteps(scheduler: Any) -> tuple[float, ...]:
@@ -246,12 +310,51 @@ def _timesteps(scheduler: Any) -> tuple[float, ...]:
         ) from error
 
 
-def describe_steps(scheduler: Any, num_inference_steps: int, branches: int = 1) -> SamplerFingerprint:
-    """The fingerprint that a scheduler will have at another number of steps; the scheduler is left as it is."""
-    trial = copy.deepcopy(scheduler)
-    vars(trial).pop("set_timesteps", None)
-    trial.set_timesteps(num_inference_steps)
-    return describe(trial, branches)
+def describe_steps(
+    scheduler: Any,
+    num_inference_steps: int,
+    branches: int = 1,
+    *,
+    mu: float | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> SamplerFingerprint:
+    """The fingerprint that a scheduler will have at another number of steps; the scheduler is left as it is.
+
+    It must be what the pipeline will set. Some hand their scheduler more than a number of steps: what they end up with,
+    `record(pipe, ..., num_inference_steps=8).sampler` tells, for the price of one sampling.
+
+    Args:
+        scheduler: The scheduler.
+        num_inference_steps: The number of steps.
+        branches: Denoiser calls per step: a schedule's `schedule.sampler.branches`.
+        mu: The shift for a resolution, of a scheduler with `use_dynamic_shifting`: a schedule's `schedule.sampler.mu`.
+        sigmas: What the pipeline hands over, where it has σ of its own (FLUX, Qwen-Image: from 1 to 1/steps).
+
+    Raises:
+        RunError: The scheduler needs `mu`, or cannot be set so.
+    """
+    trial = _copy(scheduler)
+    takes_mu = _shifts(trial) and "mu" in _parameters(trial, "set_timesteps")
+    if takes_mu and mu is None:
+        raise RunError(
+            given=f"a {type(trial).__name__} that shifts its steps by the picture's size, and no mu",
+            expected="the shift of one size, as the pipeline hands it to set_timesteps",
+            advice="Give it that of the schedule, describe_steps(..., mu=schedule.sampler.mu), whose tables hold at "
+            "every size; or take record(pipe, ..., num_inference_steps=...).sampler",
+        )
+    options = {"mu": mu, "sigmas": None if sigmas is None else [*map(float, sigmas)]}
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        trial.set_timesteps(num_inference_steps, **given)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise RunError(
+            given=f"{num_inference_steps} steps of a {type(trial).__name__}"
+            + "".join(f", {name}={value}" for name, value in given.items())
+            + f" ({error})",
+            expected="what its set_timesteps takes",
+            advice="Take record(pipe, ..., num_inference_steps=...).sampler, which is what the pipeline sets",
+        ) from error
+    return describe(trial, branches, mu if takes_mu else None)
 
 
 LEAST = 1e-6

@@ -12,10 +12,23 @@ from torch import Tensor, nn
 
 from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.families import denoiser_of, denoisers_of, scheduler_of
-from stepmask.denoiser.modes import Autocast, autocast_as, copied, usable, without_inference_mode
+from stepmask.denoiser.modes import (
+    Autocast,
+    autocast_as,
+    copied,
+    gradients_throughout,
+    usable,
+    without_inference_mode,
+)
 from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.sampler import handed_to_step, latent_of, watched
 from stepmask.errors import RunError
+
+NOT_REPEATED = (
+    "Look for dropout (call .eval()), random numbers without a generator, a function that is bound late (lambda: "
+    "sample(seed) in a loop), and what has changed since: arguments, weights, the scheduler"
+)
+"""What to do where a run is not what it was when it was recorded."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +127,14 @@ class Sampling:
             return clock.now() - started
 
     def latent(self) -> Tensor:
-        """The final latent alone, in the caller's gradient mode: what comes after the last step is not run.
+        """The final latent alone: what comes after the last step is not run.
+
+        Where the caller has gradients on, they are on throughout the sampler, too, whatever its code says of itself.
 
         Raises:
             RunError: As for a whole run.
         """
-        with self._repeated():
+        with self._repeated(), gradients_throughout():
             return self._latent_of_steps() if self.run is None else self._ran(self.run)
 
     def _ran(self, run: Callable[..., Tensor]) -> Tensor:
@@ -139,7 +154,6 @@ class Sampling:
 
     def _latent_of_steps(self) -> Tensor:
         scheduler: Any = scheduler_of(self.pipe)
-        undecorated = inspect.unwrap(type(self.pipe).__call__)
         done: list[Tensor] = []
 
         def stop_after_the_last(result: Any, *_: Any, **__: Any) -> None:
@@ -148,7 +162,7 @@ class Sampling:
                 raise _LastStep
 
         with watched(scheduler, "step", stop_after_the_last), suppress(_LastStep):
-            undecorated(self.pipe, **self.call, **self._generator())
+            self.pipe(**self.call, **self._generator())
             self._check_ended(len(done))
             raise _no_step(len(done))
         return done[-1]

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from torch import nn
 
 _PLACE = "_compiled_call_impl"
-_SLOT = "_stepmask_slot"
+SLOT = "_stepmask_slot"
+"""Where a module inside a compiled region has what `attach_traced` gives it."""
 
 
 class Hook(Protocol):
@@ -92,23 +93,45 @@ def detach(module: nn.Module, hook: Hook) -> None:
         vars(module)[_PLACE] = hooked.bare
 
 
-def attach_traced(module: nn.Module, forward: Callable[..., Any], slot: Any) -> None:
+class Slot:
+    """What a function reads that stands in the place of a module's `forward`; copies and pickles of it are `None`."""
+
+    forward: Callable[..., Any] | None = None  # the function, as it was put there
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Copies of a masked denoiser are bare."""
+
+    def __reduce__(self) -> Any:
+        """So are pickles."""
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """What a pickle has in the place of a slot."""
+
+
+def attach_traced(module: nn.Module, forward: Callable[..., Any], slot: Slot) -> None:
     """Put a function in the place of a module's `forward`, which reads a slot: `module._stepmask_slot`.
+
+    Only where a module has a `forward` of its own does the compiler look for what stands in front of its call, in a
+    function that is compiled around it; and graphs that it made before are not valid now.
 
     Args:
         module: The module.
         forward: Unbound, and the same object for all modules that are to share a graph.
         slot: What it reads.
     """
-    vars(module)[_SLOT] = slot
-    vars(module)["forward"] = MethodType(forward, module)
+    vars(module)[SLOT] = slot
+    vars(module)["forward"] = slot.forward = MethodType(forward, module)
 
 
-def detach_traced(module: nn.Module, slot: Any) -> None:
-    """Give a module its own `forward` back, if it has this slot."""
-    if vars(module).get(_SLOT) is slot:
-        del vars(module)[_SLOT]
-        del vars(module)["forward"]
+def detach_traced(module: nn.Module, slot: Slot) -> None:
+    """Take the function and its slot off a module; a `forward` that somebody else has put there since stays."""
+    if vars(module).get(SLOT) is slot:
+        del vars(module)[SLOT]
+        if vars(module).get("forward") is slot.forward:
+            del vars(module)["forward"]
+        slot.forward = None
 
 
 def has_other_forward(module: nn.Module, slot: Any) -> bool:
@@ -116,7 +139,7 @@ def has_other_forward(module: nn.Module, slot: Any) -> bool:
 
     A copy of a module with a slot has none in its place, and the function beside it, which is its class's there.
     """
-    held = vars(module).get(_SLOT, module)
+    held = vars(module).get(SLOT, module)
     return "forward" in vars(module) and held is not slot and held is not None
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
+from stepmask.denoiser.calls import as_they_lie
 from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.device import device_of
 from stepmask.denoiser.families import denoiser_of
@@ -17,6 +18,7 @@ from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.runtime import apply
 from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.trajectory import Trajectory
+from stepmask.denoiser.values import tensors
 from stepmask.errors import NoSuchBlock, RunError, TraceError
 from stepmask.progress import progress
 from stepmask.schedule.baselines import all_reused
@@ -111,13 +113,26 @@ class _Rounds:
     def _evaluated(self, what: str) -> float:
         """Milliseconds of an evaluation as it is now."""
         spans = []
-        places = list(islice(cycle(range(len(self.trajectory.calls))), WARM_UPS + self.repeats))
+        places = list(islice(cycle(_alike(self.trajectory)), WARM_UPS + self.repeats))
         for place in progress(places, what):
             call = self.trajectory.calls[place]
             started = self.clock.mark()
             call.evaluate(self.denoiser)
             spans.append((started, self.clock.mark()))
         return 1000 * median(self.clock.seconds(spans[WARM_UPS:]))
+
+
+def _alike(trajectory: Trajectory) -> list[int]:
+    """The evaluations that most others are like: of steps with all branches, since the run last began anew."""
+    sampler = trajectory.sampler
+    begins = [*sampler.begins, sampler.steps]
+    start, end = max(pairwise(begins), key=lambda span: span[1] - span[0])
+    kinds: dict[Any, list[int]] = {}
+    for place, ((step, _), call) in enumerate(zip(sampler.evaluations, as_they_lie(trajectory.calls), strict=True)):
+        if start <= step < end and sampler.loads[step] == 1:
+            shapes = tuple(tensor.shape for tensor in tensors((call.args, call.kwargs)))
+            kinds.setdefault(shapes, []).append(place)
+    return max(kinds.values(), key=len, default=[0])
 
 
 def _shared_out(graph: BlockGraph, own: Sequence[float], *, whole: float, reused: float) -> BlockGraph:

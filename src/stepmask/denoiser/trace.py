@@ -20,10 +20,12 @@ from stepmask.denoiser.companions_seen import Companion, companions_seen
 from stepmask.denoiser.dataflow import Flow, Recorder, TracedBlock
 from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.families import Granularity, Patterns, denoiser_of, find_blocks, is_known
-from stepmask.denoiser.modes import autocast_as, uncompiled
+from stepmask.denoiser.modes import autocast_as, uncompiled, unfused_attention
 from stepmask.denoiser.proof import AnotherPath, check_against_record
+from stepmask.denoiser.quantised import quantised_counted
 from stepmask.denoiser.refusals import refuse_if_taken
 from stepmask.denoiser.seam import Hook, attached_by_name, frozen
+from stepmask.denoiser.shards import gathered_unseen
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import tensors
 from stepmask.errors import TraceError
@@ -34,6 +36,9 @@ log = logging.getLogger(__name__)
 
 MOST_GLUE = 1 / 3
 """The share of the MACs outside of blocks, from which on it is told what to name instead."""
+
+LEAST_OF_AVERAGE = 1e-3
+"""Of blocks that were found by themselves, what has at most this share of their average MACs is left out."""
 
 MOST_PATHS = 12
 """The number of recorded calls that are traced at most."""
@@ -78,7 +83,8 @@ def trace(
 
     Returns:
         The graph, the denoiser itself as its last block. MACs are half of `torch.utils.flop_counter`'s FLOPs, with
-        attention's two matrix products and both halves of a guided batch; element-wise work is not counted.
+        attention's two matrix products and both halves of a guided batch; element-wise work is not counted, and
+        quantised layers count as whole ones.
 
     Raises:
         NoSuchBlock: A pattern matches no module.
@@ -97,12 +103,16 @@ def trace(
     sampler = SamplerFingerprint("", tuple(map(float, range(len(calls))))) if run is None else run.sampler
     beside = {} if run is None else companions_seen(run)
     tracer = _Tracer(denoiser, found, sampler, beside, are_named=blocks is not None)
+    are_guessed = blocks is None and not is_known(denoiser)
     with autocast_as(None if run is None else run.sampling.autocast):
+        if are_guessed:
+            tracer.leave_out_trifles(calls[0])
         for index in _forms(calls):
-            tracer.trace(calls[index], index)
+            if index not in tracer.traced:
+                tracer.trace(calls[index], index)
         if run is not None and prove:
             _prove(run, tracer)
-    if blocks is None and not is_known(denoiser):
+    if are_guessed:
         tracer.tell_glue()
     return tracer.graph
 
@@ -221,6 +231,20 @@ class _Tracer:
             name.partition(".")[2]: sum(counts.values()) for name, counts in recorder.flops.get_flop_counts().items()
         }
 
+    def leave_out_trifles(self, call: Call) -> None:
+        """Leave out blocks that cost next to nothing beside the others: norms, projections of the timestep.
+
+        Args:
+            call: The first recorded call, which is traced again if any is left out.
+        """
+        self.trace(call, 0)
+        macs = {block.name: block.macs for block in self.graph.blocks[:-1]}
+        least = LEAST_OF_AVERAGE * sum(macs.values()) / max(len(macs), 1)
+        worth = {name: reuse for name, reuse in self.found.items() if macs.get(name, 0) > least}
+        if worth and len(worth) < len(macs):
+            self.found = worth
+            del self.traced[0]
+
     def _watch(self, index: int, denoiser: nn.Module, call: Call) -> tuple[Recorder, Any]:
         """One evaluation: what it showed, and its output."""
         recorder = Recorder(self.found, list(tensors((call.args, call.kwargs))))
@@ -234,8 +258,10 @@ class _Tracer:
             stack.enter_context(frozen(denoiser))
             stack.enter_context(attached_by_name(denoiser, hooks))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(_unfused_attention())
+            stack.enter_context(unfused_attention())
             stack.enter_context(_no_warning_of_global_hooks())
+            stack.enter_context(gathered_unseen(denoiser))
+            stack.enter_context(quantised_counted(denoiser, recorder.flops))
             stack.enter_context(recorder.flops)
             stack.enter_context(Flow(recorder))
             output = call.evaluate(denoiser)
@@ -358,17 +384,6 @@ def _refuse_fused(denoiser: nn.Module, found: Iterable[str]) -> None:
                 expected="blocks that are called",
                 advice="Call torch.backends.mha.set_fastpath_enabled(False) before you record, or mask the whole layer",
             )
-
-
-@contextmanager
-def _unfused_attention() -> Iterator[None]:
-    """Attention and encoder layers of torch as single operations, which can be counted, while the context lasts."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

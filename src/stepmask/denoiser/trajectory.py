@@ -30,7 +30,7 @@ from stepmask.denoiser.modes import (
 from stepmask.denoiser.noise import Noise
 from stepmask.denoiser.other_caches import refuse_other_caches
 from stepmask.denoiser.recorded_course import Evaluated, course_of
-from stepmask.denoiser.sampler import describe, timestep_of, watched
+from stepmask.denoiser.sampler import SetSteps, timestep_of, watched
 from stepmask.denoiser.sampling import Sampled, Sampling
 from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.steps import (
@@ -247,8 +247,8 @@ def _steps_seen(sampling: Sampling, listener: "_Listener") -> Iterator[_Seen]:
     seen = _Seen()
     scheduler = scheduler_of(sampling.pipe)
 
-    def when_set(*_: Any, **__: Any) -> None:
-        seen.sequence.append(describe(scheduler))
+    def when_set(_: Any, *args: Any, **kwargs: Any) -> None:
+        seen.sequence.append(SetSteps(scheduler, args, kwargs).now)
         seen.sets.append(len(seen.timesteps))
 
     def when_stepped(_: Any, *args: Any, **kwargs: Any) -> None:

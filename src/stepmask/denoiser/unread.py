@@ -1,6 +1,8 @@
 """`Unread`: a poison value, which stands for a tensor that nobody is to read. What is made of it is not computed."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +194,16 @@ def forget_reads() -> None:
 def last_read() -> RunError | None:
     """The last read of such a value since then, in this thread, whatever became of its error."""
     return _REFUSED.error
+
+
+@contextmanager
+def unnoted() -> Iterator[None]:
+    """No reads are noted while the context lasts: what is evaluated is not the run."""
+    before = _REFUSED.error
+    try:
+        yield
+    finally:
+        _REFUSED.error = before
 
 
 def _read(by: str) -> RunError:

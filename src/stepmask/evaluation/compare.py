@@ -30,6 +30,9 @@ from stepmask.schedule.schedule import MaskSchedule
 REFERENCE = "reference"
 SCHEDULE = "schedule"
 
+STEPS = ("num_inference_steps", "steps", "num_steps", "n_steps", "sample_steps")
+"""What samplers call their number of steps."""
+
 
 def evaluate(
     pipe: Any,
@@ -55,13 +58,14 @@ def evaluate(
     Args:
         pipe: A pipeline, or a plain denoiser with `run`.
         schedule: The schedule.
-        rivals: By name: other schedules; the reference with fewer steps, as a number (`num_inference_steps`); or
-            another pipeline, sampled as it is, with whatever other cache is enabled on it. What the latter computes is
-            counted.
+        rivals: By name: other schedules; the reference with fewer steps, as a number; the reference with other
+            arguments, as a mapping (`{"steps": 5}`); or another pipeline, sampled as it is, with whatever other cache
+            is enabled on it. What the latter computes is counted, and what other arguments than the number of steps do.
         seed: Of the generator; choose another than the one the schedule was learned with. Of several each is a batch.
         repeats: Timed runs of each: of the denoiser under a stopwatch, and of the pipeline with nothing in front of it.
         run: For a plain denoiser: a function that samples with it and returns the final latent. It is given the seed
-            and those of the arguments that it names: `def sample(seed=0, num_inference_steps=10)`.
+            and those of the arguments that it names: `def sample(seed=0, num_inference_steps=10)`. Its number of steps
+            may also be called `steps`, `num_steps`, `n_steps` or `sample_steps`.
         executor: Where batches are sampled and compared; `None` = `LocalExecutor()`.
         folder: Finished batches are kept here, and a killed run goes on where it stopped; `None` = nowhere.
         **call: Arguments of the pipeline, or of `run`.
@@ -82,7 +86,7 @@ def evaluate(
     sampling = Sampling(pipe, call, run=run)
     contenders = [Contender(REFERENCE, sampling), Contender(SCHEDULE, sampling, schedule)]
     contenders += [_contender(name, sampling, rival) for name, rival in (rivals or {}).items()]
-    if any(contender.sampling.pipe is not pipe for contender in contenders):
+    if any(_must_be_counted(contender, sampling) for contender in contenders):
         contenders = [replace(each, counted=each.schedule is None) for each in contenders]  # in no plan
     executor, folder = executor or LocalExecutor(), as_path(folder) if folder else None
     batches = finish(_batches(contenders, folder), executor.share(contenders), seeds, executor, folder)
@@ -162,7 +166,7 @@ def _load(content: bytes) -> list[Fidelity]:
 def _claimed(contenders: Sequence[Contender], folder: Path) -> str:
     """Tie the folder to the denoiser; what tells this comparison from others."""
     sampling = contenders[0].sampling
-    if sampling.run or any(contender.counted for contender in contenders):
+    if sampling.run or any(contender.sampling.pipe is not sampling.pipe for contender in contenders):
         raise InvalidRunFolder(
             given=f"{folder} to keep results of a function or of another pipeline",
             expected="schedules and numbers of steps, which can be told apart by what they say",
@@ -185,15 +189,18 @@ def _check(seeds: Sequence[int], repeats: int, rivals: Mapping[str, Any]) -> Non
 
 def _check_rivals(pipe: Any, run: Callable[..., Tensor] | None, rivals: Mapping[str, Any]) -> None:
     """Refuse rivals that cannot be sampled, or would be the reference under another name."""
+    sampled = pipe if run is None else run
     for name, rival in rivals.items():
         if isinstance(rival, MaskSchedule):
             continue
         if _is_steps(rival):
-            if rival < 1 or not _names_steps(pipe if run is None else run):
+            if rival < 1 or _named_steps(sampled) is None:
                 raise _no_rival(
                     f"{name!r}, {rival} steps of a sampler that is not told them",
-                    "Ask for at least one step, of a pipeline or a run= with a parameter num_inference_steps",
+                    "Ask for at least one step, of a pipeline or a run= with a parameter num_inference_steps or steps",
                 )
+        elif isinstance(rival, Mapping):
+            _check_arguments(name, rival, sampled)
         elif run is not None or isinstance(rival, nn.Module) or not callable(rival):
             raise _no_rival(
                 f"{name!r}, a {type(rival).__name__}",
@@ -201,8 +208,26 @@ def _check_rivals(pipe: Any, run: Callable[..., Tensor] | None, rivals: Mapping[
             )
 
 
+def _check_arguments(name: str, rival: Mapping[str, Any], sampled: Any) -> None:
+    """Refuse other arguments of the reference that are none, that it does not name, or that are its seed.
+
+    Raises:
+        RunError: They are.
+    """
+    named = _named(sampled)
+    unknown = [key for key in rival if key in ("seed", "generator") or (named is not None and key not in named)]
+    if unknown or not rival:
+        others = sorted((named or set()) - {"seed", "generator"})
+        raise _no_rival(
+            f"{name!r}, the reference with {f'another {unknown[0]}' if unknown else 'nothing else'}",
+            f"Name some of these: {', '.join(others) or 'it has none'}; seeds are those of evaluate(seed=...)",
+        )
+
+
 def _no_rival(given: str, advice: str) -> RunError:
-    expected = "schedules and numbers of steps; beside a pipeline also other pipelines"
+    expected = (
+        "schedules, numbers of steps and other arguments of the reference; beside a pipeline also other pipelines"
+    )
     return RunError(given=f"the rival {given}", expected=expected, advice=advice)
 
 
@@ -210,10 +235,26 @@ def _is_steps(rival: Any) -> bool:
     return isinstance(rival, Integral) and not isinstance(rival, bool)
 
 
-def _names_steps(sampled: Any) -> bool:
+def _named(sampled: Any) -> set[str] | None:
+    """The arguments that a pipeline or a function names; `None` if it takes any."""
     parameters = inspect.signature(sampled).parameters
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    return takes_any or "num_inference_steps" in parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return set(parameters)
+
+
+def _named_steps(sampled: Any) -> str | None:
+    """What a pipeline or a function calls its number of steps; `None` if it is not told one."""
+    named = _named(sampled)
+    return next((name for name in STEPS if named is None or name in named), None)
+
+
+def _must_be_counted(contender: Contender, reference: Sampling) -> bool:
+    """Whether neither a plan nor the number of evaluations tells what a contender computes."""
+    changed = [
+        name for name, value in contender.sampling.call.items() if value is not reference.call.get(name, contender)
+    ]
+    return contender.sampling.pipe is not reference.pipe or not set(changed) <= set(STEPS)
 
 
 def _check_samples(seeds: Sequence[int], samples: Sequence[str]) -> None:
@@ -232,7 +273,9 @@ def _contender(name: str, sampling: Sampling, rival: Any) -> Contender:
     if isinstance(rival, MaskSchedule):
         return Contender(name, sampling, rival)
     if _is_steps(rival):
-        return Contender(name, replace(sampling, call={**sampling.call, "num_inference_steps": int(rival)}))
+        rival = {_named_steps(sampling.pipe if sampling.run is None else sampling.run): int(rival)}
+    if isinstance(rival, Mapping):
+        return Contender(name, replace(sampling, call={**sampling.call, **rival}))
     return Contender(name, replace(sampling, pipe=rival))
 
 

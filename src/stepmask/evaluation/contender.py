@@ -122,14 +122,14 @@ class Contender:
         run = self.run(seed)
         if not self.counted:
             return run
-        counter = MacCounter()
+        networks = [*self.sampling.denoisers, *companions_of(self.sampling.pipe).values()]
+        counters = {network: MacCounter(network) for network in networks}
         with ExitStack() as stack:
-            networks = [*self.sampling.denoisers, *companions_of(self.sampling.pipe).values()]
-            for network in networks:
+            for network in counters:
                 stack.enter_context(frozen(network))  # torch's counter hooks what requires gradients
-            stack.enter_context(attached(dict.fromkeys(networks, counter)))
+            stack.enter_context(attached(counters))
             self.run(seed)
-        return replace(run, computed_macs=counter.macs)
+        return replace(run, computed_macs=sum(counter.macs for counter in counters.values()))
 
     def fidelity(self, run: Run, reference: Run) -> Fidelity:
         """What a run of it is like, next to one of the reference with the same seed."""

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepmask.denoiser.clock import Clock
 from stepmask.denoiser.device import CPU, module_of
+from stepmask.denoiser.modes import unfused_attention
+from stepmask.denoiser.quantised import quantised_counted
 from stepmask.denoiser.seam import Hook
 
 
@@ -54,14 +57,17 @@ class MacCounter(Hook):
     """Stands in front of the denoiser and counts what it computes, whoever decides that.
 
     Args:
+        denoiser: The denoiser.
         macs: So far, as `trace` counts them.
     """
 
+    denoiser: nn.Module
     macs: int = 0
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Count one call."""
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        with sdpa_kernel(SDPBackend.MATH), unfused_attention(), quantised_counted(self.denoiser, counter), counter:
             output = call(*args, **kwargs)
         self.macs += counter.get_total_flops() // 2
         return output

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from stepmask.denoiser.modes import uncompiled
+from stepmask.denoiser.quantised import gradients_pass
+from stepmask.denoiser.seam import frozen
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.errors import LearningError
 from stepmask.learning.floats import lifted, wide
@@ -57,8 +59,15 @@ def loss_and_gradients(
         ages = np.flatnonzero(reads[step, column])
         answered[step, column, ages] = weights[step, column, : len(ages)]
     tape = Tape(trajectory, reading.graph, answered, gradients, reads=reads)
-    with tape.attached(), torch.enable_grad(), uncompiled():
-        latent = trajectory.sampling.latent()
+    sampling = trajectory.sampling
+    with (
+        frozen(sampling.pipe),
+        gradients_pass(*sampling.denoisers),
+        tape.attached(),
+        torch.enable_grad(),
+        uncompiled(),
+    ):
+        latent = sampling.latent()
         leaf = wide(latent.detach()).requires_grad_()
         value = loss(leaf)
         told = _told(value, latent, tape)
@@ -91,8 +100,8 @@ def _told(value: Tensor, latent: Tensor, tape: Tape) -> float:
     if not latent.requires_grad:
         raise LearningError(
             given="a final latent that does not depend on the forecast weights",
-            expected="a sampling loop without torch.no_grad, and a table that forecasts",
-            advice="Let the loop run in the caller's gradient mode",
+            expected="a sampling loop that carries the latent as a tensor, and a table that forecasts",
+            advice="Look in the loop for .detach(), .data or numpy",
         )
     told = float(value.detach())
     if not isfinite(told):

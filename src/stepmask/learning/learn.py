@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from stepmask.denoiser.families import denoiser_of
 from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.modes import autocast_as, own_modes, refuse_made_in_inference_mode
+from stepmask.denoiser.refusals import refuse_split
 from stepmask.denoiser.timing import time_blocks
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
@@ -112,6 +114,7 @@ def _check(pipe: Any, trajectories: Sequence[Trajectory]) -> None:
     for trajectory in trajectories:
         trajectory.check_pipe(pipe)
     refuse_made_in_inference_mode(pipe)
+    refuse_split(denoiser_of(pipe))
     if len({trajectory.sampler for trajectory in trajectories}) > 1:
         raise LearningError(
             given="trajectories of several samplers or step counts",

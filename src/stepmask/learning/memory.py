@@ -1,15 +1,18 @@
 """`predict`: the memory that a sweep takes, counted before it runs."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import torch
 from torch import nn
 
 from stepmask.denoiser.batch import Batch, rows_of
 from stepmask.denoiser.call import Call
 from stepmask.denoiser.fakes import on_fakes
 from stepmask.denoiser.memory import Alive
+from stepmask.denoiser.modes import uncompiled
 from stepmask.denoiser.sampling import Sampling
 from stepmask.denoiser.seam import frozen
 from stepmask.denoiser.trajectory import Trajectory
@@ -19,6 +22,9 @@ from stepmask.learning.tape import Evaluation, Moment, Tape, as_function
 from stepmask.schedule.graph import BlockGraph
 from stepmask.schedule.rectify import lower
 from stepmask.schedule.schedule import MaskSchedule
+
+SMALL = 10**9
+"""The MACs of an evaluation that takes less time than one on fake tensors, which cost as much at any size."""
 
 
 def predict(
@@ -33,15 +39,24 @@ def predict(
 
     Counted on fake tensors, from one evaluation of the sweep: all that is alive at once while gradients come back, and
     what is kept of it for `ages` steps; around a table that reuses also what its store holds, and the gradients that
-    are owed to it. Where fake tensors do not do (weights that are moved by hooks), that one evaluation is real. What
-    operations use inside themselves is not seen, nor what the allocator does not give back, nor what `decode` takes.
+    are owed to it. Where fake tensors do not do (weights that are moved by hooks), and where the denoiser is small,
+    that one evaluation is real. What operations use inside themselves is not seen, nor what the allocator does not give
+    back, nor what `decode` takes.
     """
     watch = partial(_one_evaluation, trajectory, graph, checkpoint_blocks)
     denoiser, call = trajectory.sampling.denoiser, trajectory.calls[0]
-    peak, kept = on_fakes(denoiser, call, watch) or watch(denoiser, call)
+    is_small = sum(block.macs for block in graph.blocks) <= SMALL
+    counted = None if is_small else on_fakes(denoiser, call, watch)
+    peak, kept = counted or _for_real(denoiser, call, watch)
     branches = trajectory.sampler.branches
     stored = 0 if around is None else 2 * branches * lower(around).peak_bytes
     return peak + kept * (min(ages, trajectory.steps - 1) * branches) + stored
+
+
+def _for_real(denoiser: nn.Module, call: Call, watch: Callable[[nn.Module, Call], tuple[int, int]]) -> tuple[int, int]:
+    """What `watch` sees of the denoiser itself, which draws no numbers from the caller's generator."""
+    with torch.random.fork_rng(), uncompiled():
+        return watch(denoiser, call)
 
 
 def _one_evaluation(

@@ -11,7 +11,9 @@ from stepmask.denoiser.call import Call
 from stepmask.denoiser.calls import Calls
 from stepmask.denoiser.device import device_of
 from stepmask.denoiser.modes import autocast_as
+from stepmask.denoiser.quantised import gradients_pass
 from stepmask.denoiser.runtime import apply
+from stepmask.denoiser.seam import frozen
 from stepmask.denoiser.trajectory import Trajectory, record_sampling
 from stepmask.errors import LearningError
 from stepmask.executors.filed import Kind, finish
@@ -147,7 +149,7 @@ def _learn_row(trajectories: Sequence[Trajectory], job: StepJob) -> Floats:
     for calls in job.calls:
         if isinstance(calls, Calls):
             calls.settle(device_of(sampling.denoiser))
-    with autocast_as(sampling.autocast):
+    with autocast_as(sampling.autocast), frozen(sampling.pipe), gradients_pass(*sampling.denoisers):
         return learn_step(sampling.denoisers, job)
 
 

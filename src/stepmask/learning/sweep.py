@@ -15,11 +15,13 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from stepmask.denoiser.device import device_of
-from stepmask.denoiser.families import denoiser_of
+from stepmask.denoiser.families import denoisers_of
 from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.memory import peak_memory
 from stepmask.denoiser.modes import autocast_as, own_modes, refuse_made_in_inference_mode, uncompiled
-from stepmask.denoiser.refusals import refuse_if_taken
+from stepmask.denoiser.quantised import gradients_pass
+from stepmask.denoiser.refusals import refuse_if_taken, refuse_split
+from stepmask.denoiser.sampling import NOT_REPEATED
 from stepmask.denoiser.seam import frozen
 from stepmask.denoiser.trace import trace
 from stepmask.denoiser.trajectory import Trajectory
@@ -163,7 +165,12 @@ class _Setting:
 def _swept(setting: _Setting, shard: _Shard) -> Arrays:
     """A profile's `inner`, `held` and `offset` for some probes of one trajectory, and the bytes that it took, or −1."""
     trajectory, around = setting.trajectories[shard.trajectory], setting.around
-    with peak_memory(device_of(trajectory.sampling.denoiser)) as peak, frozen(trajectory.sampling.pipe):
+    sampling = trajectory.sampling
+    with (
+        peak_memory(device_of(sampling.denoiser)) as peak,
+        frozen(sampling.pipe),
+        gradients_pass(*sampling.denoisers),
+    ):
         measure = _Measure.of(trajectory, setting.decode)
         readings = _Readings(trajectory, around.graph, measure.output_samples, setting.ages)
         answered = swept_answers(around, setting.ages)
@@ -334,7 +341,9 @@ def _check(pipe: Any, trajectories: Sequence[Trajectory], probes: int, ages: int
     for trajectory in trajectories:
         trajectory.check_pipe(pipe)
     refuse_made_in_inference_mode(pipe)
-    refuse_if_taken(denoiser_of(pipe))
+    for denoiser in denoisers_of(pipe):
+        refuse_split(denoiser)
+        refuse_if_taken(denoiser)
 
 
 def _check_named(decode: Decode | None) -> None:
@@ -369,5 +378,5 @@ def _another_run(given: str) -> LearningError:
     return LearningError(
         given=given,
         expected="the recorded run",
-        advice="Record again: the scheduler, the weights or the arguments have changed since",
+        advice=NOT_REPEATED,
     )

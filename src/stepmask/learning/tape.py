@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepmask.denoiser.batch import Batch, rows_of
 from stepmask.denoiser.device import read_together
 from stepmask.denoiser.families import casts_weights
 from stepmask.denoiser.held import Owner
-from stepmask.denoiser.modes import in_this_autocast
+from stepmask.denoiser.modes import as_told, copied, in_this_autocast
 from stepmask.denoiser.seam import Hook, attached, attached_by_name
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.values import each, forecast, tensors, to_output, to_stored_form
@@ -83,6 +84,7 @@ class Tape:
         self.seats = [_Seat(block, checkpointed=checkpoint_blocks) for block in graph.blocks]
         self.anchor = torch.zeros((), dtype=torch.float32, requires_grad=True)
         self.evaluation = 0
+        self.own: Any = WeakTensorKeyDictionary()  # input -> how often it had been written to, and a copy
         self.ran: dict[tuple[int, int], tuple[Evaluation, Sequence[Tensor]]] = {}  # by step and branch
         self.last = _last_readers(self.reads)
         self.stored: dict[tuple[int, int, int], Any] = {}  # by step, branch, column
@@ -97,14 +99,16 @@ class Tape:
         self, denoiser: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """One evaluation of a network as a node of the autograd graph."""
-        run, inputs = as_function(in_this_autocast(call), args, kwargs)
+        run, given = as_function(in_this_autocast(call), args, kwargs)
+        inputs = [self._own(tensor) for tensor in given]
         step, branch = self._next()
         self._look(inputs, f"a latent at step {step}")
         if step and not any(tensor.requires_grad for tensor in inputs):
             raise detached(f"between the evaluations of step {step - 1} and step {step}")
         evaluation = Evaluation(self, step, branch, run, denoiser, self._batch(step, branch, rows_of(args, kwargs)))
         self.ran[step, branch] = evaluation, [tensor.detach() for tensor in inputs]
-        taped = _Again.apply(evaluation, self.anchor, *inputs)  # type: ignore[no-untyped-call]  # untyped in torch
+        with as_told():  # the denoiser's own code is no sampler's
+            taped = _Again.apply(evaluation, self.anchor, *inputs)  # type: ignore[no-untyped-call]  # untyped in torch
         outputs = iter(taped)
         return each(lambda tensor: next(outputs) if tensor.is_floating_point() else tensor, evaluation.output)
 
@@ -125,6 +129,22 @@ class Tape:
 
     def _batch(self, step: int, branch: int, rows: int) -> Batch:
         return Batch(rows, self.sampler.present(step) if self.sampler.branches == 1 else (branch,))
+
+    def _own(self, given: Tensor) -> Tensor:
+        """A copy of an input, which the sampler may write to before the evaluation is repeated; made once for several.
+
+        What cannot be copied as it lies in memory is taken as it is: torch tells if it is written to.
+        """
+        if given.is_inference():
+            return copied(given)
+        version: int | None
+        own: Tensor
+        version, own = self.own.get(given, (None, given))
+        if version != given._version:
+            copy = given.clone()
+            own = copy if copy.stride() == given.stride() else given
+            self.own[given] = given._version, own
+        return own
 
     def forward(self, evaluation: "Evaluation", inputs: Sequence[Tensor]) -> Any:
         """One evaluation of the table, without gradients."""
@@ -483,5 +503,5 @@ def detached(where: str) -> LearningError:
     return LearningError(
         given=f"a latent that loses its gradient {where}",
         expected="a pipeline and a sampler that carry the latent from step to step as a tensor",
-        advice="Look there for .detach(), .data, torch.no_grad() or numpy in the pipeline's or the scheduler's code",
+        advice="Look there for .detach(), .data or numpy in the pipeline's or the scheduler's code",
     )

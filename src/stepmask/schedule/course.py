@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,17 @@ class Course:
         for step in range(1, len(self.present)):
             if not {*self.present[step]} <= {*self.present[step - 1]} and step not in self.starts:
                 raise _invalid(f"a branch that comes back at step {step}", "a run that begins anew there")
+
+    def __str__(self) -> str:
+        """In words: "part 0 and 1 at steps 0 to 3, part 1 at steps 4 to 7; begins anew at step 2"."""
+        what = "part" if self.parts > 1 else "branch"
+        told, first = [], 0
+        for present, group in groupby(self.present):
+            last = first + len(list(group)) - 1
+            told.append(f"{what} {' and '.join(map(str, present))} at steps {first} to {last}")
+            first = last + 1
+        anew = f"begins anew at step {', '.join(map(str, self.starts))}" if self.starts else ""
+        return "; ".join(filter(None, [", ".join(told), anew])) or "all steps alike"
 
     @property
     def begins(self) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What a schedule was made for: the denoiser and the sampler, as plain data that can be compared."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -44,10 +44,18 @@ class DenoiserFingerprint:
         """
         if given.class_name != self.class_name:
             raise _mismatch(f"a denoiser of class {given.class_name}", self.class_name)
-        for key in self.config.keys() & given.config.keys():
+        for key in self._common(given):
             if self.config[key] != given.config[key]:
                 theirs, ours = shortened(repr(given.config[key])), shortened(repr(self.config[key]))
                 raise _mismatch(f"a denoiser with {key} = {theirs}", f"{key} = {ours}")
+
+    def agrees(self, other: "DenoiserFingerprint") -> bool:
+        """Whether another is of the same class and has the same values of all keys that both have."""
+        same = all(self.config[key] == other.config[key] for key in self._common(other))
+        return same and other.class_name == self.class_name
+
+    def _common(self, other: "DenoiserFingerprint") -> set[str]:
+        return self.config.keys() & other.config.keys()
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class SamplerFingerprint:
         timesteps: What the denoiser is given at each step, noisiest first.
         log_snr: log(α²/σ²) at each step; empty where the sampler does not tell.
         branches: Denoiser calls per step; 1 where guidance is batched.
+        mu: The shift for a resolution with which its timesteps were set, of a scheduler that shifts them
+            (`use_dynamic_shifting`): they are compared at this shift, whatever a run's own is. `None` = by none.
         course: How steps differ in what they evaluate, where they do.
     """
 
@@ -66,6 +76,7 @@ class SamplerFingerprint:
     timesteps: tuple[float, ...]
     log_snr: tuple[float, ...] = ()
     branches: int = 1
+    mu: float | None = None
     course: Course = field(default_factory=Course)
 
     @property
@@ -78,7 +89,7 @@ class SamplerFingerprint:
 
         Raises:
             InvalidSchedule: The class is neither "" nor a name of one, a timestep or a log-SNR is no finite number,
-                or their numbers differ, or there are not from 1 to 64 branches.
+                or their numbers differ, there are not from 1 to 64 branches, or mu is no number.
         """
         if self.class_name != "" and not is_class(self.class_name):
             raise _no_fingerprint(f"a sampler of class {told(self.class_name)}", "the name of a class, or ''")
@@ -91,6 +102,8 @@ class SamplerFingerprint:
         if not is_whole(self.branches, MAX_BRANCHES) or self.branches == 0:
             raise _no_fingerprint(f"{told(self.branches)} branches", f"a whole number from 1 to {MAX_BRANCHES}")
         self.course.validate(self.steps, self.branches)
+        if self.mu is not None and not is_number(self.mu):
+            raise _no_fingerprint(f"a mu of {told(self.mu)}", f"a finite number of at most {MAX_NUMBER:.0e}, or none")
 
     def part(self, first: float, steps: int) -> "SamplerFingerprint":
         """The same sampler's run over some of its steps, from the one with a timestep on (img2img, `denoising_end`).
@@ -149,16 +162,25 @@ class SamplerFingerprint:
         Raises:
             ScheduleMismatch: They have not.
         """
-        if whole.class_name != self.class_name or not self._is_part_of(whole):
+        if not self.is_within(whole):
             self.check(whole)
 
-    def check_first(self, timestep: float) -> None:
+    def is_within(self, whole: "SamplerFingerprint") -> bool:
+        """Whether a sampler's steps are ours, or have ours among them, one after the other."""
+        return whole.class_name == self.class_name and self._is_part_of(whole)
+
+    def check_first(self, timestep: float, as_made: Iterable[float] | None = None) -> None:
         """Refuse a run that begins elsewhere.
+
+        Args:
+            timestep: At which it begins.
+            as_made: What that is at the shift that these timesteps were set with, where that is another than the run's;
+                several where it cannot be told.
 
         Raises:
             ScheduleMismatch: It does.
         """
-        if not _close(self.timesteps[0], timestep):
+        if not any(_close(self.timesteps[0], own) for own in ([timestep] if as_made is None else as_made)):
             raise _mismatch(f"a run that begins at timestep {timestep:g}", f"one that begins at {self.timesteps[0]:g}")
 
     @property
@@ -178,6 +200,10 @@ class SamplerFingerprint:
     def is_at(self, step: int, timestep: float) -> bool:
         """Whether a step has that timestep."""
         return step < self.steps and _close(self.timesteps[step], timestep)
+
+    def places_of(self, timestep: float) -> list[int]:
+        """The steps that have a timestep."""
+        return [step for step, own in enumerate(self.timesteps) if _close(own, timestep)]
 
     def _is_part_of(self, given: "SamplerFingerprint") -> bool:
         return any(

@@ -94,6 +94,10 @@ class BlockGraph:
         """The graph that knows of no feeders: under its plans they are always called."""
         return BlockGraph(tuple(replace(block, feeders=()) for block in self.blocks))
 
+    def untimed(self) -> "BlockGraph":
+        """The graph as if its blocks had not been timed: what it is on any machine."""
+        return BlockGraph(tuple(replace(block, ms=0.0) for block in self.blocks))
+
     @cached_property
     def macs(self) -> npt.NDArray[np.int64]:
         """MACs per block, shape (blocks,); their sum is one evaluation of the denoiser."""

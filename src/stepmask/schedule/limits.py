@@ -24,6 +24,9 @@ MAX_BLOCKS = 2048
 MAX_CELLS = 2**19
 """Cells of a table, steps times blocks."""
 
+MAX_TABLES = 64
+"""Tables of tiers, all together."""
+
 MAX_BRANCHES = 64
 """Calls of the denoiser per step."""
 

@@ -12,6 +12,11 @@ Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 
+def rises(log_snr: Floats) -> bool:
+    """Whether log-SNR never falls, to rounding, from one step to the next."""
+    return bool((np.diff(log_snr) >= -1e-6).all())
+
+
 def resample_table(rows: Bools, weights: Floats, old: Floats, new: Floats) -> tuple[Bools, Floats]:
     """A table for other steps: every block is computed at the same share of them, as densely where it was dense.
 
@@ -19,14 +24,19 @@ def resample_table(rows: Bools, weights: Floats, old: Floats, new: Floats) -> tu
         rows: (steps, blocks).
         weights: (steps, blocks, 3).
         old: log-SNR of the table's steps, shape (steps,), ascending.
-        new: log-SNR of the other steps, shape (new steps,).
+        new: log-SNR of the other steps, shape (new steps,), ascending.
 
     Returns:
         Rows (new steps, blocks) and weights (new steps, blocks, 3); computed cells answer with what they compute.
     """
     places = np.interp(new, old, np.arange(len(old)))  # of the new steps among the old ones
-    denoiser = _spread(rows[:, -1], places, np.ones(len(new), dtype=bool))
-    spread = np.stack([*(_spread(column, places, denoiser) for column in rows.T[:-1]), denoiser], axis=1)
+    everywhere = np.ones(len(new), dtype=bool)
+    whole = rows[:, -1]
+    denoiser = everywhere if whole.all() else _spread(whole, places, everywhere)
+    blocks = [
+        denoiser if (column | ~whole).all() else _spread(column, places, denoiser) for column in rows.T[:-1]
+    ]  # what is computed whenever the denoiser is, stays so
+    spread = np.stack([*blocks, denoiser], axis=1)
     carried = np.tile(PLAIN, (*spread.shape, 1))
     for column in range(spread.shape[1]):
         carried[:, column] = _carried(rows[:, column], weights[:, column], places, spread[:, column])

@@ -19,7 +19,7 @@ from stepmask.schedule.fingerprint import DenoiserFingerprint, SamplerFingerprin
 from stepmask.schedule.forecasts import PLAIN, WINDOW, taylor_forecasts
 from stepmask.schedule.graph import BlockGraph, columns_of, span_of
 from stepmask.schedule.limits import MAX_CELLS, MAX_STEPS, check_plain, is_number, is_whole
-from stepmask.schedule.resample import begun_anew, resample_table
+from stepmask.schedule.resample import begun_anew, resample_table, rises
 from stepmask.text import told
 
 if TYPE_CHECKING:
@@ -148,6 +148,10 @@ class MaskSchedule:
         """The denoiser's class as people read it, and what is beside it: "UNet2DConditionModel and its controlnet"."""
         return " and its ".join((self.denoiser.class_name, *self.graph.companions))
 
+    def is_like(self, other: "MaskSchedule") -> bool:
+        """Whether another schedule is of the same denoiser and graph, so that a masked denoiser can turn to it."""
+        return self.denoiser.agrees(other.denoiser) and self.graph.untimed() == other.graph.untimed()
+
     def plot(self) -> "Figure":
         """The table as a heat map beside the MACs of each step, as a matplotlib figure.
 
@@ -205,11 +209,18 @@ class MaskSchedule:
         cannot be resampled.
 
         Raises:
-            ScheduleMismatch: One of the two samplers does not tell its log-SNR, the table has per-channel forecasts, or
-                it is for a run whose steps differ in what they evaluate, and the sampler does not tell how its own do.
+            ScheduleMismatch: One of the two samplers does not tell its log-SNR, or they go other ways along it; their
+                branches differ; the table has per-channel forecasts; or it is for a run whose steps differ in what they
+                evaluate, and the sampler does not tell how its own do.
         """
         if sampler == self.sampler:
             return self
+        if sampler.branches != self.sampler.branches:
+            raise ScheduleMismatch(
+                given=f"a sampler with {sampler.branches} branches, for a schedule with {self.sampler.branches}",
+                expected="as many calls of the denoiser at each step",
+                advice="Describe it with as many, describe_steps(..., branches=schedule.sampler.branches)",
+            )
         if self.sampler.course != Course() and sampler.course == Course():
             raise ScheduleMismatch(
                 given="a schedule of a run whose steps differ in what they evaluate (guidance that ends part-way, "
@@ -230,8 +241,18 @@ class MaskSchedule:
                 expected="log-SNR per step on both sides",
                 advice="Learn a schedule for this sampler instead of resampling one",
             )
-        old, new = np.array(self.sampler.log_snr), np.array(sampler.log_snr)
-        rows, weights = begun_anew(*resample_table(self.rows, self.forecasts, old, new), sampler.begins)
+        old = np.array(self.sampler.log_snr)
+        new = np.array(sampler.log_snr)
+        way = next((way for way in (1, -1) if rises(way * old) and rises(way * new)), None)
+        if way is None:
+            raise ScheduleMismatch(
+                given="samplers whose log-SNR does not go one way: one of them adds noise where the other takes it "
+                "away, or does both by turns",
+                expected="two that go from noise to signal, or two from signal to noise (inversion)",
+                advice="Learn a schedule for this sampler instead of resampling one",
+            )
+        rows, weights = resample_table(self.rows, self.forecasts, way * old, way * new)
+        rows, weights = begun_anew(rows, weights, sampler.begins)
         source = {"resampled_from": {"class": self.sampler.class_name, "steps": self.steps}}
         return replace(self, rows=rows, weights=weights, sampler=sampler, provenance={**self.provenance, **source})
 
@@ -338,6 +359,7 @@ class MaskSchedule:
                     "branches": self.sampler.branches,
                     "timesteps": list(self.sampler.timesteps),
                     "log_snr": list(self.sampler.log_snr),
+                    **({} if self.sampler.mu is None else {"mu": self.sampler.mu}),
                     **self.sampler.course.to_plain(),
                 },
                 "blocks": self.graph.to_plain(),
@@ -386,6 +408,7 @@ def _from_plain(data: dict[str, Any], tensors: bytes | None) -> MaskSchedule:
             tuple(sampler["timesteps"]),
             tuple(sampler["log_snr"]),
             sampler["branches"],
+            sampler.get("mu"),
             Course.from_plain(sampler),
         ),
         provenance=data["provenance"],

@@ -5,6 +5,7 @@ from textwrap import fill
 
 import numpy as np
 
+from stepmask.schedule.course import Course
 from stepmask.schedule.rectify import Cell, Kind, Plan, lower
 from stepmask.schedule.schedule import MaskSchedule
 from stepmask.text import printable, shortened, told
@@ -47,9 +48,10 @@ def summary(schedule: MaskSchedule) -> str:
     time = f"{plan.time_share:.1%} of the measured time, " if graph.is_timed else ""
     counted = f"{plan.macs_share:.1%} of the MACs ({1 / plan.macs_share:.2f}× fewer), " if plan.macs_share else ""
     cells = plan.computed[:, :-1] if len(graph) > 1 else plan.computed
+    course = f"\n{schedule.sampler.course}" if schedule.sampler.course != Course() else ""
     return (
         f"{_origin(schedule)} for {schedule.denoised_by} with {schedule.sampler.class_name or 'a plain loop'}, "
-        f"{schedule.steps} steps\n"
+        f"{schedule.steps} steps{course}\n"
         f"{len(graph) - 1} blocks, reused {how}\n"
         f"computes {counted}{time}{np.mean(cells):.0%} of the cells{blended}\n"
         f"stores at most {plan.peak_bytes / 2**20:.2f} MiB at the traced batch size{vectors}"

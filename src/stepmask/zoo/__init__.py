@@ -33,6 +33,8 @@ def folder(name: str) -> Path:
 def load(source: str, **options: Any) -> Any:
     """A pipeline by "zoo:NAME", folder, or hub id; options go to `DiffusionPipeline.from_pretrained`.
 
+    A PixArt of a size for which diffusers knows no aspect ratios draws at that size, without being told.
+
     Raises:
         PipelineNotFound: Nothing loadable is there.
         MissingExtra: diffusers is not installed, or transformers, for a pipeline with a text encoder.
@@ -41,7 +43,7 @@ def load(source: str, **options: Any) -> Any:
     try:
         from diffusers import DiffusionPipeline
 
-        return DiffusionPipeline.from_pretrained(place, **options)
+        pipe = DiffusionPipeline.from_pretrained(place, **options)
     except (ImportError, AttributeError, RuntimeError) as error:  # diffusers says in many ways what it misses
         if absent := [package for package in ("diffusers", "transformers") if find_spec(package) is None]:
             raise missing("diffusers", absent[0], "loading pipelines") from error
@@ -52,6 +54,16 @@ def load(source: str, **options: Any) -> Any:
             expected="zoo:NAME, a diffusers folder, or a repository on the Hugging Face hub",
             advice=f"The zoo has {', '.join(f'zoo:{n}' for n in names())}",
         ) from error
+    return _at_its_own_size(pipe)
+
+
+def _at_its_own_size(pipe: Any) -> Any:
+    """A PixArt that looks for aspect ratios only where there are any; any other pipeline as it is."""
+    if not type(pipe).__name__.startswith("PixArt"):
+        return pipe
+    from stepmask.zoo.pixart import at_its_own_size
+
+    return at_its_own_size(pipe)
 
 
 def set_sampler(pipe: Any, name: str, options: Mapping[str, Any]) -> None:
