@@ -1,6 +1,7 @@
 """What a masked run promises, of any denoiser and any pipeline."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 import stepmask
 from stepmask import MaskSchedule, Trajectory
-from stepmask.denoiser.families import Granularity, denoiser_of
+from stepmask.denoiser.families import Granularity, companions_of, denoiser_of
 from stepmask.denoiser.runtime import Masked
 from stepmask.denoiser.seam import attached, frozen
 from stepmask.evaluation.measure import MacCounter
@@ -46,12 +47,14 @@ def held(masked: Masked) -> int:
 
 
 def counted_macs(pipe: Any, run: Callable[[], Any]) -> int:
-    """MACs of the operations that torch sees while the denoiser is called: of what really ran, whatever a plan says."""
-    denoiser = denoiser_of(pipe)
-    counter = MacCounter(denoiser)
-    with frozen(denoiser), attached({denoiser: counter}):
+    """MACs of the operations that torch sees while the denoiser, or a ControlNet, is called: of what really ran."""
+    counters = {network: MacCounter(network) for network in (denoiser_of(pipe), *companions_of(pipe).values())}
+    with ExitStack() as stack:
+        for network in counters:
+            stack.enter_context(frozen(network))
+        stack.enter_context(attached(counters))
         run()
-    return counter.macs
+    return sum(counter.macs for counter in counters.values())
 
 
 def changes_its_layers(pipe: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import nn
 import stepmask
 from denoisers import BATCH, denoiser, stirred, tokens
 from pipelines import GUIDED, LATENT, POOLED, autoencoder, control_net, stable_diffusion
+from promises import without_feeders
 from stepmask.denoiser.proof import check_against_record
 from stepmask.denoiser.seam import Hook, attached
 from stepmask.denoiser.unread import Unread
@@ -110,17 +111,6 @@ def counted(module: nn.Module) -> Iterator[list[None]]:
         handle.remove()
 
 
-def uncompanioned(reference: MaskSchedule) -> MaskSchedule:
-    """The table without what it says of the ControlNet, as one of before."""
-    graph = BlockGraph.from_plain(
-        [
-            {**block, "feeders": [name for name in block.get("feeders", ()) if not name.startswith(BESIDE)]}
-            for block in reference.graph.to_plain()
-        ]
-    )
-    return MaskSchedule.all_compute(graph, reference.denoiser, reference.sampler)
-
-
 def of_steps(reference: MaskSchedule, computed: set[int]) -> MaskSchedule:
     """Whole steps, computed or reused."""
     rows = np.array([[step in computed] * len(reference.graph) for step in range(reference.steps)])
@@ -152,7 +142,7 @@ class TestEveryKind:
         assert masked.computed_macs == reference.sampler.branches * lower(table).macs
         assert lower(table).macs_share == pytest.approx(3 / 5)
 
-        called = uncompanioned(reference).with_rows(table.rows)
+        called = without_feeders(reference).with_rows(table.rows)
         with stepmask.apply(pipe, called), counted(pipe.controlnet) as calls:
             assert torch.equal(sample(pipe, call), given)
         assert len(calls) == STEPS
@@ -166,7 +156,7 @@ class TestEveryKind:
         with stepmask.apply(pipe, reference.with_rows(rows)) as masked:
             given = sample(pipe, call)
         assert masked.computed_macs == reference.sampler.branches * lower(reference.with_rows(rows)).macs
-        with stepmask.apply(pipe, uncompanioned(reference).with_rows(rows)):
+        with stepmask.apply(pipe, without_feeders(reference).with_rows(rows)):
             assert torch.equal(sample(pipe, call), given)
 
 
@@ -195,7 +185,7 @@ class TestUNet:
 
     def test_a_graph_that_forgets_a_reader_is_refused(self) -> None:
         pipe, call, reference = traced("one")
-        first, *others = uncompanioned(reference).graph.blocks
+        first, *others = without_feeders(reference).graph.blocks
         wrong = BlockGraph((replace(first, feeders=(*first.feeders, f"{BESIDE}controlnet")), *others))
         with pytest.raises(TraceError, match="that nothing but masked blocks read"):
             check_against_record(stepmask.record(pipe, **call), wrong)
@@ -257,11 +247,11 @@ class TestMismatches:
         pipe, _ = stable_diffusion()
         with pytest.raises(ScheduleMismatch, match="calls no controlnet"):
             stepmask.apply(pipe, reference)
-        stepmask.apply(pipe, uncompanioned(reference)).remove()
+        stepmask.apply(pipe, without_feeders(reference)).remove()
 
     def test_a_table_made_without_it_says_so(self, caplog: pytest.LogCaptureFixture) -> None:
         pipe, call, reference = traced("one")
-        with stepmask.apply(pipe, of_steps(uncompanioned(reference), {0})), counted(pipe.controlnet) as calls:
+        with stepmask.apply(pipe, of_steps(without_feeders(reference), {0})), counted(pipe.controlnet) as calls:
             sample(pipe, call)
         assert len(calls) == STEPS
         assert "made without the controlnet" in caplog.text

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepmask.denoiser.families import companions_of
+from stepmask.denoiser.modes import unfused_attention
+from stepmask.denoiser.quantised import quantised_counted
 from stepmask.denoiser.seam import Hook, attached, frozen
 from stepmask.denoiser.trajectory import Trajectory
 from stepmask.denoiser.unread import Unread
@@ -53,7 +55,7 @@ def companions_seen(trajectory: Trajectory) -> dict[str, Companion]:
 def _seen(trajectory: Trajectory, name: str, module: nn.Module) -> Companion | None:
     """What is seen of one network; `None`, and a warning, where it has to be called at every step."""
     denoiser = _Recorded(trajectory)
-    companion = _Poisoned(denoiser)
+    companion = _Poisoned(module, denoiser)
     sampling = trajectory.sampling
     try:
         hooks = {**dict.fromkeys(sampling.denoisers, denoiser), module: companion}
@@ -99,17 +101,20 @@ class _Poisoned(Hook):
     """Stands in front of a network beside the denoiser: counts its calls, and answers with stand-ins.
 
     Args:
+        network: The network.
         denoiser: Knows which evaluation comes next.
     """
 
-    def __init__(self, denoiser: _Recorded) -> None:
+    def __init__(self, network: nn.Module, denoiser: _Recorded) -> None:
+        self.network = network
         self.denoiser = denoiser
         self.evaluations: list[int] = []  # that come next at each call
         self.macs = 0
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.evaluations.append(self.denoiser.evaluation)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        with sdpa_kernel(SDPBackend.MATH), unfused_attention(), quantised_counted(self.network, counter), counter:
             output = call(*args, **kwargs)
         self.macs += counter.get_total_flops() // 2
         return each(Unread.of, output)
