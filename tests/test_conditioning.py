@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stepmask.denoiser.conditioning import PROMPTS_NAME, Conditioning, read_labels, read_prompts
-from stepmask.denoiser.families import denoiser_of
+from stepmask.denoiser.families import denoiser_of, denoisers_of
 from stepmask.errors import InvalidConditioning, TraceError
 
 from toys import tiny_pixel_unet, tiny_stable_diffusion, tiny_unet
@@ -78,9 +78,16 @@ class TestDraws:
 
 
 class TestDenoiserOf:
-    def test_two_denoisers_are_a_choice(self) -> None:
+    def test_two_denoisers_that_are_not_alike_are_a_choice(self) -> None:
+        class Two:
+            transformer, transformer_2 = tiny_unet(), tiny_unet(2)
+
+        with pytest.raises(TraceError, match=r"not alike: transformer and transformer_2.*pass it itself"):
+            denoiser_of(Two())
+
+    def test_the_first_of_two_alike_is_the_denoiser(self) -> None:
         class Two:
             transformer, transformer_2 = tiny_unet(), tiny_unet()
 
-        with pytest.raises(TraceError, match=r"transformer and transformer_2.*pass it itself"):
-            denoiser_of(Two())
+        assert denoiser_of(Two()) is Two.transformer
+        assert denoisers_of(Two()) == (Two.transformer, Two.transformer_2)

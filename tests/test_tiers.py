@@ -431,7 +431,7 @@ def test_compiled_regions_stay_compiled() -> None:
         for name in ("vectors", "plain", "vectors"):
             masked.switch(name)
             assert all(map(torch.equal, sampled(), wanted[name]))
-            inside = masked.placement.inside.values()
+            inside = masked.networks[0].placement.inside.values()
             assert any(block.channels for block in inside) == (name == "vectors")
     assert len(graphs) == made
     assert not any(block.channels for block in inside)

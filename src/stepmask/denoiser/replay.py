@@ -244,6 +244,9 @@ def guarded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     raise _went_past(type(self).__name__)
 
 
+guarded_forward.__name__ = "forward"  # pickle finds a module's methods by their names
+
+
 @beside_graphs(
     "a denoiser was compiled, or its forward called, past its masks: masked.compile(), or compile before a run"
 )

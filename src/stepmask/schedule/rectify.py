@@ -121,7 +121,7 @@ class Plan:
         Args:
             costs: Of each block as a share of an evaluation, shape (blocks,).
         """
-        return float(((self.paid * costs).sum(axis=1) * self.loads).sum() / self.loads.sum())
+        return float((self.paid * costs * self.loads[:, None]).sum() / self.loads.sum())
 
     @cached_property
     def peak_bytes(self) -> int:
