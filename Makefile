@@ -39,6 +39,7 @@ bench: $(VENV)/ready
 		$(BIN)/python benchmarks/against_peers.py --pipeline zoo:$$pipeline-emoji --steps $$steps || exit 1; \
 		$(BIN)/python benchmarks/quality.py --pipeline zoo:$$pipeline-emoji --steps $$steps || exit 1; done; done
 	$(BIN)/python benchmarks/unets.py
+	$(BIN)/python benchmarks/few_steps.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/transfer.py
 	$(BIN)/python benchmarks/scaling.py

@@ -27,7 +27,7 @@ from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.baselines import fixed_interval, whole_step
 from stepmask.schedule.rectify import lower
 
-CELLS = ((4, 2), (4, 3), (6, 3), (8, 4), (8, 6))
+CELLS = ((4, 2), (6, 3), (8, 4), (8, 6))
 """Steps of the sampler, and how many of them the MACs are worth."""
 
 MANY = 50
@@ -37,7 +37,7 @@ LEARNED = "learned"
 LEARNER = TrainedForecasts(passes=5)
 """A third of the default's training."""
 
-RUNS, SAMPLES = 4, 4
+RUNS, SAMPLES = 4, 2
 """Calibration runs, and samples of each."""
 
 HELD_OUT = 16
@@ -73,7 +73,7 @@ def simple_tables(setting: Few, worth: int) -> dict[str, MaskSchedule]:
 
 
 def learned_table(setting: Few, worth: int) -> MaskSchedule:
-    """What the default learner makes of 16 samples with a third of its training."""
+    """What the default learner makes of 8 samples with a third of its training."""
     trajectories = [setting.record(SAMPLES, FIRST_SEED + run) for run in range(RUNS)]
     return stepmask.learn(setting.pipe, trajectories, worth / setting.steps, learner=LEARNER, graph=setting.full.graph)
 

@@ -12,7 +12,6 @@ from promises import check_promises
 from public_networks import CLASSES, SIDE, STEPS, Dit, Encoder, Middle, Nested, Row, network, sampler
 from stepmask.denoiser.repeated import repeated_blocks
 from stepmask.errors import TraceError
-from stepmask.learning.trained import TrainedForecasts
 from stepmask.schedule.graph import DENOISER
 from stepmask.schedule.rectify import lower
 
@@ -166,7 +165,7 @@ class TestGuidanceInTwoCalls:
 
         graph = stepmask.trace(denoiser, trajectory)
         check_promises(denoiser, trajectory, graph)
-        schedule = stepmask.learn(denoiser, trajectory, budget=0.7, learner=TrainedForecasts(passes=0.6), graph=graph)
+        schedule = stepmask.sweep(denoiser, trajectory, graph=graph, probes=1, ages=2).schedule(0.7)
         report = stepmask.evaluate(denoiser, schedule, run=guided(denoiser), seed=[1, 2], rivals={"3": 3}, repeats=1)
         assert report["3"].evaluations == 6
         assert report["3"].macs_executed == 0.75
