@@ -141,7 +141,7 @@ class BlockGraph:
 
     @property
     def companions(self) -> tuple[str, ...]:
-        """The networks beside the denoiser whose answers it is given: names of the pipeline's attributes."""
+        """The networks beside the denoiser whose answers it is given, by the names of the pipeline's attributes."""
         return tuple(name.removeprefix(BESIDE) for name in self.fed if name.startswith(BESIDE))
 
     @cached_property
