@@ -145,7 +145,7 @@ class MaskSchedule:
 
     @property
     def denoised_by(self) -> str:
-        """The denoiser's class as people read it, with what is beside it ("UNet2DConditionModel and its controlnet")."""
+        """The denoiser's class and what is beside it, in words ("UNet2DConditionModel and its controlnet")."""
         return " and its ".join((self.denoiser.class_name, *self.graph.companions))
 
     def is_like(self, other: "MaskSchedule") -> bool:
