@@ -42,6 +42,7 @@ class TestCourse:
             (Course(parts=2), 2, "a batch of 2 parts in each of 2 branches"),
             (Course(parts=0), 1, "a batch of 0 parts"),
             (Course(present=((0,),), parts=2), 1, "the branches of 1 steps"),
+            (Course(present=((0, 1),) * 6, parts=3), 1, "steps that evaluate"),
             (Course(present=((0, 1),) * 5 + ((),), parts=2), 1, "the branches .* at step 5"),
             (Course(present=((0, 1),) * 5 + ((2,),), parts=2), 1, "the branches .* at step 5"),
             (Course(present=((0, 1),) * 5 + ((1, 0),), parts=2), 1, "the branches .* at step 5"),
@@ -176,8 +177,10 @@ class TestBatch:
         assert torch.equal(part.whole_of(gradient, whole), expected)
 
     def test_what_all_rows_share_stays(self) -> None:
-        shared = torch.ones(5, 2)
-        assert Batch(2, (1,)).part_of(shared, Batch(4, (0, 1))) is shared
+        shared, rows = torch.ones(4, 2), torch.ones(4, 2)
+        found = Batch(2, (1,)).part_of((shared, rows), Batch(4, (0, 1)), shared=(0,))
+        assert found[0] is shared
+        assert found[1].shape == (2, 2)
 
 
 class Said(nn.Module):
@@ -242,7 +245,93 @@ def traced(network: nn.Module, run: Any) -> tuple[stepmask.Trajectory, MaskSched
     return trajectory, MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
 
 
+class Scaled(nn.Module):
+    """x + what a block says of the prompt, times a pair that a second block says to all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Said(), Pair()])
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, t: float, told: Tensor, strength: Tensor | None = None) -> Tensor:
+        shift, scale = self.layers[1](x, t).unbind()  # (2, channels), whatever the batch
+        return x + self.weight * (self.layers[0](x, t * told) * scale + shift)
+
+
+class Pair(nn.Module):
+    """(t, 1 + t) for each channel."""
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        return torch.tensor([[t], [1 + t]]).expand(2, x.shape[1]).clone()
+
+
+def of_samples(network: nn.Module, samples: int) -> Any:
+    """Guidance in one batch for three of six steps; a strength that all rows share is given, too."""
+    prompts = torch.tensor([[1.0]] * samples + [[10.0]] * samples)
+
+    def run() -> Tensor:
+        x = torch.zeros(samples, 1)
+        for step in range(6):
+            rows = 2 * samples if step < 3 else samples
+            given = network(x.repeat(rows // samples, 1), 1 - step / 6, prompts[-rows:], torch.ones(1).expand(rows))
+            x = x - 0.1 * (given[-samples:] if step >= 3 else 2 * given[samples:] - given[:samples])
+        return x
+
+    return run
+
+
 class TestGuidanceInPartOfTheSteps:
+    @pytest.mark.parametrize("samples", [1, 3])
+    def test_what_all_rows_share_is_never_cut(self, samples: int) -> None:
+        network = Scaled()
+        trajectory = stepmask.record(network, run=of_samples(network, 2))
+        graph = stepmask.trace(network, trajectory, blocks={"layers.*": "output"})
+        assert [block.shared for block in graph.blocks] == [(0,), (), ()]  # in call order
+        full = MaskSchedule.all_compute(graph, trajectory.denoiser, trajectory.sampler)
+        rows = full.rows.copy()
+        rows[3:, :-1] = False
+        table = MaskSchedule.from_json(full.with_rows(rows).to_json())
+        found = []
+        for count in (2, samples):
+            with stepmask.apply(network, table), torch.no_grad():
+                found.append(float(of_samples(network, count)()[0]))
+        assert found[0] == pytest.approx(found[1])
+
+    def test_equal_prompts_do_not_tell_which_half_goes_on(self) -> None:
+        network = Prompted()
+
+        def run() -> Tensor:
+            x = torch.zeros(2, 1)
+            for step in range(4):
+                x = x - 0.1 * network(x if step >= 2 else torch.cat([x, x]), 1 - step / 4, torch.ones(1, 1))[:2]
+            return x
+
+        with pytest.raises(RunError, match="no argument that tells which: they are given the same"):
+            stepmask.record(network, run=run)
+
+    def test_a_batch_that_shrinks_in_one_of_two_calls_is_refused(self) -> None:
+        network = Prompted()
+
+        def run() -> Tensor:
+            x = torch.zeros(2, 1)
+            for step in range(4):
+                network(x, 1 - step / 4, PROMPTS[:2])
+                doubled = network(
+                    torch.cat([x, x])[: 4 if step < 2 else 2], 1 - step / 4, PROMPTS[: 4 if step < 2 else 2]
+                )
+                x = x - 0.1 * doubled[:2]
+            return x
+
+        with pytest.raises(RunError, match="batches of 2 and 4 rows in evaluation 1"):
+            stepmask.record(network, run=run)
+
+    def test_guidance_that_begins_later_than_recorded_is_refused(self) -> None:
+        network = Prompted()
+        _, table = traced(network, batched(network, 6, slice(2, 4), since=2))
+        masked = stepmask.apply(network, fixed_interval(table, 0.7))
+        with masked, torch.no_grad(), pytest.raises(RunError, match="2 rows at step 2, where guidance begins"):
+            batched(network, 6, slice(2, 4), since=3)()
+
     @pytest.mark.parametrize(("kept", "part"), [(slice(2, 4), 1), (slice(0, 2), 0)])
     def test_the_half_that_goes_on_is_told_by_its_prompt(self, kept: slice, part: int) -> None:
         trajectory = stepmask.record(network := Prompted(), run=batched(network, 3, kept))

@@ -1,6 +1,7 @@
 """`Batch`: what a call's rows are, and which part of a value belongs to which of them."""
 
-from functools import partial
+from collections.abc import Collection
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -22,28 +23,28 @@ class Batch(NamedTuple):
     rows: int
     present: tuple[int, ...]
 
-    def part_of(self, value: Any, batch: "Batch") -> Any:
-        """What a value of a larger batch is for this one.
-
-        Tensors whose first dimension goes by the larger batch's rows lose the parts that are not here; others are
-        shared by all rows.
+    def part_of(self, value: Any, batch: "Batch", shared: Collection[int] = ()) -> Any:
+        """What a value of a larger batch is for this one: it loses the rows of the parts that are not here.
 
         Args:
             value: Of a call with the larger batch.
             batch: The larger one; or this one, whose value is as it is.
+            shared: Which of its tensors belong to all rows, by place: they stay.
         """
         if batch == self or batch.present == self.present:
             return value
-        return each(partial(_part, batch, self.present), value)
+        places = count()
+        return each(lambda tensor: tensor if next(places) in shared else _part(batch, self.present, tensor), value)
 
-    def whole_of(self, gradient: Tensor, batch: "Batch") -> Tensor:
+    def whole_of(self, gradient: Tensor, batch: "Batch", *, is_shared: bool = False) -> Tensor:
         """A gradient of `part_of` as that of the larger batch's tensor: zero for the parts that are not here.
 
         Args:
             gradient: Of a tensor for this batch.
             batch: The larger one.
+            is_shared: Whether the tensor belongs to all rows.
         """
-        if batch == self or batch.present == self.present or not gradient.ndim or len(gradient) % self.rows:
+        if batch == self or batch.present == self.present or is_shared or not gradient.ndim:
             return gradient
         size = len(gradient) // len(self.present)
         whole = gradient.new_zeros(size * len(batch.present), *gradient.shape[1:])

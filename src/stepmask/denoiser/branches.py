@@ -108,7 +108,8 @@ class PartOrder:
             return
         size = whole.rows // max(len(whole.present), 1)
         for old, new in zip(before, given, strict=True):
-            lost = len(old) == whole.rows and len(new) == batch.rows < whole.rows and all(row in old for row in new)
+            is_told = len(old) == whole.rows and all(old.index(row) == place for place, row in enumerate(old))
+            lost = is_told and len(new) == batch.rows < whole.rows and all(row in old for row in new)
             places = [whole.present[old.index(row) // size] for row in new] if lost else []
             if lost and sorted({*places}) != [*batch.present]:
                 raise RunError(

@@ -58,6 +58,7 @@ def course_of(run: Evaluated) -> Course:
         RunError: It cannot be told which branch, or which part of the batch, a step evaluates; or most steps are unlike
             the ones before them.
     """
+    _check_rows(run)
     parts, present = _parts(run) if run.branches == 1 else (1, _branches(run))
     most = max(run.branches, parts)
     whole = tuple(range(most))
@@ -72,6 +73,27 @@ def course_of(run: Evaluated) -> Course:
         )
     differs = any(step != whole for step in present)
     return Course(present if differs else (), parts, tuple(sorted(starts)))
+
+
+def _check_rows(run: Evaluated) -> None:
+    """Refuse a run with several evaluations a step, the batch of one of which changes.
+
+    Raises:
+        RunError: It does.
+    """
+    rows: dict[int, set[int]] = {}
+    for evaluations in run.steps():
+        if len(evaluations) == run.branches > 1:
+            for branch, index in enumerate(evaluations):
+                rows.setdefault(branch, set()).add(rows_of((), dict(run.given[index])))
+    for branch, found in rows.items():
+        if len(found) > 1:
+            raise RunError(
+                given=f"{run.branches} evaluations a step, and batches of {' and '.join(map(str, sorted(found)))} rows "
+                f"in evaluation {branch} of them",
+                expected="guidance in one batch, or in calls whose batches stay as they are",
+                advice="Evaluate what ends part-way in a call of its own",
+            )
 
 
 def _branches(run: Evaluated) -> Present:
@@ -135,11 +157,10 @@ def _matched(full: Sequence[Given], here: Sequence[Given], step: int) -> tuple[i
     for place in range(len(here)):
         fits = [other for other in range(len(full)) if all(matches[place][other] for matches in telling)]
         fits = [other for other in fits if not chosen or other > chosen[-1]]
-        is_told = bool(telling and fits) and all(_all_same(full[fits[0]], full[other]) for other in fits[1:])
-        if not is_told:
+        if not telling or len(fits) != 1:
             raise RunError(
                 given=f"step {step}, which evaluates {len(here)} of {len(full)} branches of guidance, and no argument "
-                "that tells which",
+                "that tells which" + (": they are given the same" if len(fits) > 1 else ""),
                 expected="the prompts, labels or flags that these branches have at other steps, in their order",
                 advice="Give each branch its own prompt at every step, or keep guidance on for the whole run",
             )
@@ -171,11 +192,7 @@ def _form_differs(run: Evaluated, before: int, now: int) -> bool:
     for name in {*one, *other}:
         if _mode(one.get(name)) != _mode(other.get(name)):
             return True
-        pair = one.get(name), other.get(name)
-        if all(isinstance(value, list) and len(value) == count for value, count in zip(pair, rows, strict=True)):
-            first, second = map(_kinds, pair)
-        else:
-            first, second = _shapes(pair[0], rows[0]), _shapes(pair[1], rows[1])
+        first, second = _shapes(one.get(name), rows[0]), _shapes(other.get(name), rows[1])
         if first and second and first != second:  # what is given at some steps only has no other shape
             return True
     return False
@@ -190,16 +207,7 @@ def _mode(value: Any) -> Any:
     return None if is_plain or len(leaves) != 1 or leaves[0] is not value else type(value)
 
 
-def _kinds(latents: Any) -> Any:
-    """The shapes of latents in a list, one for each row of the batch."""
-    return {tuple(tensor.shape) for tensor in tensors(latents)}
-
-
 def _shapes(value: Any, rows: int) -> Any:
     """The shapes of the tensors in a value but for the rows of its batch."""
     found = [tuple(tensor.shape) for tensor in tensors(value)]
     return [(shape[0] // rows, *shape[1:]) if shape and not shape[0] % rows else shape for shape in found]
-
-
-def _all_same(one: Given, other: Given) -> bool:
-    return one.keys() == other.keys() and all(same_arguments(one[name], other[name]) for name in one)

@@ -35,6 +35,7 @@ class Run:
         self.store = store
         self.is_stepped = is_stepped
         self.names = [block.label for block in plans[0].graph.blocks]
+        self.shared = [block.shared for block in plans[0].graph.blocks]
         self.stand_in: Callable[[Tensor], Tensor] = Unread.of  # makes what stands for a tensor that nobody reads
 
         # Where the run is.
@@ -182,12 +183,13 @@ class Run:
         """Turn to the batch of the next evaluation: what is held of other branches, or before a beginning, goes."""
         before = self.calls[self.branch]
         if self.begins:
+            self._check_rows(call)
             self._clear_branch(self.branch)
         elif before is not None:
             self._check_call(before, call)
             if call.batch.present != before.batch.present:
-                unread = self.unread[self.branch]
-                self.unread[self.branch] = [call.batch.part_of(value, before.batch) for value in unread]
+                unread = zip(self.unread[self.branch], self.shared, strict=True)
+                self.unread[self.branch] = [call.batch.part_of(value, before.batch, own) for value, own in unread]
                 self.shapes[self.branch] = [None] * len(self.names)
 
         # Branches that are over.
@@ -200,6 +202,19 @@ class Run:
         self.calls[self.branch] = call
         parts = self.sampler.course.parts
         self.share = 1 if parts == 1 else Fraction(len(call.batch.present), parts)
+
+    def _check_rows(self, call: "_LastCall") -> None:
+        """Refuse a call that begins the run anew with another batch than its parts have had."""
+        before = next((last for last in self.calls if last is not None), None)
+        if self.step == 0 or before is None or self.branches > 1:
+            return
+        rows = before.batch.rows * len(call.batch.present) // len(before.batch.present)
+        if call.batch.rows != rows:
+            raise RunError(
+                given=f"{call.batch.rows} rows at step {self.step}, where guidance begins",
+                expected=f"{rows}, as in the run that the schedule was learned from",
+                advice="Begin guidance at the step at which it began there",
+            )
 
     def _check_call(self, before: "_LastCall", call: "_LastCall") -> None:
         """Refuse a call that is not as the one of the step before, but for the parts that its batch has lost."""
@@ -379,7 +394,9 @@ class Run:
         for value in held[:count]:
             value.check(self.names[column])
             taken = rebuilt(self.store.take(value.value))
-            values.append(taken if value.batch == self.batch else self.batch.part_of(taken, value.batch))
+            values.append(
+                taken if value.batch == self.batch else self.batch.part_of(taken, value.batch, self.shared[column])
+            )
         return values
 
     def free(self, column: int, keeps: int) -> None:

@@ -170,10 +170,11 @@ class _Tracer:
             step, branch = self.sampler.evaluations[index]
             begun = max(begin for begin in self.sampler.begins if begin <= step)
             alike.setdefault((branch, begun), {})[index] = graph
+        shared: dict[str, set[int]] = {}
         for traced in alike.values():
-            self._check_shapes(traced)
+            self._check_shapes(traced, shared)
         graph = _together({index: self.traced[index] for index in sorted(self.traced, key=self._is_unlike_most)})
-        *blocks, own = graph.blocks
+        *blocks, own = (replace(block, shared=tuple(sorted(shared.get(block.name, ())))) for block in graph.blocks)
         return BlockGraph((*blocks, replace(own, macs=own.macs + self._macs_beside)))
 
     @property
@@ -189,8 +190,12 @@ class _Tracer:
         own = next(length for begin, length in reversed([*zip(begins, lengths, strict=False)]) if begin <= step)
         return self.sampler.loads[step] < 1 or own < max(lengths) / 2
 
-    def _check_shapes(self, traced: Mapping[int, BlockGraph]) -> None:
+    def _check_shapes(self, traced: Mapping[int, BlockGraph], shared: dict[str, set[int]]) -> None:
         """Refuse blocks whose outputs change their shape from step to step, but for the parts of a guided batch.
+
+        Args:
+            traced: Evaluations of one branch since the run last began.
+            shared: Gets which of each block's tensors belong to all rows, by its name.
 
         Raises:
             TraceError: There is one.
@@ -199,13 +204,18 @@ class _Tracer:
         for index, other in traced.items():
             rows = self.rows[first_index], self.rows[index]
             for one, two in zip(first.blocks, other.blocks, strict=False):
-                if one.name == two.name and not _shapes_fit(one.shapes, two.shapes, *rows):
+                if one.name != two.name:
+                    continue
+                if not _shapes_fit(one.shapes, two.shapes, *rows):
                     raise TraceError(
                         given=f"block {one.label!r}, which answers with shape {two.shapes} at evaluation {index}, and "
                         f"with {one.shapes} at evaluation {first_index}",
                         expected="one shape at all steps, for what is stored must fit later ones",
                         advice="Keep guidance and caches on or off for the whole run, or pad what changes its length",
                     )
+                if rows[0] != rows[1]:
+                    same = zip(one.shapes, two.shapes, strict=True)
+                    shared.setdefault(one.name, set()).update(place for place, (a, b) in enumerate(same) if a == b)
 
     def trace(self, call: Call, index: int) -> None:
         """Trace one call.
@@ -327,11 +337,13 @@ def _shapes_fit(one: Shapes, other: Shapes, rows: int, other_rows: int) -> bool:
         rows: How many the one evaluation is given.
         other_rows: How many the other is given.
     """
-    expected = [
-        (shape[0] // rows * other_rows, *shape[1:]) if shape and shape[0] and shape[0] % rows == 0 else shape
-        for shape in one
-    ]
-    return expected == list(other)
+    if len(one) != len(other):
+        return False
+    for first, second in zip(one, other, strict=True):
+        goes_by_rows = bool(first and second) and first[0] * other_rows == second[0] * rows and first[1:] == second[1:]
+        if first != second and not goes_by_rows:
+            return False
+    return True
 
 
 def _together(traced: Mapping[int, BlockGraph]) -> BlockGraph:

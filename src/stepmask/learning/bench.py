@@ -31,6 +31,7 @@ class Bench:
     def __init__(self, denoiser: nn.Module, graph: BlockGraph) -> None:
         self.denoiser = denoiser
         self.seats = [_Seat(block) for block in graph.blocks[:-1]]
+        self.own = graph.blocks[-1]
         self.stored: Any = None  # the denoiser's own output, as the seats store their blocks'
         self.batch = Batch(0, ())  # of what is stored
 
@@ -44,9 +45,9 @@ class Bench:
         """Take of what is stored the parts of the batch that the next call has."""
         batch = Batch(rows_of(call.args, call.kwargs), present)
         if self.batch.present not in ((), present):
-            self.stored = batch.part_of(self.stored, self.batch)
+            self.stored = batch.part_of(self.stored, self.batch, self.own.shared)
             for seat in self.seats:
-                seat.stored = batch.part_of(seat.stored, self.batch)
+                seat.stored = batch.part_of(seat.stored, self.batch, seat.block.shared)
         self.batch = batch
 
     @torch.no_grad()

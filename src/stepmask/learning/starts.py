@@ -98,7 +98,7 @@ def _regular(
     make: Callable[..., MaskSchedule], reference: MaskSchedule, budget: Budget, window: int, most: int
 ) -> list[MaskSchedule]:
     """Tables of one kind with the most computed steps that fit, by Taylor order and last step; none if not one fits."""
-    for count in range(most, 0, -1):
+    for count in range(most, len(reference.sampler.begins) - 1, -1):
         if budget.covers(budget.spent(lower(make(reference, count / reference.steps)))):
             tables = ((make(reference, count / reference.steps, order=order), order) for order in range(window))
             return [placed for table, order in tables for placed in (table, *later(table, order))]
@@ -198,7 +198,7 @@ def refreshed_interval(
 
 def _filled(reference: MaskSchedule, budget: Budget, window: int, most: int) -> Iterator[MaskSchedule]:
     """Filled intervals with the fewest steps that leave one partial, by that step, its blocks, and Taylor order."""
-    counts = range(2, most + 1)
+    counts = range(max(2, len(reference.sampler.begins)), most + 1)
     shares = (budget.spent(lower(fixed_interval(reference, count / reference.steps))) for count in counts)
     count = next((count for count, share in zip(counts, shares, strict=False) if not budget.covers(share)), 0)
     for place in sorted({1, count // 2, count - 1} & set(range(1, count))):

@@ -301,7 +301,10 @@ class _Readings:
         kept = self.kept[moment.branch]
         kept.append((moment.evaluation, moment.gradients, moment.held()))
         for later, *both in kept:
-            read = later.batch.part_of(values, moment.evaluation.batch)
+            read = [
+                later.batch.part_of(value, moment.evaluation.batch, block.shared)
+                for value, block in zip(values, self.graph.blocks, strict=True)
+            ]
             products = torch.stack([self._by_sample(pulls, read, later) for pulls in both])
             self.total[:, :, later.step, :, later.step - moment.step] += products.to(self.total)
         while kept and kept[0][0].step >= moment.step + self.ages:  # no earlier value is read with these

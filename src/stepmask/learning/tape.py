@@ -244,7 +244,8 @@ class Tape:
         """What an evaluation reads of a stored value: the parts of the batch that it has itself."""
         source = evaluation.step - age
         stored = self.stored[source, evaluation.branch, column]
-        return evaluation.batch.part_of(stored, self.ran[source, evaluation.branch][0].batch)
+        batch = self.ran[source, evaluation.branch][0].batch
+        return evaluation.batch.part_of(stored, batch, self.seats[column].block.shared)
 
     def _make_again(self, sources: set[int], step: int, branch: int) -> None:
         """Run earlier evaluations once more, if what they stored is not held."""
@@ -286,7 +287,11 @@ class Tape:
             for age in self.ages_read(step, column):
                 source = (step - age, branch, column)
                 batch = self.ran[step - age, branch][0].batch
-                owed = [evaluation.batch.whole_of(gradient, batch) for gradient in answer]
+                shared = self.seats[column].block.shared
+                owed = [
+                    evaluation.batch.whole_of(gradient, batch, is_shared=place in shared)
+                    for place, gradient in enumerate(answer)
+                ]
                 before = self.owed.get(source) or [torch.zeros_like(gradient) for gradient in owed]
                 weight = float(self.answered[step, column, age])
                 self.owed[source] = [torch.add(old, new, alpha=weight) for old, new in zip(before, owed, strict=True)]
@@ -453,7 +458,7 @@ class _Seat(Hook):
         """Zeros for the present batch, made for it or for a larger one."""
         if self.batch not in self.likes:
             larger = next(batch for batch in reversed(self.likes) if {*self.batch.present} <= {*batch.present})
-            self.likes[self.batch] = self.batch.part_of(self.likes[larger], larger)
+            self.likes[self.batch] = self.batch.part_of(self.likes[larger], larger, self.block.shared)
         return self.likes[self.batch]
 
     @torch.no_grad()

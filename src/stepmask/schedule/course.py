@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,9 @@ class Course:
             ascending = all(is_whole(branch, most - 1) for branch in present) and sorted({*present}) == [*present]
             if not present or not ascending:
                 raise _invalid(f"the branches {told(present)} at step {step}", f"some of the {most}, in their order")
+        seen = {*chain.from_iterable(self.present)}
+        if self.present and len(seen) < most:
+            raise _invalid(f"steps that evaluate {len(seen)} of {most} branches together", "each at some step")
         if not all(is_whole(step, steps - 1) and step for step in self.starts) or sorted({*self.starts}) != [
             *self.starts
         ]:
@@ -101,8 +104,10 @@ class Course:
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> "Course":
         """From what `to_plain` gave, among other entries."""
-        present = tuple(tuple(step) for step in data.get("present", ()))
-        return cls(present, data.get("parts", 1), tuple(data.get("starts", ())))
+        present, starts = data.get("present", []), data.get("starts", [])
+        if not isinstance(present, list) or not isinstance(starts, list) or not all(map(_is_list, present)):
+            raise TypeError(f"{told(present)} and {told(starts)} where lists of branches and of steps were expected")
+        return cls(tuple(map(tuple, present)), data.get("parts", 1), tuple(starts))
 
 
 def computed_before(rows: Bools, begins: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -116,6 +121,10 @@ def computed_before(rows: Bools, begins: Sequence[int]) -> npt.NDArray[np.int64]
     pieces = [rows[start:end] for start, end in zip(begins, ends, strict=True)]
     counts: list[npt.NDArray[np.int64]] = [np.cumsum(piece, axis=0) - piece for piece in pieces]
     return np.concatenate(counts)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
 
 
 def _invalid(given: str, expected: str) -> InvalidSchedule:

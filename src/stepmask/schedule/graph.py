@@ -39,6 +39,8 @@ class Block:
             norm in front of an attention. Where none of those blocks is computed, the feeder is not called. One whose
             name begins with a dot is a network beside the denoiser, an attribute of the pipeline (".controlnet"); where
             the denoiser's glue reads it, it feeds the denoiser itself, whose MACs are with its own.
+        shared: Which of the tensors it returns belong to all rows of the batch, by place: where guidance ends within a
+            run, the others lose rows.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Block:
     bytes: int = 0
     ms: float = 0.0
     feeders: tuple[str, ...] = ()
+    shared: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
@@ -165,6 +168,7 @@ class BlockGraph:
                 "ms": block.ms,
                 "reads": span_of(np.flatnonzero(reads).tolist()),
                 **({"feeders": list(block.feeders)} if block.feeders else {}),
+                **({"shared": list(block.shared)} if block.shared else {}),
             }
             for block, reads in zip(self.blocks, self.reads, strict=True)
         ]
@@ -191,6 +195,7 @@ class BlockGraph:
                     bytes=item["bytes"],
                     ms=_milliseconds(item.get("ms", 0.0)),
                     feeders=tuple(_listed(item.get("feeders", []))),
+                    shared=tuple(_listed(item.get("shared", []))),
                 )
                 for item in items
             )
@@ -251,6 +256,8 @@ def _check(block: Block, seen: set[str]) -> None:
     for size in (block.macs, block.bytes, *chain.from_iterable(block.shapes)):
         if not is_whole(size):
             raise _inconsistent(f"block {label!r} with a size of {told(size)}")
+    if not all(is_whole(place, len(block.shapes) - 1) for place in block.shared):
+        raise _inconsistent(f"block {label!r} with shared tensors at {told(block.shared)}, of {len(block.shapes)}")
     if not is_number(block.ms) or block.ms < 0:
         raise _inconsistent(f"block {label!r} with {told(block.ms)} ms")
 
