@@ -435,3 +435,12 @@ def test_compiled_regions_stay_compiled() -> None:
             assert any(block.channels for block in inside) == (name == "vectors")
     assert len(graphs) == made
     assert not any(block.channels for block in inside)
+
+
+@pytest.mark.parametrize("given", ["a folder", 3, None, ["a folder"]])
+def test_what_is_no_schedule_is_told(given: Any) -> None:
+    pipe = tiny_pipe()
+    with pytest.raises(ScheduleMismatch, match="where a schedule was expected"):
+        stepmask.apply(pipe, given)
+    with pytest.raises(ScheduleMismatch, match="where a schedule was expected"):
+        stepmask.evaluate(pipe, given, class_labels=[1], num_inference_steps=2)

@@ -62,7 +62,24 @@ def tables_of(given: Given, tier: str | None, plan: Callable[[MaskSchedule], Pla
             expected="stepmask.Tiers, which has schedules by name",
             advice="Apply tiers, apply(pipe, stepmask.Tiers({name: schedule, ...}), tier=name), or leave tier= out",
         )
-    return [Table([given] if isinstance(given, MaskSchedule) else given, plan)]
+    return [Table(schedules_of(given), plan)]
+
+
+def schedules_of(given: MaskSchedule | Sequence[MaskSchedule]) -> Sequence[MaskSchedule]:
+    """One schedule, or one for each branch, as several.
+
+    Raises:
+        ScheduleMismatch: It is something else: a path, a profile, tiers.
+    """
+    schedules = [given] if isinstance(given, MaskSchedule) else given
+    if isinstance(schedules, list | tuple) and all(isinstance(schedule, MaskSchedule) for schedule in schedules):
+        return schedules
+    raise ScheduleMismatch(
+        given=f"a {type(given).__name__} where a schedule was expected",
+        expected="a MaskSchedule, or one for each branch",
+        advice="Read it first: MaskSchedule.from_pretrained(folder), or Tiers.from_pretrained(folder) of several; "
+        "take one out of tiers by tiers[name][0], make one of a profile by profile.schedule(budget)",
+    )
 
 
 def fitting(tables: Sequence[Table], steps: SetSteps) -> Table:

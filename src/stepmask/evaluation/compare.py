@@ -16,6 +16,7 @@ from stepmask.denoiser.device import device_of
 from stepmask.denoiser.identity import claim_for, digest
 from stepmask.denoiser.regions import compiled_regions
 from stepmask.denoiser.sampling import Sampling
+from stepmask.denoiser.tables import schedules_of
 from stepmask.errors import InvalidRunFolder, RunError
 from stepmask.evaluation.contender import Contender, Fidelity, Timed
 from stepmask.evaluation.measure import machine
@@ -84,6 +85,7 @@ def evaluate(
     if "output_type" in _parameters(pipe):
         call = {"output_type": "np", **call}
     sampling = Sampling(pipe, call, run=run)
+    schedules_of(schedule)
     contenders = [Contender(REFERENCE, sampling), Contender(SCHEDULE, sampling, schedule)]
     contenders += [_contender(name, sampling, rival) for name, rival in (rivals or {}).items()]
     if any(_must_be_counted(contender, sampling) for contender in contenders):
