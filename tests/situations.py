@@ -13,7 +13,7 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseSte
 from torch import Tensor, nn
 
 from denoisers import Inputs, denoiser, stirred
-from pipelines import GUIDED, LATENT, stable_diffusion, video_autoencoder, z_image
+from pipelines import GUIDED, LATENT, qwen, stable_diffusion, video_autoencoder, z_image
 
 STEPS = 8
 
@@ -48,6 +48,13 @@ def guidance_truncated() -> Situation:
     """Samples in lists, the conditional ones first: Z-Image drops the second half of them."""
     pipe, call = z_image()
     return pipe, {**call, "cfg_truncation": 0.5, "guidance_scale": 4.0}
+
+
+def prompts_of_two_lengths() -> Situation:
+    """Guidance in two calls, the negative prompt half as long."""
+    pipe, call = qwen()
+    negative = {name: call[name][:, :3] for name in ("negative_prompt_embeds", "negative_prompt_embeds_mask")}
+    return pipe, {**call, **negative}
 
 
 def guider_in_an_interval() -> Situation:
@@ -154,6 +161,7 @@ SITUATIONS: dict[str, Callable[[], Situation]] = {
     "guidance cut off by diffusers' callback": guidance_cut_off,
     "guidance cut off for several samples": guidance_cut_off_for_several,
     "guidance truncated, samples in lists": guidance_truncated,
+    "prompts of two lengths in two calls": prompts_of_two_lengths,
     "a guider that starts and stops": guider_in_an_interval,
     "two networks in turn": networks_in_turn,
     "two networks at every step": networks_together,
