@@ -172,8 +172,8 @@ class Run:
         self.branch = branch
         if timestep is not None:
             self._check_timestep(timestep)
-        parts = self.sampler.present(step) if self.branches == 1 else (branch,)
-        self._turn(_LastCall(Batch(rows, parts), latents, network))
+        batch = Batch(rows, self.sampler.parts(step, branch))
+        self._turn(_LastCall(batch, latents, network))
         self.row = self.plans[self.plan].cells[self.step]
         self.answered = [False] * len(self.row)
         self.refused = None

@@ -52,7 +52,7 @@ class SampleRows:
             left: Gradients.
             right: Values.
         """
-        present = self.sampler.present(step) if self.sampler.branches == 1 else (branch,)
+        present = self.sampler.parts(step, branch)
         samples = self.samples[list(present)].flatten()
         total = torch.zeros(self.count, dtype=torch.float32, device=left[0].device if left else self.device)
         if self.listed and not block.name:

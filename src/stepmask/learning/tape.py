@@ -128,7 +128,7 @@ class Tape:
         return self.sampler.evaluations[self.evaluation - 1]
 
     def _batch(self, step: int, branch: int, rows: int) -> Batch:
-        return Batch(rows, self.sampler.present(step) if self.sampler.branches == 1 else (branch,))
+        return Batch(rows, self.sampler.parts(step, branch))
 
     def _own(self, given: Tensor) -> Tensor:
         """A copy of an input, which the sampler may write to before the evaluation is repeated; made once for several.

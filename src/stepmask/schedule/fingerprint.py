@@ -130,6 +130,10 @@ class SamplerFingerprint:
         """Which branches a step evaluates, or which parts of its batch."""
         return self.course.at(step, self.branches)
 
+    def parts(self, step: int, branch: int) -> tuple[int, ...]:
+        """Which parts of the batch an evaluation has; of one that is a branch by itself, that branch."""
+        return self.present(step) if self.branches == 1 else (branch,)
+
     @cached_property
     def evaluations(self) -> tuple[tuple[int, int], ...]:
         """The step and the branch of each evaluation of a run, in order."""
