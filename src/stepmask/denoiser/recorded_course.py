@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stepmask.denoiser.batch import rows_of
+from stepmask.denoiser.batch import Batch, rows_of
 from stepmask.denoiser.values import same_arguments, tensors
 from stepmask.errors import RunError
 from stepmask.schedule.course import Course
@@ -134,14 +134,8 @@ def _chunk(value: Any, rows: int, count: int, place: int) -> Any:
     if isinstance(value, list) and len(value) == rows:
         size = rows // count
         return value[place * size : (place + 1) * size]
-
-    def of_tensor(tensor: Tensor) -> Tensor:
-        if not tensor.ndim or not tensor.shape[0] or tensor.shape[0] % rows:
-            return tensor
-        size = tensor.shape[0] // count
-        return tensor.narrow(0, place * size, size)
-
-    return pytree.tree_map_only(Tensor, of_tensor, value)
+    whole = Batch(rows, tuple(range(count)))
+    return Batch(rows // count, (place,)).part_of(value, whole)
 
 
 def _matched(full: Sequence[Given], here: Sequence[Given], step: int) -> tuple[int, ...]:

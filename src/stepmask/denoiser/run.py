@@ -294,7 +294,7 @@ class Run:
     @property
     def calls_of_step(self) -> int:
         """How many calls of the denoiser the present step has."""
-        return 1 if self.branches == 1 else len(self.sampler.present(self.step))
+        return len(self.sampler.branches_at(self.step))
 
     def _uneven(self, given: str) -> RunError:
         varies = self.branches > 1 and bool(self.sampler.course.present)

@@ -183,7 +183,7 @@ def step_changes(trajectory: Trajectory) -> Floats:
     changes = [0.0]
     for step in range(1, trajectory.steps):
         guidance = guidance_of(trajectory, step)
-        branches = trajectory.sampler.present(step) if trajectory.sampler.branches > 1 else (0,)
+        branches = trajectory.sampler.branches_at(step)
         before = guidance([earlier_output(trajectory, step, branch) for branch in branches])
         changes.append(float(relative_error(before, guidance(trajectory.at(step)[1]))))
     return np.array(changes)

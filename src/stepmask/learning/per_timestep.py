@@ -99,7 +99,7 @@ class PerTimestep:
         jobs, sampler = [], under.sampler
         for step in sorted({*range(under.steps)} - {*sampler.begins}):
             first = max(start for start in whole if start < step)
-            branches = sampler.present(step) if sampler.branches > 1 else (0,)
+            branches = sampler.branches_at(step)
             places = [[sampler.evaluations.index((at, branch)) for at in range(first, step + 1)] for branch in branches]
             jobs.append(
                 StepJob(

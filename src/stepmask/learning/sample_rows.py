@@ -53,16 +53,16 @@ class SampleRows:
             right: Values.
         """
         present = self.sampler.parts(step, branch)
-        samples = self.samples[list(present)].flatten()
+        count = len(present) * self.samples.shape[1]  # rows of the output
         total = torch.zeros(self.count, dtype=torch.float32, device=left[0].device if left else self.device)
         if self.listed and not block.name:
             left, right = [torch.stack(list(left))], [torch.stack(list(right))]
         for a, b in zip(left, right, strict=True):
-            if not a.ndim or len(a) % len(samples):
+            if not a.ndim or len(a) % count:
                 total += self._shared(block, a, b)
                 continue
             rows = torch.linalg.vecdot(a.flatten(1).float(), b.flatten(1).float())
-            total.index_add_(0, self._index(present, len(rows) // len(samples), rows.device), rows)
+            total.index_add_(0, self._index(present, len(rows) // count, rows.device), rows)
         return total
 
     def check(self) -> None:

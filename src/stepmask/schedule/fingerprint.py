@@ -130,6 +130,10 @@ class SamplerFingerprint:
         """Which branches a step evaluates, or which parts of its batch."""
         return self.course.at(step, self.branches)
 
+    def branches_at(self, step: int) -> tuple[int, ...]:
+        """The branches that a step evaluates in calls of their own, in order; of guidance in one batch the only one."""
+        return self.present(step) if self.branches > 1 else (0,)
+
     def parts(self, step: int, branch: int) -> tuple[int, ...]:
         """Which parts of the batch an evaluation has; of one that is a branch by itself, that branch."""
         return self.present(step) if self.branches == 1 else (branch,)
@@ -137,8 +141,7 @@ class SamplerFingerprint:
     @cached_property
     def evaluations(self) -> tuple[tuple[int, int], ...]:
         """The step and the branch of each evaluation of a run, in order."""
-        branches = (self.present(step) if self.branches > 1 else (0,) for step in range(self.steps))
-        return tuple((step, branch) for step, calls in enumerate(branches) for branch in calls)
+        return tuple((step, branch) for step in range(self.steps) for branch in self.branches_at(step))
 
     @cached_property
     def loads(self) -> npt.NDArray[np.float64]:
